@@ -1,0 +1,38 @@
+// The CPU module: a table of contents.
+#include "bind/core/intake.h"
+#include "common/cpu.h"
+#include "common/threads.h"
+
+#include <cstdlib>
+
+namespace {
+
+lutra::Level level_from(const std::string& text) {
+  lutra::Level level, best = lutra::best_level();
+  if (!lutra::parse_level(text.c_str(), &level))
+    throw pybind11::value_error("SIMD level is '" + text + "'; it must be portable, avx2 or avx512");
+  if (level > best)
+    throw pybind11::value_error("SIMD level '" + text + "' is not available: this machine's highest is '" +
+                                lutra::level_name(best) + "'");
+  return level;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "lutra's CPU kernels. Not a public interface: use lutra.address, lutra.gather and lutra.scan.";
+  if (!lutra::baseline_ok()) throw pybind11::import_error("this processor lacks x86-64-v2 (SSE4.2)");
+  const char* wanted = std::getenv("LUTRA_SIMD");
+  lutra::g_level = wanted && *wanted ? level_from(wanted) : lutra::best_level();
+  lutra::install_fork_handler();
+
+  m.attr("__version__") = LUTRA_VERSION;
+  m.def("simd_level", [] { return lutra::level_name(lutra::g_level); });
+  m.def("best_simd_level", [] { return lutra::level_name(lutra::best_level()); });
+  m.def("set_simd_level", [](const std::string& text) { lutra::g_level = level_from(text); });
+  m.def("num_threads", &lutra::num_threads);
+  m.def("set_num_threads", &lutra::set_num_threads);
+  lutra::register_address(m);
+  lutra::register_gather(m);
+  lutra::register_scan(m);
+}

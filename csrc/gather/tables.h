@@ -1,0 +1,50 @@
+// One row out of each of several tables, weighted and summed: the second half of a MemoryFormer layer.
+//
+//   tables (n_tables, entries, dim) contiguous, f32 / f16 / bf16; codes (tokens, n_tables) i32 in [0, entries);
+//   weights (tokens, n_tables) f32 or nullptr (1); bias (dim,) of the tables' type, or nullptr.
+//   out[t] = bias + sum_k weights[t, k] * tables[k, codes[t, k]]      accumulated in f32, k in increasing order
+//   out (tokens, dim) of the tables' type.
+//
+// Few tokens: one pass over the rows, limited by random reads. Many tokens: a slab of columns of one table is
+// used for a block of tokens while it lies in the cache, so that each table is read about once per block.
+//
+// Gradients: grad_tables[k, c] = sum over t with codes[t, k] == c, in the order of t, of weights[t, k] grad_out[t]
+// (written whole; each table is one thread's work, so it is deterministic); grad_weights[t, k] =
+// <grad_out[t], tables[k, codes[t, k]]>. Either may be nullptr. The bias' gradient is a plain column sum, left
+// to the caller.
+// *bad: position in codes of the first code outside [0, entries), or -1.
+#pragma once
+#include "common/levels.h"
+#include "common/types.h"
+
+namespace lutra {
+
+struct TablesArgs {
+  const void* tables;
+  DType dtype;
+  int64_t n_tables, entries, dim;
+  const int32_t* codes;
+  const float* weights;
+  const void* bias;
+  int64_t tokens;
+  void* out;
+  int64_t* bad;
+};
+
+struct TablesBackwardArgs {
+  const void* tables;
+  DType dtype;  // of tables, grad_out and grad_tables
+  int64_t n_tables, entries, dim;
+  const int32_t* codes;
+  const float* weights;
+  int64_t tokens;
+  const void* grad_out;
+  void* grad_tables;
+  float* grad_weights;
+  int64_t* bad;
+};
+
+}  // namespace lutra
+
+LUTRA_KERNEL(tables, ::lutra::TablesArgs)
+LUTRA_KERNEL(tables_backward, ::lutra::TablesBackwardArgs)

@@ -1,0 +1,5 @@
+#include "scan/knn.h"
+namespace lutra { namespace LUTRA_NS {
+void knn(const KnnArgs&) {}
+void rescore(const RescoreArgs&) {}
+} }

@@ -1,0 +1,1 @@
+namespace { __global__ void k() {} }

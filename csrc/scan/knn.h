@@ -1,0 +1,47 @@
+// Exact k nearest neighbours with selection inside the scan.
+//
+//   q (nq, d), x (n, d) fp32, row strides ldq, ldx.
+//   ip:     score = <q, x>                      larger is better
+//   l2:     score = sum (q - x)^2               smaller is better; computed from differences, not from norms
+//   cosine: score = <q, x> / (|q| |x|)          larger is better; 0 where either has norm 0
+//   scores, ids (nq, k): the k best, best first, equal scores by increasing id. Where k > n the rest is
+//   id -1 and score -inf (ip, cosine) or +inf (l2).
+// No score matrix is written: a tile of queries and rows is held in registers, compared with each query's
+// current k-th score, and only what passes is kept.
+// *bad: a row of x whose score is NaN (x or q holds NaN or infinities), or -1; the results are then unspecified.
+// Limits: reading x once (bandwidth) for few queries; 2 nq n d flops (FMA rate) for many.
+//
+// rescore: the same for given candidates: cand (nq, c) ids into x, -1 is skipped, duplicates count once;
+// *bad: position in cand of the first id >= n or < -1 as (2 << 40) + position, or a row with a NaN score.
+#pragma once
+#include "common/levels.h"
+#include "common/types.h"
+
+namespace lutra {
+
+struct KnnArgs {
+  const float* q;
+  const float* x;
+  int64_t nq, n, d, ldq, ldx, k;
+  Metric metric;
+  float* scores;
+  int64_t* ids;
+  int64_t* bad;
+};
+
+struct RescoreArgs {
+  const float* q;
+  const float* x;
+  int64_t nq, n, d, ldq, ldx;
+  const int64_t* cand;
+  int64_t c, k;
+  Metric metric;
+  float* scores;
+  int64_t* ids;
+  int64_t* bad;
+};
+
+}  // namespace lutra
+
+LUTRA_KERNEL(knn, ::lutra::KnnArgs)
+LUTRA_KERNEL(rescore, ::lutra::RescoreArgs)

@@ -1,0 +1,35 @@
+"""lutra: fast kernels that turn arithmetic into memory.
+
+Three verbs: `lutra.address` (where to look), `lutra.gather` (the rows found there), `lutra.scan` (the best of a
+collection). `lutra.nn` has layers for torch, `lutra.index` collections that are searched and saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from . import address, gather, scan
+from ._backend import get_num_threads, set_num_threads, simd_level
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import index, nn, reference
+
+_LAZY = ("index", "nn", "reference", "torch_ops")
+
+
+def __getattr__(name: str):
+    if name in _LAZY:  # nn and torch_ops import torch: only when they are asked for
+        return importlib.import_module(f"lutra.{name}")
+    raise AttributeError(f"module 'lutra' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "__version__", "address", "gather", "get_num_threads", "index", "nn", "reference", "scan", "set_num_threads",
+    "simd_level",
+]  # fmt: skip

@@ -1,0 +1,10 @@
+"""The normative definition of every op, in NumPy.
+
+Same names and shapes as the public ops; slow and plain. Every kernel is tested against it, and the whole
+package runs on it alone (``LUTRA_BACKEND=reference``, or an install with ``LUTRA_PURE_PYTHON=1``).
+Arithmetic is float64 where the input is float64, else float32 or wider.
+"""
+
+from . import address, gather, scan
+
+__all__ = ["address", "gather", "scan"]

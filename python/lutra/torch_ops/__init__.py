@@ -1,0 +1,38 @@
+"""The ops as torch operators: ``torch.ops.lutra.*`` with fake kernels and gradients.
+
+Registered with ``torch.library.Library``: define, impl and register_fake in Python cost about 2 microseconds a
+call, custom_op 8. Importing this package imports torch; ``import lutra`` does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from . import address  # noqa: F401  (registers the ops)
+from .library import LIBRARY  # noqa: F401
+
+ops = torch.ops.lutra
+
+_no_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def plain(*tensors: object) -> bool:
+    """Whether a call needs nothing of torch's dispatcher, so that the kernel may be called directly.
+
+    True for ordinary tensors outside torch.compile, tracing, functorch, dispatch modes and forward-mode
+    differentiation, none of which requires a gradient that is being recorded. The dispatcher's way to a Python
+    implementation takes 1.8 microseconds here, with an autograd formula 14; this test takes 0.5.
+    """
+    if torch.compiler.is_compiling() or _no_modes() or _functorch() is not None or _tracing() is not None:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
+            return False
+    return True

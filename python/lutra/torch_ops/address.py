@@ -1,0 +1,43 @@
+"""``torch.ops.lutra`` for `lutra.address`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..address import _sign_hash as sign
+from .library import gradient, register
+
+
+def _weights_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- sign_hash
+def _fake(x, bits=8, score="prob", temperature=1.0):
+    _, tables = sign._sign_hash_shape(x, bits, score, temperature)
+    shape = (*x.shape[:-1], tables)
+    return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=_weights_dtype(x))
+
+
+def _backward(ctx, _, grad_weights):
+    (x,) = ctx.saved_tensors
+    return torch.ops.lutra.sign_hash_backward(grad_weights, x, *ctx.options), None, None, None
+
+
+def _setup(ctx, inputs, output):
+    x, *ctx.options = inputs
+    ctx.save_for_backward(x)
+    ctx.mark_non_differentiable(output[0])
+
+
+register(
+    'sign_hash(Tensor x, int bits=8, str score="prob", float temperature=1.0) -> (Tensor, Tensor)',
+    sign._sign_hash,
+    _fake,
+)
+register(
+    "sign_hash_backward(Tensor grad_weights, Tensor x, int bits, str score, float temperature) -> Tensor",
+    sign._sign_hash_backward,
+    lambda grad_weights, x, bits, score, temperature: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+gradient("sign_hash", _backward, _setup)

@@ -243,7 +243,9 @@ def kind_of(a: Any, name: str) -> Kind:
         device = a.device.type
         if device in ("cpu", "cuda"):
             return torch_kind(device == "cuda")
-        raise TypeError(f"{name} is a torch tensor on device {str(a.device)!r}; lutra computes on 'cpu' and 'cuda'")
+        raise TypeError(
+            f"{name} is a torch tensor on device {str(a.device)!r}; lutra computes on 'cpu' and 'cuda'"
+        )
     if _is_cupy(a):
         kind = _lazy.get("cupy")
         if kind is None:
@@ -286,7 +288,9 @@ def call(name: str, implementation: Any, arrays: tuple[Any, ...], options: tuple
         names = implementation.__code__.co_varnames[1 : 1 + len(arrays)]
         for array, argument in zip(arrays, names):
             if array is not None and not is_torch(array):
-                raise TypeError(f"{argument} must be a torch tensor, as {names[0]} is; got {type_name(array)}")
+                raise TypeError(
+                    f"{argument} must be a torch tensor, as {names[0]} is; got {type_name(array)}"
+                )
         return getattr(torch_ops.ops, name)(*arrays, *options)
     if any(_foreign(a) for a in arrays):
         like = next(a for a in arrays if _foreign(a))
@@ -305,7 +309,9 @@ def _adopt(a: Any) -> Any:
     for library in ("cupy", "torch"):
         if library in sys.modules:
             return sys.modules[library].from_dlpack(a)
-    raise TypeError(f"an array of type {type_name(a)} lies on a GPU: import torch or cupy, lutra needs one of them")
+    raise TypeError(
+        f"an array of type {type_name(a)} lies on a GPU: import torch or cupy, lutra needs one of them"
+    )
 
 
 def _hand_back(result: Any, like: Any) -> Any:

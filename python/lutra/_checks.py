@@ -54,7 +54,9 @@ def same_kind(kind: Kind, a: Any, name: str, first: Any, first_name: str) -> Non
             "all arrays of a call must be of one library and on one device"
         )
     if kind.cuda and a.device != first.device:
-        raise ValueError(f"{name} is on {a.device}, {first_name} on {first.device}; they must be on one device")
+        raise ValueError(
+            f"{name} is on {a.device}, {first_name} on {first.device}; they must be on one device"
+        )
 
 
 def _where(kind: Kind, a: Any) -> str:

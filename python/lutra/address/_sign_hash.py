@@ -112,7 +112,9 @@ def _sign_hash_backward(kind, grad_weights, x, bits, score, temperature):
     score_code, tables = _sign_hash_shape(x, bits, score, temperature)
     code = _checks.dtype(kind, x, "x", (*FLOATS, F64))
     if kind.kernels is None or code == F64:
-        grad = reference.sign_hash_backward(kind.to_numpy(grad_weights), kind.to_numpy(x), bits, score, temperature)
+        grad = reference.sign_hash_backward(
+            kind.to_numpy(grad_weights), kind.to_numpy(x), bits, score, temperature
+        )
         return kind.from_numpy(grad, code, x)
     x, grad_weights = kind.dense(x), kind.dense(grad_weights)
     grad = kind.empty(tuple(x.shape), code, x)
@@ -121,4 +123,3 @@ def _sign_hash_backward(kind, grad_weights, x, bits, score, temperature):
         kind.ptr(grad_weights), kind.ptr(grad), *kind.launch(x),
     )  # fmt: skip
     return grad
-

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import scan
+
 
 def _wide(x: np.ndarray) -> np.ndarray:
     return x if x.dtype == np.float64 else x.astype(np.float32)
@@ -33,3 +35,8 @@ def sign_hash_backward(grad_weights, x, bits=8, score="prob", temperature=1.0):
     u = (sign - np.tanh(z / t)) / t
     inner = u if score == "prob" else sign + a.sum(-1, keepdims=True) * u
     return (grad_weights[..., None] * p * inner).reshape(x.shape).astype(z.dtype)
+
+
+def nearest(x, centroids, k=1, metric="l2"):
+    """Scores and ids of the k nearest centroids; see `lutra.address.nearest`."""
+    return scan.knn(x, centroids, k, metric)

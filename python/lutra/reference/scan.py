@@ -1,1 +1,124 @@
 """Reference of `lutra.scan`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return x if x.dtype == np.float64 else x.astype(np.float32)
+
+
+def pairwise(queries, rows, metric="ip"):
+    """Scores of every query (nq, d) with every row: (n, d), or (nq, n, d) for rows of each query's own."""
+    q, x = _wide(queries)[:, None], _wide(rows)
+    if metric == "l2":
+        return np.square(q - x).sum(-1)
+    scores = (q * x).sum(-1)
+    if metric == "cosine":
+        norms = np.sqrt(np.square(q).sum(-1)) * np.sqrt(np.square(x).sum(-1))
+        scores = np.divide(scores, norms, out=np.zeros_like(scores), where=(norms != 0) | np.isnan(scores))
+    return scores
+
+
+def select(scores, ids, k, metric="ip"):
+    """The k best of each row of ``scores``, best first, equal scores by increasing id; padded with id -1.
+
+    ``ids`` (nq, n); entries with id -1 are no candidates. A NaN score is an error: the op reports the row.
+    """
+    worst = np.inf if metric == "l2" else -np.inf
+    key = np.where(ids < 0, np.inf, scores if metric == "l2" else -scores)
+    # absent entries after present ones, then by score, then by id
+    order = np.lexsort((ids, key, ids < 0), axis=-1)[:, :k]
+    best = np.take_along_axis(np.where(ids < 0, worst, scores), order, -1)
+    who = np.take_along_axis(ids, order, -1)
+    missing = k - order.shape[1]
+    if missing > 0:
+        best = np.pad(best, ((0, 0), (0, missing)), constant_values=worst)
+        who = np.pad(who, ((0, 0), (0, missing)), constant_values=-1)
+    return best.astype(scores.dtype), who.astype(np.int64)
+
+
+def knn(queries, database, k=10, metric="ip"):
+    """Scores and ids of the k nearest rows; see `lutra.scan.knn`."""
+    nq, n, d = len(queries), len(database), queries.shape[1]
+    dtype = _wide(queries[:0]).dtype
+    scores, ids = np.empty((nq, k), dtype), np.empty((nq, k), np.int64)
+    all_ids = np.arange(n)[None]
+    step = max(
+        1, 2**24 // max(1, n * d)
+    )  # rows of queries at a time: the broadcast holds step * n * d values
+    for i in range(0, nq, step):
+        part = pairwise(queries[i : i + step], database, metric)
+        _no_nan(part, all_ids)
+        scores[i : i + step], ids[i : i + step] = select(
+            part, np.broadcast_to(all_ids, part.shape), k, metric
+        )
+    return scores, ids
+
+
+def rescore(queries, database, candidates, k, metric="ip"):
+    """Scores and ids of the k best candidates; see `lutra.scan.rescore`."""
+    candidates = candidates.astype(np.int64)
+    outside = (candidates < -1) | (candidates >= len(database))
+    if outside.any():
+        i = int(np.flatnonzero(outside)[0])
+        raise IndexError(
+            f"candidates holds {int(candidates.ravel()[i])} at position {i}; "
+            f"ids must lie in [0, {len(database)}), or be -1 (no candidate)"
+        )
+    first = np.sort(candidates, axis=-1)
+    repeated = np.zeros_like(first, bool)
+    repeated[:, 1:] = first[:, 1:] == first[:, :-1]
+    ids = np.where(repeated, -1, first)
+    rows = (
+        database[np.maximum(ids, 0)]
+        if len(database)
+        else np.zeros((*ids.shape, queries.shape[1]), queries.dtype)
+    )
+    scores = pairwise(queries, rows, metric)
+    _no_nan(np.where(ids < 0, 0, scores), ids)
+    return select(scores, ids, k, metric)
+
+
+def _no_nan(scores, ids):
+    bad = np.isnan(scores)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        ids = np.broadcast_to(ids, scores.shape)
+        raise ValueError(nan_message("database", int(ids[row, column])))
+
+
+def nan_message(name, row):
+    """The error of a NaN score: who holds it cannot be told from the score alone."""
+    return f"the score of row {row} of {name} is NaN: that row or a query holds NaN or infinite values"
+
+
+def pq_tables(queries, codebooks, metric="l2"):
+    """Scores (nq, m, ksub) of each sub-vector of each query with each entry of its codebook."""
+    m, _, dsub = codebooks.shape
+    q = _wide(queries).reshape(len(queries), m, 1, dsub)
+    c = _wide(codebooks)
+    return np.square(q - c).sum(-1) if metric == "l2" else (q * c).sum(-1)
+
+
+def pq(queries, codes, codebooks, k=10, metric="l2"):
+    """Scores and ids of the k nearest of a product-quantized collection; see `lutra.scan.pq`."""
+    m, ksub, _ = codebooks.shape
+    if (codes >= ksub).any():
+        row, j = (int(v) for v in np.argwhere(codes >= ksub)[0])
+        raise IndexError(
+            f"codes[{row}, {j}] is {int(codes[row, j])}; codes must be < {ksub}, the size of a codebook"
+        )
+    tables = pq_tables(queries, codebooks, metric)
+    n = len(codes)
+    scores, ids = np.empty((len(queries), k), tables.dtype), np.empty((len(queries), k), np.int64)
+    all_ids = np.arange(n)[None]
+    for i, table in enumerate(tables):
+        row = np.zeros((1, n), tables.dtype)
+        for j in range(m):
+            row[0] += table[j, codes[:, j]]
+        if np.isnan(row).any():
+            raise ValueError(nan_message("codes", int(np.argwhere(np.isnan(row))[0][1])))
+        scores[i : i + 1], ids[i : i + 1] = select(row, all_ids, k, metric)
+    return scores, ids

@@ -1,1 +1,7 @@
 """Scan: queries and a stored collection in; the scores and the best k of them out."""
+
+from .._results import Neighbors
+from ._knn import knn, rescore
+from ._pq import pq
+
+__all__ = ["Neighbors", "knn", "pq", "rescore"]

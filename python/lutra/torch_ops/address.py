@@ -38,6 +38,8 @@ register(
 register(
     "sign_hash_backward(Tensor grad_weights, Tensor x, int bits, str score, float temperature) -> Tensor",
     sign._sign_hash_backward,
-    lambda grad_weights, x, bits, score, temperature: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda grad_weights, x, bits, score, temperature: torch.empty_like(
+        x, memory_format=torch.contiguous_format
+    ),
 )
 gradient("sign_hash", _backward, _setup)

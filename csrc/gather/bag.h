@@ -12,9 +12,12 @@
 //   out (bags, dim) contiguous: f32 for 8-bit rows, else the table's type; sums are accumulated in f32, in the
 //   order of the ids.
 //
+//   Ids before the first offset and (last_offset) from the last one on belong to no bag and are not read.
+//
 // argmax (bags, dim) i64, may be nullptr, Mode::max only: the id that gave the maximum, -1 for an empty bag.
-// *bad receives the position in ids of the first id that lies outside [0, rows), in offsets (as -2 - position)
-// of the first that decreases or lies outside [0, n_ids], or -1. When it is not -1, out is unspecified; no
+// *bad receives the position in ids of the first id that lies outside [0, rows), or as -2 - position the first of
+// the offsets that decreases or lies outside [0, n_ids] (these come before any id), or -1. When it is not -1, out
+// is unspecified (CUDA, where nobody can look at *bad without a synchronisation: NaN in the bags concerned); no
 // memory outside the inputs is touched.
 // Limit: random reads of rows (about 60 GB/s on two cores where the table exceeds the caches).
 #pragma once
@@ -48,34 +51,37 @@ struct BagArgs {
 };
 
 // Gradient of the table: for each id in the order of the ids, grad[id] += f_i * grad_out[b], with f_i = w_i
-// (sum), 1 / count (mean), [argmax[b, j] == id, first occurrence only] (max). Contributions are sorted by row
-// (stable) and reduced in order in f32: deterministic whatever the number of threads.
+// (sum), 1 / count (mean), [argmax[b, j] == id, first occurrence in the bag only] (max). Contributions are sorted by
+// row (stable) and reduced in order in f32: deterministic whatever the number of threads.
 //
-//   dense:  grad_table (rows, dim) is written whole (untouched rows are zero), in grad_table's type.
-//   rows:   first call bag_touched_rows, which writes the touched rows in increasing order to touched
-//           (capacity n_ids) and their number to *count; then bag_backward with touched != nullptr writes
-//           grad_table (*count, dim).
-//   order (n_ids,) and starts (n_ids + 1,) are workspaces that bag_touched_rows fills and bag_backward reads:
-//   order: positions of the ids sorted by row, padding left out; starts: where each touched row begins in it.
+// bag_sort sorts the ids; bag_backward then writes
+//   dense:  grad_table (rows, dim), whole: untouched rows are zero;
+//   else:   grad_table (*count, dim): the rows touched[0 : *count], in increasing order.
+// All arrays are the caller's. On CUDA count lies on the device: a dense gradient needs no synchronisation, the
+// caller of a sparse one reads it to know the size.
 struct BagSortArgs {
   BagIds bag;
   int64_t rows;
-  int64_t* order;    // (n_ids,)
-  int64_t* starts;   // (n_ids + 1,)
-  int64_t* touched;  // (n_ids,)
-  int32_t* bag_of;   // (n_ids,) the bag of each position
-  int64_t* count;    // number of touched rows
-  int64_t* bad;      // as in BagArgs
+  int64_t* order;    // (n_ids,) positions of the ids sorted by row, those of padding_idx and of no bag left out
+  int64_t* starts;   // (n_ids + 1,) where each touched row begins in order; starts[*count] is the end
+  int64_t* touched;  // (n_ids,) the touched rows, increasing
+  int32_t* bag_of;   // (n_ids,) the bag of order[i] (not of position i)
+  float* bag_scale;  // (bags,) 1 / count of each bag, Mode::mean only, else nullptr
+  int64_t* count;    // (1,) number of touched rows
+  void* workspace;   // as many bytes as the module's bag_sort_workspace(n_ids, rows) says
+  int64_t workspace_bytes;
+  int64_t* bad;  // as in BagArgs
 };
 
 struct BagBackwardArgs {
   BagIds bag;
   int64_t rows, dim;
-  const int64_t* order;
+  const int64_t* order;  // the outputs of bag_sort
   const int64_t* starts;
   const int64_t* touched;
   const int32_t* bag_of;
-  int64_t count;
+  const float* bag_scale;
+  const int64_t* count;
   const void* grad_out;   // (bags, dim) contiguous
   DType grad_dtype;       // f32, f16, bf16; of grad_out and of grad_table
   const float* weights;   // (n_ids,) or nullptr
@@ -84,7 +90,8 @@ struct BagBackwardArgs {
   void* grad_table;
 };
 
-// Gradient of the weights (Mode::sum): grad_weights_i = <grad_out[b], row(id_i)>, 0 at padding_idx.
+// Gradient of the weights (Mode::sum): grad_weights_i = <grad_out[b], row(id_i)>, 0 at padding_idx and
+// for ids of no bag.
 struct BagWeightGradArgs {
   BagIds bag;
   const void* table;

@@ -29,26 +29,31 @@ void register_gather(py::module_& m) {
     run(&bag, a, n_ids * dim * 0.1 + bags * dim * 0.1);
     return bad;
   });
+  m.def("bag_sort_workspace", [](int64_t n_ids, int64_t) { return n_ids * 16; });
   m.def("bag_sort", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags,
                        int64_t length, int64_t padding_idx, int mode, int64_t rows, Ptr order, Ptr starts,
-                       Ptr touched, Ptr bag_of) {
-    int64_t bad = -1, count = 0;
+                       Ptr touched, Ptr bag_of, Ptr bag_scale, Ptr count, Ptr workspace, int64_t workspace_bytes) {
+    int64_t bad = -1;
+    if (workspace_bytes < n_ids * 16) throw py::value_error("lutra: the workspace of bag_sort is too small");
     BagSortArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode), rows,
                   order.as<int64_t>(n_ids), starts.as<int64_t>(n_ids + 1), touched.as<int64_t>(n_ids),
-                  bag_of.as<int32_t>(n_ids), &count, &bad};
+                  bag_of.as<int32_t>(n_ids), bag_scale.as<float>(bag_scale.p ? bags : 0), count.as<int64_t>(1),
+                  workspace.as<char>(workspace_bytes), workspace_bytes, &bad};
     run(&bag_sort, a, n_ids * 5.0);
-    return py::make_tuple(bad, count);
+    return bad;
   });
   m.def("bag_backward", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags,
                            int64_t length, int64_t padding_idx, int mode, int64_t rows, int64_t dim, Ptr order,
-                           Ptr starts, Ptr touched, Ptr bag_of, int64_t count, Ptr grad_out, int grad_dtype,
-                           Ptr weights, Ptr argmax, bool dense, Ptr grad_table) {
+                           Ptr starts, Ptr touched, Ptr bag_of, Ptr bag_scale, Ptr count, Ptr grad_out,
+                           int grad_dtype, Ptr weights, Ptr argmax, bool dense, Ptr grad_table) {
     const auto t = static_cast<DType>(grad_dtype);
+    const auto* n = count.as<int64_t>(1);
     BagBackwardArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode), rows, dim,
                       order.as<int64_t>(n_ids), starts.as<int64_t>(n_ids + 1), touched.as<int64_t>(n_ids),
-                      bag_of.as<int32_t>(n_ids), count, grad_out.raw(bags * dim, t), t,
-                      weights.as<float>(weights.p ? n_ids : 0), argmax.as<int64_t>(argmax.p ? bags * dim : 0), dense,
-                      grad_table.raw((dense ? rows : count) * dim, t)};
+                      bag_of.as<int32_t>(n_ids), bag_scale.as<float>(bag_scale.p ? bags : 0), n,
+                      grad_out.raw(bags * dim, t), t, weights.as<float>(weights.p ? n_ids : 0),
+                      argmax.as<int64_t>(argmax.p ? bags * dim : 0), dense,
+                      grad_table.raw((dense ? rows : *n) * dim, t)};
     run(&bag_backward, a, n_ids * dim * 0.2 + (dense ? rows * dim * 0.1 : 0));
   });
   m.def("bag_weight_grad", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags,

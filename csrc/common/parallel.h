@@ -21,7 +21,7 @@ static inline void parallel_for(int64_t chunks, double nanoseconds, const Fn& fn
     for (int64_t i = 0; i < chunks; ++i) fn(i);
     return;
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for schedule(monotonic : dynamic, 1) num_threads(threads)
   for (int64_t i = 0; i < chunks; ++i) fn(i);
 }
 

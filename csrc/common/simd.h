@@ -175,6 +175,31 @@ LUTRA_INLINE float reduce_add(vf v) {  // a fixed order: halves, then halves of 
 #endif
 }
 
+// n < W values and zeros behind them.
+LUTRA_INLINE vf load_first(const float* p, int n) {
+#if defined(LUTRA_LEVEL_v4)
+  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  float t[W] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return load(t);
+#endif
+}
+
+// One bit for each lane where !(a <= b): a is greater, or one of them is NaN.
+LUTRA_INLINE uint32_t bits_not_le(vf a, vf b) {
+#if defined(LUTRA_LEVEL_v4)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+#elif defined(LUTRA_LEVEL_v3)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
+#else
+  const vi m = ~(a <= b);
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= (static_cast<uint32_t>(m[i]) >> 31) << i;
+  return bits;
+#endif
+}
+
 // One bit for each lane of a comparison's result.
 LUTRA_INLINE uint32_t mask_bits(vi m) {
 #if defined(LUTRA_LEVEL_v4)

@@ -14,11 +14,15 @@ def pairwise(queries, rows, metric="ip"):
     q, x = _wide(queries)[:, None], _wide(rows)
     if metric == "l2":
         return np.square(q - x).sum(-1)
-    scores = (q * x).sum(-1)
     if metric == "cosine":
-        norms = np.sqrt(np.square(q).sum(-1)) * np.sqrt(np.square(x).sum(-1))
-        scores = np.divide(scores, norms, out=np.zeros_like(scores), where=(norms != 0) | np.isnan(scores))
-    return scores
+        return (_unit(q) * _unit(x)).sum(-1)
+    return (q * x).sum(-1)
+
+
+def _unit(x):
+    """Vectors over their norms, which are computed in float64: fp32 squares overflow from 2e19."""
+    norm = np.sqrt(np.square(x, dtype=np.float64).sum(-1, keepdims=True))
+    return np.divide(x, norm, out=np.zeros(x.shape), where=norm != 0).astype(x.dtype)
 
 
 def select(scores, ids, k, metric="ip"):

@@ -139,7 +139,12 @@ class TorchKind(Kind):
         return self._empty(*shape, dtype=self._dtypes[code])
 
     def dense(self, a):
-        return a if a.is_contiguous() else a.contiguous()
+        try:
+            return a if a.is_contiguous() else a.contiguous()
+        except RuntimeError:
+            if a.layout is self.torch.strided:
+                raise
+            raise TypeError(f"got a tensor of layout {a.layout}; lutra needs strided ones") from None
 
     def ptr(self, a):
         return a.data_ptr()

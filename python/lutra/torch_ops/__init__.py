@@ -25,7 +25,7 @@ def plain(*tensors: object) -> bool:
 
     True for ordinary tensors outside torch.compile, tracing, functorch, dispatch modes and forward-mode
     differentiation, none of which requires a gradient that is being recorded. The dispatcher's way to a Python
-    implementation takes 1.8 microseconds here, with an autograd formula 14; this test takes 0.5.
+    implementation takes 1.8 microseconds here, with an autograd formula 14; this test takes 0.6.
     """
     if torch.compiler.is_compiling() or _no_modes() or _functorch() is not None or _tracing() is not None:
         return False
@@ -33,6 +33,11 @@ def plain(*tensors: object) -> bool:
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or (grad and t.requires_grad):
+            return False
+        # A meta tensor has no memory; that of a negative view holds other values.
+        if not (t.is_cpu or t.is_cuda) or t.is_neg():
             return False
     return True

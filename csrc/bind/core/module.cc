@@ -35,4 +35,5 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_address(m);
   lutra::register_gather(m);
   lutra::register_scan(m);
+  lutra::register_probe(m);
 }

@@ -98,9 +98,10 @@ class NumpyKind(Kind):
 
     def dense(self, a):
         # ascontiguousarray turns 0-d into 1-d; no op takes 0-d arrays this far.
-        if a.flags.carray and a.dtype.isnative:
+        flags = a.flags
+        if (flags.carray or (flags.c_contiguous and flags.aligned)) and a.dtype.isnative:  # carray: writeable too
             return a
-        return np.require(a.astype(a.dtype.newbyteorder("="), copy=False), requirements=["C", "A", "W"])
+        return np.require(a.astype(a.dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
 
     def ptr(self, a):
         return a

@@ -1,0 +1,147 @@
+"""Cases of `lutra.scan`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from .. import scan
+from .._backend import get_num_threads
+from . import data, expect
+from .case import Case, Prepared
+
+K = 10
+
+
+def numpy_knn(
+    queries: np.ndarray, database: np.ndarray, k: int, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The usual NumPy way: all scores by a matrix product, then argpartition and a sort of the k."""
+    scores = queries @ database.T
+    if metric == "l2":
+        scores = 2 * scores - np.einsum("ij,ij->i", database, database)
+    part = np.argpartition(scores, -k, axis=1)[:, -k:]
+    best = np.take_along_axis(scores, part, 1)
+    order = np.argsort(-best, axis=1)
+    return np.take_along_axis(best, order, 1), np.take_along_axis(part, order, 1)
+
+
+def torch_knn(queries, database, k, metric):
+    """The usual torch way, in blocks of queries whose scores fit in half a gigabyte."""
+    import torch
+
+    block = max(1, (1 << 27) // max(1, len(database)))
+    norms = (database * database).sum(1) if metric == "l2" else None
+    out = []
+    for q in queries.split(block):
+        scores = q @ database.T if norms is None else torch.addmm(norms, q, database.T, beta=-1, alpha=2)
+        out.append(scores.topk(k, dim=1))
+    return out
+
+
+def faiss_flat(database: np.ndarray, metric: str):
+    """FAISS's exact index over the rows, with as many threads as lutra uses; None where FAISS is missing."""
+    faiss = data.installed("faiss")
+    if faiss is None:
+        return None
+    faiss.omp_set_num_threads(get_num_threads())
+    index = (faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP)(database.shape[1])
+    index.add(database)
+    return index
+
+
+def _knn(batch: int, metric: str, quick: bool) -> Prepared:
+    n, d = (100_000 if quick else 1_000_000), 128
+    database, queries = data.vectors(n, d), data.vectors(batch, d, seed=1)
+    peers = {}
+    if batch * n <= 20_000_000:  # beyond, NumPy's score matrix takes gigabytes
+        peers["numpy"] = lambda: numpy_knn(queries, database, K, metric)
+    torch = data.installed("torch")
+    if torch is not None:
+        tensors = torch.from_numpy(queries), torch.from_numpy(database)
+        peers["torch"] = lambda: torch_knn(*tensors, K, metric)
+    index = faiss_flat(database, metric)
+    if index is not None:
+        peers["faiss"] = lambda: index.search(queries, K)
+    return Prepared(
+        ours=lambda: scan.knn(queries, database, K, metric),
+        check=lambda: expect.neighbours(scan.knn(queries, database, K, metric), queries, database, K, metric),
+        peers=peers,
+        bytes=4.0 * n * d,
+        flops=(3.0 if metric == "l2" else 2.0) * batch * n * d,
+        work=batch,
+        unit="queries",
+    )
+
+
+def _pq(batch: int, quick: bool) -> Prepared:
+    n, m, dsub = (100_000 if quick else 1_000_000), 16, 8
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 256, (n, m), dtype=np.uint8)
+    books = rng.standard_normal((m, 256, dsub), dtype=np.float32)
+    queries = data.vectors(batch, m * dsub, seed=1)
+
+    def tables():
+        return ((queries.reshape(batch, m, 1, dsub) - books) ** 2).sum(-1)
+
+    def by_numpy():
+        look = tables()
+        scores = np.zeros((batch, n), np.float32)
+        for j in range(m):
+            scores += look[:, j, codes[:, j]]
+        part = np.argpartition(scores, K, axis=1)[:, :K]
+        best = np.take_along_axis(scores, part, 1)
+        order = np.argsort(best, axis=1)
+        return np.take_along_axis(best, order, 1), np.take_along_axis(part, order, 1)
+
+    def check():
+        scores, ids = scan.pq(queries, codes, books, K)
+        expect.close(scores, by_numpy()[0], rtol=1e-4, what="scores")
+        rows = books[np.arange(m), codes[ids[0]]].reshape(K, m * dsub)
+        expect.close(
+            ((queries[0] - rows) ** 2).sum(1), scores[0], rtol=1e-4, what="scores of the returned ids"
+        )
+
+    peers = {"numpy": by_numpy} if batch * n <= 4_000_000 else {}
+    torch = data.installed("torch")
+    if torch is not None:
+        tcodes = torch.from_numpy(codes.astype(np.int64).T.copy())
+
+        def by_torch():
+            look = torch.from_numpy(tables())
+            scores = look[:, 0].index_select(1, tcodes[0])
+            for j in range(1, m):
+                scores += look[:, j].index_select(1, tcodes[j])
+            return scores.topk(K, dim=1, largest=False)
+
+        if batch * n <= 20_000_000:
+            peers["torch"] = by_torch
+    faiss = data.installed("faiss")
+    if faiss is not None:
+        faiss.omp_set_num_threads(get_num_threads())
+        index = faiss.IndexPQ(m * dsub, m, 8)
+        faiss.copy_array_to_vector(books.ravel(), index.pq.centroids)
+        faiss.copy_array_to_vector(codes.ravel(), index.codes)
+        index.is_trained, index.ntotal = True, n
+        peers["faiss"] = lambda: index.search(queries, K)
+    return Prepared(
+        ours=lambda: scan.pq(queries, codes, books, K),
+        check=check,
+        peers=peers,
+        bytes=float(n * m),
+        flops=float(batch * n * m),
+        work=batch,
+        unit="queries",
+    )
+
+
+CASES = [
+    Case("knn ip, 1 query", "scan", partial(_knn, 1, "ip")),
+    Case("knn ip, 16 queries", "scan", partial(_knn, 16, "ip")),
+    Case("knn ip, 1024 queries", "scan", partial(_knn, 1024, "ip")),
+    Case("knn l2, 16 queries", "scan", partial(_knn, 16, "l2")),
+    Case("knn l2, 1024 queries", "scan", partial(_knn, 1024, "l2"), full_only=True),
+    Case("pq 16 x 8 bits, 1 query", "scan", partial(_pq, 1)),
+    Case("pq 16 x 8 bits, 64 queries", "scan", partial(_pq, 64)),
+]

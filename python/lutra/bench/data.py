@@ -1,0 +1,65 @@
+"""Input for benchmarks, made from seeds; the large arrays are shared between cases."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@lru_cache(maxsize=4)
+def vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
+    """(n, d) float32, standard normal. Cached: do not write to it."""
+    return np.random.default_rng([seed, n, d]).standard_normal((n, d), dtype=np.float32)
+
+
+def fresh(arrays: list[Any]) -> Callable[[], Any]:
+    """A function that gives the next of some arrays, round and round.
+
+    A benchmark of a gather must not ask for the same rows again and again: they would come from a cache.
+    """
+    return cycle(arrays).__next__
+
+
+def bag_ids(rows: int, bags: int, length: int, calls: int = 64, seed: int = 0) -> list[np.ndarray]:
+    """Ids (bags, length) int64 for so many calls, uniform in [0, rows)."""
+    rng = np.random.default_rng([seed, rows, bags, length])
+    return list(rng.integers(0, rows, (calls, bags, length), dtype=np.int64))
+
+
+@lru_cache(maxsize=2)
+def texts(limit: int) -> list[str]:
+    """Paragraphs of the standard library's source, about ``limit`` bytes: real text on every machine."""
+    out: list[str] = []
+    size = 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for block in path.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+            block = inspect.cleandoc(block)
+            if len(block) > 20:
+                out.append(block)
+                size += len(block.encode())
+                if size >= limit:
+                    return out
+    return out
+
+
+def clear() -> None:
+    """Let go of the cached arrays."""
+    vectors.cache_clear()
+    texts.cache_clear()
+
+
+def installed(name: str) -> Any:
+    """An optional module, or None."""
+    try:
+        __import__(name)
+    except ImportError:
+        return None
+    return sys.modules[name]

@@ -14,7 +14,7 @@ from .timing import SETTLE, Timing, interleaved
 
 @dataclass
 class Row:
-    """The outcome of a case. ``state``: ``'ok'``, ``'WRONG'``, ``'skipped'``, ``'memory'``; ``note`` says more."""
+    """The outcome of a case. ``state``: ``'ok'``, ``'WRONG'``, ``'skipped'``, ``'memory'``."""
 
     name: str
     state: str
@@ -71,7 +71,7 @@ def run_case(case: Case, limits: Limits | None, quick: bool = False, budget: flo
         prepared.check()
     except AssertionError as error:
         text = " ".join(str(error).split())
-        return Row(case.name, "WRONG", text[:300])
+        return Row(case.name, "WRONG", text[:160])
     if budget is None:
         budget = 1.0 if quick else 6.0
     times = interleaved(

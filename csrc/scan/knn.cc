@@ -11,10 +11,7 @@
 // equal scores and ties can go to the lower id.
 #include "scan/knn.h"
 
-#include "common/parallel.h"
-#include "common/select.h"
-#include "common/simd.h"
-#include "scan/metric.h"
+#include "scan/selection.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -26,28 +23,6 @@ constexpr int kVectors = 3, kRows = 8;  // 24 accumulators, 3 query vectors, of 
 constexpr int kVectors = 2, kRows = 6;  // 12 accumulators, 2 query vectors, 1 broadcast, of 16 registers
 #endif
 constexpr int64_t kBlockBytes = 192 << 10;  // of rows: with the query panel, inside an L2 of 512 KB or more
-
-// The selections of one thread, for all queries of a pass.
-struct Selection {
-  TopK* best;
-  float* threshold;  // of each query, in the units of the score (lanes beyond the last query: never passed)
-  int64_t bad;       // lowest row with a NaN score, or -1
-};
-
-void offer(Selection* s, int64_t query, float score, int64_t row, Metric metric) {
-  if (score != score) {
-    if (s->bad < 0 || row < s->bad) s->bad = row;
-    return;
-  }
-  TopK* best = s->best + query;
-  topk_push(best, metric == Metric::l2 ? -score : score, row);
-  s->threshold[query] = metric == Metric::l2 ? -best->threshold : best->threshold;
-}
-
-template <Metric M>
-LUTRA_INLINE uint32_t passes(vf score, vf threshold) {
-  return M == Metric::l2 ? bits_not_le(threshold, score) : bits_not_le(score, threshold);
-}
 
 // ------------------------------------------------------------------------------------------ queries in lanes
 // One tile: R rows from x, V vectors of queries from the panel (d, V * W). `first` is the first query's number.
@@ -167,8 +142,6 @@ LUTRA_INLINE void dot_rows(const float* const* q, const float* x, int64_t ldx, i
 template <Metric M, int Q>
 void rows_block(const KnnArgs& a, const float* const* q, int64_t begin, int64_t end, Selection* s) {
   constexpr int R = Q == 1 ? 4 : 2;
-  const float* padded[Q];
-  for (int i = 0; i < Q; ++i) padded[i] = q[i];
   alignas(64) float score[Q][kGroup];
   for (int64_t i0 = begin; i0 < end; i0 += kGroup) {
     const int rows = static_cast<int>(end - i0 < kGroup ? end - i0 : kGroup);
@@ -178,13 +151,13 @@ void rows_block(const KnnArgs& a, const float* const* q, int64_t begin, int64_t 
       // The hardware follows the stream; this only reaches over the ends of pages.
       for (int64_t j = 0; j < a.d * R; j += 16) __builtin_prefetch(x + (r + 4 * R) * a.ldx + j);
       float part[Q][kGroup];
-      dot_rows<M, Q, R>(padded, x + r * a.ldx, a.ldx, a.d, part);
+      dot_rows<M, Q, R>(q, x + r * a.ldx, a.ldx, a.d, part);
       for (int i = 0; i < Q; ++i)
         for (int k = 0; k < R; ++k) score[i][r + k] = part[i][k];
     }
     for (; r < rows; ++r) {
       float part[Q][kGroup];
-      dot_rows<M, Q, 1>(padded, x + r * a.ldx, a.ldx, a.d, part);
+      dot_rows<M, Q, 1>(q, x + r * a.ldx, a.ldx, a.d, part);
       for (int i = 0; i < Q; ++i) score[i][r] = part[i][0];
     }
     if (M == Metric::cosine)
@@ -216,7 +189,7 @@ void rows_queries(const KnnArgs& a, const float* const* q, int64_t queries, int6
 
 // ------------------------------------------------------------------------------------------ a pass over x
 template <Metric M>
-void pass(const KnnArgs& a, int64_t first, int64_t queries, int64_t capacity, int threads, int64_t* bad) {
+void pass(const KnnArgs& a, int64_t first, int64_t queries, int threads) {
   const int64_t lanes = lane_vectors(queries) * W;
   const bool by_rows = queries <= 4;
   Buffer<float> packed((by_rows ? queries : lanes) * (a.d + W));
@@ -233,63 +206,28 @@ void pass(const KnnArgs& a, int64_t first, int64_t queries, int64_t capacity, in
     pack_queries(a, first, queries, packed.data);
   }
 
-  Buffer<float> keys(threads * queries * capacity);
-  Buffer<int64_t> ids(threads * queries * capacity);
-  Buffer<TopK> best(threads * queries);
-  Buffer<float> thresholds(threads * lanes);
-  Buffer<Selection> selections(threads);
-  for (int t = 0; t < threads; ++t) {
-    Selection& s = selections[t];
-    s.best = best.data + t * queries;
-    s.threshold = thresholds.data + t * lanes;
-    s.bad = -1;
-    for (int64_t i = 0; i < lanes; ++i) s.threshold[i] = sign_of(M) * __builtin_inff();
-    for (int64_t i = 0; i < queries; ++i) {
-      const int64_t at = (t * queries + i) * capacity;
-      topk_start(s.best + i, a.k, capacity, keys.data + at, ids.data + at);
-      s.threshold[i] = __builtin_nanf("");
-    }
-  }
-
+  Selections selections(threads, queries, a.k, a.n, M);
   int64_t block = kBlockBytes / (4 * (a.d > 0 ? a.d : 1)) / 48 * 48;
   if (block < 48) block = 48;
   if (by_rows) block *= 4;  // nothing is reused: only the balance between threads matters
-  const int64_t blocks = (a.n + block - 1) / block;
   Buffer<float> inverse(threads * block);
-  const auto work = [&](int64_t b) {
-    const int t = threads > 1 ? omp_get_thread_num() : 0;
-    const int64_t begin = b * block, end = begin + block < a.n ? begin + block : a.n;
+  scan_blocks(a.n, block, threads, [&](int t, int64_t begin, int64_t end) {
+    Selection* s = selections.of_thread(t);
     if (by_rows)
-      rows_queries<M>(a, q, queries, begin, end, &selections[t]);
+      rows_queries<M>(a, q, queries, begin, end, s);
     else
-      lanes_block<M>(a, packed.data, queries, begin, end, inverse.data + t * block, &selections[t]);
-  };
-  if (threads <= 1) {
-    for (int64_t b = 0; b < blocks; ++b) work(b);
-  } else {
-#pragma omp parallel for schedule(monotonic : dynamic, 1) num_threads(threads)
-    for (int64_t b = 0; b < blocks; ++b) work(b);
-  }
-
-  for (int t = 0; t < threads; ++t)
-    if (selections[t].bad >= 0 && (*bad < 0 || selections[t].bad < *bad)) *bad = selections[t].bad;
-  Buffer<TopK*> parts(threads);
-  for (int64_t i = 0; i < queries; ++i) {
-    for (int t = 0; t < threads; ++t) parts[t] = selections[t].best + i;
-    topk_finish(parts.data, threads, a.k, sign_of(M), a.scores + (first + i) * a.k, a.ids + (first + i) * a.k);
-  }
+      lanes_block<M>(a, packed.data, queries, begin, end, inverse.data + t * block, s);
+  });
+  selections.finish(first, a.scores, a.ids, a.bad);
 }
 
 template <Metric M>
 void search(const KnnArgs& a) {
   const double nanoseconds = static_cast<double>(a.nq) * a.n * (a.d * 0.02 + 1);
-  int threads = nanoseconds < 60e3 ? 1 : num_threads();
-  const int64_t capacity = topk_capacity(a.k, a.n);
-  // Queries of a pass: as many as keep the selections below 16 MB.
-  int64_t queries = (16 << 20) / (12 * capacity * threads) / (W * kVectors) * (W * kVectors);
-  if (queries < W * kVectors) queries = W * kVectors;
+  const int threads = nanoseconds < 60e3 ? 1 : num_threads();
+  const int64_t queries = pass_queries(a.k, a.n, threads, W * kVectors);
   for (int64_t first = 0; first < a.nq; first += queries)
-    pass<M>(a, first, a.nq - first < queries ? a.nq - first : queries, capacity, threads, a.bad);
+    pass<M>(a, first, a.nq - first < queries ? a.nq - first : queries, threads);
 }
 
 }  // namespace

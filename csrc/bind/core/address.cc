@@ -29,7 +29,7 @@ void register_address(py::module_& m) {
                       ids.as<int64_t>(n_ids)};
     run(&token_ngrams, a, n_ids * 2.0);
   });
-  m.def("text_ngrams", &text_ngrams);
+  register_text_ngrams(m);
 }
 
 }  // namespace lutra

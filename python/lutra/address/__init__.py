@@ -2,6 +2,9 @@
 
 from .._results import Neighbors
 from ._nearest import nearest
+from ._ngrams import Ngrams, Vocabulary, ngrams, token_ngrams
 from ._sign_hash import SignHash, sign_hash
 
-__all__ = ["Neighbors", "SignHash", "nearest", "sign_hash"]
+__all__ = [
+    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "nearest", "ngrams", "sign_hash", "token_ngrams",
+]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import scan
+from .ngrams import ngrams, token_ngrams  # noqa: F401
 
 
 def _wide(x: np.ndarray) -> np.ndarray:

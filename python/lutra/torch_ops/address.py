@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..address import _ngrams as grams
 from ..address import _sign_hash as sign
 from .library import gradient, register
 
@@ -43,3 +44,25 @@ register(
     ),
 )
 gradient("sign_hash", _backward, _setup)
+
+
+# ---- token_ngrams (integers: no gradient)
+def _token_ngrams_fake(tokens, offsets, order, buckets, first_bucket=0, unigrams=True):
+    grams._token_ngrams_shape(tokens, offsets, order, buckets, first_bucket, unigrams)
+    if offsets is None:
+        texts, length = tokens.shape
+        longest = torch.sym_min(length, order)
+        each = (longest - 1) * (length + 1) - (longest + 2) * (longest - 1) // 2 + (length if unigrams else 0)
+        size = texts * each
+    else:
+        texts = offsets.shape[0]
+        size = torch.library.get_ctx().new_dynamic_size()
+    return tokens.new_empty((size,), dtype=torch.int64), tokens.new_empty((texts,), dtype=torch.int64)
+
+
+register(
+    "token_ngrams(Tensor tokens, Tensor? offsets, int order, int buckets, int first_bucket=0, "
+    "bool unigrams=True) -> (Tensor, Tensor)",
+    grams._token_ngrams,
+    _token_ngrams_fake,
+)

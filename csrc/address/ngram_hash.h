@@ -1,0 +1,29 @@
+// The hashes of fastText and sent2vec (Bojanowski et al. 2017; Pagliardini et al. 2018), shared by text and token
+// n-grams. Everything is static, so that each SIMD level keeps a copy of its own.
+#pragma once
+#include <cstdint>
+
+namespace lutra {
+
+// Rolling hash over token values: h = v_i; h = h * kNgramStep + v_j. Wraps at 2^64.
+constexpr uint64_t kNgramStep = 116049371;
+
+// 32-bit FNV-1a, one byte at a time. fastText's variant: the byte is a signed char, sign-extended.
+constexpr uint32_t kFnvStart = 2166136261u, kFnvPrime = 16777619u;
+static inline uint32_t fnv1a(uint32_t h, unsigned char byte) {
+  return (h ^ static_cast<uint32_t>(static_cast<int32_t>(static_cast<signed char>(byte)))) * kFnvPrime;
+}
+
+// h mod n without a division: `inverse` is floor((2^64 - 1) / n). Then h/n - 1 < h * inverse / 2^64 <= h/n, so the
+// quotient is at most one too small.
+struct Modulus {
+  uint64_t n, inverse;
+};
+static inline Modulus modulus(uint64_t n) { return Modulus{n, ~uint64_t{0} / n}; }
+static inline uint64_t mod(uint64_t h, Modulus m) {
+  const uint64_t q = static_cast<uint64_t>((static_cast<unsigned __int128>(h) * m.inverse) >> 64);
+  const uint64_t r = h - q * m.n;
+  return r >= m.n ? r - m.n : r;
+}
+
+}  // namespace lutra

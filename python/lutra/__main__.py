@@ -1,0 +1,5 @@
+"""``python -m lutra`` is the ``lutra`` command."""
+
+from .cli import main
+
+main()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lutra import _backend
 from lutra.address import Ngrams, Vocabulary, ngrams, token_ngrams
 from lutra.reference import address as reference

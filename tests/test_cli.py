@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from typer.testing import CliRunner
+
 import lutra
 from lutra import _backend
 from lutra.cli.app import app
-from typer.testing import CliRunner
 
 runner = CliRunner()
 

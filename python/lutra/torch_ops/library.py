@@ -1,4 +1,4 @@
-"""The library object and the helper that registers one op."""
+"""The library object and the helpers that register one op."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import _C
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from .._arrays import torch_kind
 
 LIBRARY = torch.library.Library("lutra", "DEF")
+
+_functorch = _C._functorch.peek_interpreter_stack
+_below_autograd = _C._AutoDispatchBelowAutograd
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define an op. ``implementation(kind, *args)`` is the function behind the NumPy op as well.
 
     Tensors reach it on the CPU and on CUDA; ``fake(*args)`` gives empty outputs of the right shape and dtype.
+    An op is not differentiable until `gradient` says how: backpropagating through it raises an error.
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(")[0]
@@ -29,8 +37,73 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"lutra::{name}", fake, lib=LIBRARY)
+    _Differentiation(name)
 
 
 def gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Give an op its gradient."""
-    torch.library.register_autograd(f"lutra::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    """Give an op its gradient: the two functions of ``torch.library.register_autograd``."""
+    _autograd[name].backward, _autograd[name].setup_context = backward, setup_context
+
+
+_autograd: dict[str, _Differentiation] = {}
+
+
+class _Differentiation:
+    """An op's kernel for the Autograd key.
+
+    ``torch.library.register_autograd`` does nearly this; it cannot be used under ``torch.func.grad``, gives no
+    error but a missing tangent in forward-mode differentiation, and leaves ops without a formula to a warning
+    and a missing gradient.
+    """
+
+    def __init__(self, name: str) -> None:
+        _autograd[name] = self
+        self.name = name
+        self.op = getattr(torch.ops.lutra, name).default
+        self.defaults = tuple(a.default_value for a in self.op._schema.arguments)
+        self.backward: Callable[..., Any] | None = None
+        self.setup_context: Callable[..., Any] | None = None
+        self.node = self._make_node()
+        LIBRARY.impl(name, self._kernel, "Autograd", with_keyset=True)
+
+    def _kernel(self, keyset, *args):
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
+        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            if _functorch() is None:
+                return self.node.apply(*args, keyset)
+            with enable_single_level_autograd_function():
+                return self.node.apply(*args, keyset)
+        with _below_autograd():
+            return self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    def _refuse_tangents(self, args):
+        for a in args:
+            if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+                raise NotImplementedError(
+                    f"lutra::{self.name} has no forward-mode derivative (jvp, jacfwd, dual tensors); "
+                    "use reverse mode: backward, torch.func.grad, vjp or jacrev"
+                )
+
+    def _make_node(self):
+        def forward(ctx, *args):
+            *args, keyset = args
+            with _below_autograd():
+                out = self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            if self.setup_context is not None:
+                # The dispatcher leaves out trailing arguments that equal their defaults.
+                with _below_autograd():
+                    self.setup_context(ctx, (*args, *self.defaults[len(args) :]), out)
+            return out
+
+        def backward(ctx, *grads):
+            if self.backward is None:
+                raise NotImplementedError(
+                    f"lutra::{self.name} is not differentiable"
+                    + (": second derivatives are not implemented" if self.name.endswith("backward") else "")
+                )
+            result = self.backward(ctx, *grads)
+            return (*result, None) if isinstance(result, tuple) else (result, None)
+
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(f"lutra_{self.name}", (_SingleLevelFunction,), functions)

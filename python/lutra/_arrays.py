@@ -301,8 +301,15 @@ def call(name: str, implementation: Any, arrays: tuple[Any, ...], options: tuple
     if any(_foreign(a) for a in arrays):
         like = next(a for a in arrays if _foreign(a))
         return _hand_back(call(name, implementation, tuple(_adopt(a) for a in arrays), options), like)
-    argument = implementation.__code__.co_varnames[1]
-    return implementation(kind_of(first, argument), *arrays, *options)
+    names = implementation.__code__.co_varnames[1 : 1 + len(arrays)]
+    kind = kind_of(first, names[0])
+    for array, argument in zip(arrays, names):
+        if array is not None and kind_of(array, argument) is not kind:
+            raise TypeError(
+                f"{argument} is a {type_name(array)}, {names[0]} a {type_name(first)}; "
+                "all arrays of a call must be of one library"
+            )
+    return implementation(kind, *arrays, *options)
 
 
 def _adopt(a: Any) -> Any:

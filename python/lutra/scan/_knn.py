@@ -129,8 +129,9 @@ def search(kind, queries, database, k, metric, names, op):
     metric_code = _checks.choice("metric", metric, METRICS)
     kernels = kind.kernels
     if not (
-        kind.code(queries) == 0 == kind.code(database)
+        database is not None
         and kernels is not None
+        and kind.code(queries) == 0 == kind.code(database)
         and len(queries.shape) == 2 == len(database.shape)
         and queries.shape[1] == database.shape[1]
         and not kind.cuda

@@ -1,0 +1,69 @@
+"""Fixtures that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lutra import _backend
+
+LEVELS = ("portable", "avx2", "avx512")
+
+
+def levels() -> tuple[str, ...]:
+    """The SIMD levels that this machine runs; ``('none',)`` where there is no CPU module."""
+    if _backend.core is None:
+        return ("none",)
+    return LEVELS[: LEVELS.index(_backend.core.best_simd_level()) + 1]
+
+
+@pytest.fixture(params=levels())
+def simd_level(request):
+    """Runs a test at every SIMD level of this machine."""
+    if _backend.core is None:
+        yield request.param
+        return
+    before = _backend.core.simd_level()
+    _backend.core.set_simd_level(request.param)
+    yield request.param
+    _backend.core.set_simd_level(before)
+
+
+@pytest.fixture(params=(1, 2, 3))
+def threads(request):
+    """Runs a test with several numbers of threads."""
+    if _backend.core is None and request.param > 1:
+        pytest.skip("the reference runs on one thread")
+    if _backend.core is not None:
+        _backend.core.set_num_threads(request.param)
+    yield request.param
+    if _backend.core is not None:
+        _backend.core.set_num_threads(0)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data, LUTRA_DATA or shared/data beside the checkout; skips where there is none."""
+    places = [os.environ.get("LUTRA_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]
+    for place in places:
+        if place and Path(place, "README.md").is_file():
+            return Path(place)
+    pytest.skip("no real data here: neither LUTRA_DATA nor ../shared/data")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    runs, reason = _backend.cuda_status()
+    no_cuda = pytest.mark.skip(reason=f"no CUDA device: {reason}")
+    not_now = pytest.mark.skip(reason="slow: only with --slow")
+    slow = config.getoption("--slow")
+    for item in items:
+        if not runs and "cuda" in item.keywords:
+            item.add_marker(no_cuda)
+        if not slow and "slow" in item.keywords:
+            item.add_marker(not_now)

@@ -37,6 +37,11 @@ if _CHOICE == "cpu" and core is None:
 #: The CUDA module or None, and why it is missing. Loading it needs no driver.
 cuda, cuda_error = _load("_cuda")
 
+if core is not None and (_level := os.environ.get("LUTRA_SIMD", "").strip()):
+    try:
+        core.set_simd_level(_level)
+    except ValueError as error:
+        raise ImportError(f"LUTRA_SIMD: {error}") from None
 if core is not None and (_threads := os.environ.get("LUTRA_NUM_THREADS", "").strip()):
     if not _threads.isdigit() or int(_threads) < 1:
         raise ImportError(f"LUTRA_NUM_THREADS is {_threads!r}; it must be a positive integer")

@@ -3,8 +3,6 @@
 #include "common/cpu.h"
 #include "common/threads.h"
 
-#include <cstdlib>
-
 namespace {
 
 lutra::Level level_from(const std::string& text) {
@@ -22,8 +20,7 @@ lutra::Level level_from(const std::string& text) {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "lutra's CPU kernels. Not a public interface: use lutra.address, lutra.gather and lutra.scan.";
   if (!lutra::baseline_ok()) throw pybind11::import_error("this processor lacks x86-64-v2 (SSE4.2)");
-  const char* wanted = std::getenv("LUTRA_SIMD");
-  lutra::g_level = wanted && *wanted ? level_from(wanted) : lutra::best_level();
+  lutra::g_level = lutra::best_level();  // python/lutra/_backend.py applies LUTRA_SIMD
   lutra::install_fork_handler();
 
   m.attr("__version__") = LUTRA_VERSION;

@@ -1,0 +1,15 @@
+"""Index: collections of vectors that are searched, changed and saved.
+
+`Flat` searches exactly, `PQ` a compressed copy; `load` opens what their ``save`` wrote. `kmeans` and `refine`
+are the parts that they are made of.
+"""
+
+from .._results import Neighbors
+from ._kmeans import KMeans, kmeans
+from ._load import load
+from ._refine import refine
+from .base import Index
+from .flat import Flat
+from .pq import PQ
+
+__all__ = ["PQ", "Flat", "Index", "KMeans", "Neighbors", "kmeans", "load", "refine"]

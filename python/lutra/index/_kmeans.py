@@ -1,0 +1,211 @@
+"""k-means: Lloyd's algorithm on `lutra.address.nearest` and `lutra.gather.bag`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _checks, address, gather
+from ._home import HOST, Home, check_matrix, deliver, home_of, to_float32
+from ._progress import Progress
+
+INITS = {"random": 0, "k-means++": 1}
+
+
+class KMeans(NamedTuple):
+    """Result of `kmeans`.
+
+    Attributes
+    ----------
+    centroids : array, shape (k, d), float32
+    objective : numpy.ndarray, shape (iterations,), float64
+        Mean squared distance of the points to their centroids (spherical: mean cosine) before each update.
+    """
+
+    centroids: Any
+    objective: np.ndarray
+
+
+def kmeans(
+    x: Any,
+    k: int,
+    *,
+    n_iter: int = 25,
+    init: str = "random",
+    spherical: bool = False,
+    max_points_per_centroid: int | None = 256,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> KMeans:
+    """Cluster vectors around k centroids.
+
+    Parameters
+    ----------
+    x : array, shape (n, d), float32, float16, bfloat16, float64, uint8 or int8
+        At least k vectors. Computed where ``x`` lies, in float32.
+    k : int
+    n_iter : int, default 25
+        Iterations; fewer where no assignment changes any more.
+    init : {'random', 'k-means++'}, default 'random'
+        ``'random'``: k different points, each equally likely; ``'k-means++'``: each drawn with a probability
+        in proportion to its squared distance from those before. k-means++ costs k passes over the points.
+    spherical : bool, default False
+        Centroids of unit norm, assignment by inner product (for vectors of unit norm).
+    max_points_per_centroid : int or None, default 256
+        Where there are more than k times as many points, a random sample of that size is clustered.
+    seed : int, default 0
+        The same seed, input and backend give the same bits, whatever the number of threads.
+    progress : bool or None
+        A progress bar (tqdm): None shows one where it takes more than two seconds, on a terminal.
+
+    Returns
+    -------
+    centroids : array, shape (k, d), float32, of the kind of ``x``
+    objective : numpy.ndarray, float64
+
+    Raises
+    ------
+    TypeError
+        ``x`` is no array or has another dtype.
+    ValueError
+        Fewer than k vectors, NaN or infinities (the row is named), or an argument out of range.
+
+    Warns
+    -----
+    UserWarning
+        Fewer than 39 points per centroid.
+
+    Notes
+    -----
+    Cost: 2 n k d flops an iteration; no (n, k) matrix is written. A cluster that loses all points starts
+    again at the point of the largest cluster that is farthest from its centroid.
+
+    References
+    ----------
+    Lloyd, Least squares quantization in PCM, 1982. Arthur, Vassilvitskii, k-means++, SODA 2007.
+    """
+    native = check_matrix(x, "x")
+    k = _checks.integer("k", k, 1)
+    n_iter = _checks.integer("n_iter", n_iter, 1)
+    _checks.choice("init", init, INITS)
+    rng = np.random.default_rng(seed)
+    home = home_of(native)
+    points = sample(home, native, k, max_points_per_centroid, rng)
+    with Progress(n_iter, "k-means", progress) as bar:
+        centroids, objective = lloyd(home, points, k, n_iter, init, bool(spherical), rng, bar)
+    return KMeans(deliver(home, (centroids,), x)[0], objective)
+
+
+def sample(home: Home, native: Any, k: int, per_centroid: int | None, rng: np.random.Generator) -> Any:
+    """The float32 points to train k centroids on: all, or so many per centroid at random."""
+    n = native.shape[0]
+    if n < k:
+        raise ValueError(f"x has {n} rows; at least {k} are needed, one for each centroid")
+    if per_centroid is not None:
+        per_centroid = _checks.integer("max_points_per_centroid", per_centroid, 1)
+        if n > k * per_centroid:
+            rows = np.sort(rng.choice(n, k * per_centroid, replace=False))
+            return to_float32(home, home.bring(native)[home.positions(rows)], "x", rows)
+    if n < 39 * k:
+        warnings.warn(
+            f"{n} points for {k} centroids; at least {39 * k} are advisable (39 for each)", stacklevel=3
+        )
+    return to_float32(home, native, "x")
+
+
+def lloyd(
+    home: Home,
+    points: Any,
+    k: int,
+    n_iter: int,
+    init: str,
+    spherical: bool,
+    rng: np.random.Generator,
+    bar: Progress,
+) -> tuple[Any, np.ndarray]:
+    """Centroids and the objective of each iteration."""
+    xp = home.xp
+    metric = "ip" if spherical else "l2"
+    centroids = points[home.positions((_plus_plus if init == "k-means++" else _random)(home, points, k, rng))]
+    if spherical:
+        centroids = home.normalise(centroids)
+    every = home.positions(np.arange(k))
+    objective: list[float] = []
+    before = None
+    for i in range(n_iter):
+        scores, ids = address.nearest(points, centroids, 1, metric)
+        codes, scores = ids[:, 0], scores[:, 0]
+        objective.append(float(HOST.bring(scores).mean(dtype=np.float64)))
+        if before is not None and bool((codes == before).all()):
+            bar.tick(n_iter - i)
+            break
+        before = codes
+        order = home.argsort(codes)
+        starts = xp.searchsorted(codes[order], every)
+        centroids = gather.bag(points, order, starts, mode="mean")
+        if spherical:
+            centroids = home.normalise(centroids)
+        _reseed(points, centroids, order, starts, scores if metric == "l2" else -scores)
+        bar.tick()
+    return centroids, np.array(objective)
+
+
+def _reseed(points: Any, centroids: Any, order: Any, starts: Any, distances: Any) -> None:
+    """Give each empty cluster the farthest points of the cluster that is the largest at its turn."""
+    first = HOST.bring(starts)
+    counts = np.diff(first, append=len(points))
+    empty = np.flatnonzero(counts == 0)
+    if len(empty) == 0:
+        return
+    shares = counts.copy()  # what is left of each cluster after those that were split off
+    members: dict[int, list[int]] = {}
+    for cluster in empty.tolist():
+        largest = int(shares.argmax())
+        if shares[largest] < 2:
+            break
+        if largest not in members:
+            inside = order[int(first[largest]) : int(first[largest] + counts[largest])]
+            by_distance = np.argsort(HOST.bring(distances[inside]), kind="stable")
+            members[largest] = HOST.bring(inside)[by_distance].tolist()
+        centroids[cluster] = points[members[largest].pop()]
+        shares[cluster] = shares[largest] // 2
+        shares[largest] -= shares[cluster]
+        members[cluster] = []
+        counts[cluster] = 0
+
+
+def _random(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k points at random, different ones as far as a few draws can find them."""
+    draws = rng.permutation(len(points))
+    chosen, spare = draws[:k], draws[k:]
+    for _ in range(8):
+        rows = np.ascontiguousarray(HOST.bring(points[home.positions(chosen)])) + np.float32(0)  # no -0.0
+        _, first = np.unique(rows.view(np.dtype((np.void, rows.shape[1] * 4))), return_index=True)
+        missing = k - len(first)
+        if missing == 0 or len(spare) == 0:
+            break
+        again = np.ones(k, bool)
+        again[first] = False
+        again = np.flatnonzero(again)[: len(spare)]
+        chosen[again], spare = spare[: len(again)], spare[len(again) :]
+    return chosen
+
+
+def _plus_plus(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k points, each with a probability in proportion to its squared distance from those before."""
+    xp = home.xp
+    chosen = [int(rng.integers(len(points)))]
+    distances = None
+    for _ in range(k - 1):
+        new = ((points - points[chosen[-1]]) ** 2).sum(1)
+        distances = new if distances is None else xp.minimum(distances, new)
+        cumulative = HOST.bring(distances).cumsum(dtype=np.float64)
+        total = cumulative[-1]
+        if total > 0:
+            slot = int(np.searchsorted(cumulative, rng.random() * total, side="right"))
+            chosen.append(min(slot, len(points) - 1))
+        else:  # every point is a centroid already
+            chosen.append(int(rng.integers(len(points))))
+    return np.array(chosen)

@@ -1,0 +1,296 @@
+"""What all indexes share: ids, adding, removing, moving, saving."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from .. import _checks
+from .._arrays import kind_of
+from .._results import Neighbors
+from . import _files
+from ._home import HOST, Home, check_ids, check_matrix, deliver, home_of, home_on, to_float32
+from ._ids import Ids
+from ._rows import Rows
+
+_METRICS = {"ip": 0, "l2": 1, "cosine": 2}
+_PART = 1 << 24  # bytes of float32 vectors that are converted or encoded at a time
+
+
+class Index:
+    """Base class of the indexes: a collection of vectors of one dimension, each with an id.
+
+    Searching from several threads at once is safe; adding and removing need the index to themselves.
+
+    Attributes
+    ----------
+    d : int
+        Dimension of the vectors.
+    metric : {'ip', 'l2', 'cosine'}
+    """
+
+    d: int
+    metric: str
+
+    def __init__(self, d: int, metric: str) -> None:
+        self.d = _checks.integer("d", d, 1, 2**31 - 1)
+        _checks.choice("metric", metric, _METRICS)
+        self.metric = metric
+        self._home: Home | None = None  # decided by the first array
+        self._ids = Ids()
+
+    # ---- what a kind of index defines
+    #: Attributes that hold `Rows`, by the name of their tensor in a file.
+    _rows: dict[str, Rows]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether vectors can be added."""
+        return True
+
+    def _encode(self, x: Any, out: dict[str, Any], first: int) -> None:
+        """Write float32 vectors, number ``first`` of the addition and on, to their rows."""
+        raise NotImplementedError
+
+    def _search(self, q: Any, k: int, *options: Any) -> tuple[Any, Any]:
+        """Scores and positions for checked float32 queries of the home."""
+        raise NotImplementedError
+
+    def _reconstruct(self, positions: Any) -> Any:
+        """Vectors (float32) at positions."""
+        raise NotImplementedError
+
+    def _config(self) -> dict[str, Any]:
+        """Arguments of the constructor, as JSON values."""
+        raise NotImplementedError
+
+    # ---- the collection
+    @property
+    def ntotal(self) -> int:
+        """Number of vectors in the index."""
+        return self._ids.n
+
+    def __len__(self) -> int:
+        return self._ids.n
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of all vectors in the order of their addition (a copy, int64)."""
+        return self._ids.array.copy()
+
+    @property
+    def device(self) -> str:
+        """Where the vectors are kept: 'cpu', 'cuda:0', ..."""
+        return "cpu" if self._home is None else self._home.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays (vectors or codes, codebooks, ids), without room to grow.
+
+        Vectors that are mapped from a file count too, although the system may keep them on disk.
+        """
+        return self._ids.nbytes + sum(rows.nbytes for rows in self._rows.values())
+
+    def __repr__(self) -> str:
+        config = ", ".join(f"{name}={value!r}" for name, value in self._config().items())
+        state = f"ntotal={self.ntotal}, device={self.device!r}"
+        return f"{type(self).__name__}({config}, {state}{'' if self.is_trained else ', not trained'})"
+
+    def add(self, x: Any, ids: Any = None) -> None:
+        """Add vectors.
+
+        Parameters
+        ----------
+        x : array, shape (n, d), float32, float16, bfloat16, float64, uint8 or int8
+            Copied. The first array that an index is given decides where it lives: on the CPU, or on the GPU
+            where the array is (see `to`).
+        ids : array or list of int, shape (n,), optional
+            Unique and not negative. Default: the numbers that follow the largest id that was ever in the
+            index, from 0.
+
+        Raises
+        ------
+        TypeError
+            ``x`` is no array or has another dtype; ``ids`` are no integers.
+        ValueError
+            Shapes that do not fit; NaN, infinities or values beyond float32 (the row is named); ids that are
+            negative, repeated or in the index already; an index that is not trained. The index is then
+            unchanged.
+
+        Notes
+        -----
+        Cost: one copy, in parts (and the encoding, for compressed indexes). The memory grows by half when it
+        is full, so that many small additions cost linear time in all.
+        """
+        if not self.is_trained:
+            raise ValueError(f"this {type(self).__name__} is not trained: call train(x) with a sample first")
+        native = check_matrix(x, "x", self.d)
+        count = native.shape[0]
+        new = self._ids.check_new(ids, count)
+        home = self._settle(native)
+        step = max(1, _PART // (4 * self.d))
+        room = {name: rows.room(count) for name, rows in self._rows.items()}
+        for i in range(0, count, step):
+            part = to_float32(home, native[i : i + step], "x", i)
+            self._encode(part, {name: rows[i : i + step] for name, rows in room.items()}, i)
+        self._ids.add(new, count)
+        for rows in self._rows.values():
+            rows.grow(count)
+
+    def search(self, q: Any, k: int = 10) -> Neighbors:
+        """The k best vectors for each query.
+
+        Parameters
+        ----------
+        q : array, shape (nq, d), float32, float16, bfloat16, float64, uint8 or int8
+            Of any library and on any device; it is moved to the index where it lies elsewhere.
+        k : int, default 10
+            May exceed the number of vectors.
+
+        Returns
+        -------
+        scores : array, shape (nq, k), float32, of the kind and on the device of ``q``
+            Best first: inner products or cosines descending, squared distances ascending; where k exceeds
+            the collection -inf (ip, cosine) or +inf (l2).
+        ids : array, shape (nq, k), int64, likewise
+            Ids as they were added; -1 where k exceeds the collection. Among equal scores the vector that was
+            added first comes first.
+
+        Raises
+        ------
+        TypeError
+            ``q`` is no array or has another dtype.
+        ValueError
+            A shape that does not fit, k < 1, NaN or infinities (the row is named). Queries on a GPU are not
+            looked into, for that would mean to wait for it: there a NaN gives NaN scores.
+        """
+        return self._answer(q, k)
+
+    def _answer(self, q: Any, k: Any, *options: Any) -> Neighbors:
+        native = check_matrix(q, "q", self.d)
+        k = _checks.integer("k", k, 1)
+        home = self._home or home_of(native, "q")
+        part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
+        if not self.is_trained:
+            raise ValueError(f"this {type(self).__name__} is not trained: call train(x), then add(x)")
+        scores, positions = self._search(part, k, *options)
+        return Neighbors(*deliver(home, (scores, self._ids.of(home, positions)), q))
+
+    def reconstruct(self, ids: Any) -> Any:
+        """The stored vectors of some ids.
+
+        Parameters
+        ----------
+        ids : int, or list or array of int, shape (n,)
+
+        Returns
+        -------
+        array, shape (d,) for an int, else (n, d), float32
+            Of the kind and on the device of ``ids``; NumPy for an int or a list.
+
+        Raises
+        ------
+        IndexError
+            An id that is not in the index.
+        """
+        wanted = check_ids(ids)
+        positions = self._ids.positions(np.atleast_1d(wanted))
+        missing = np.flatnonzero(positions < 0)
+        if len(missing):
+            where = f"[{missing[0]}]" if wanted.ndim else ""
+            raise IndexError(
+                f"ids{where} is {int(np.atleast_1d(wanted)[missing[0]])}, which is not in the index"
+            )
+        home = self._home or HOST
+        vectors = self._reconstruct(home.positions(positions))
+        if not hasattr(ids, "__dlpack__"):
+            result = HOST.bring(vectors)
+        else:
+            (result,) = deliver(home, (vectors,), ids)
+        return result if wanted.ndim else result[0]
+
+    def remove_ids(self, ids: Any) -> int:
+        """Remove vectors.
+
+        Parameters
+        ----------
+        ids : int, or list or array of int, shape (n,)
+            Ids that are not in the index are passed over, as in FAISS; an id that is named twice counts once.
+
+        Returns
+        -------
+        int
+            Number of vectors that were removed.
+
+        Notes
+        -----
+        The others keep their ids and their order. Removed ids may be added again; ids given by default are
+        never used twice. Cost: the vectors behind the first that is removed move up, so remove many at once
+        rather than one by one.
+        """
+        positions = self._ids.positions(np.atleast_1d(check_ids(ids)))
+        stay = np.ones(self._ids.n, bool)
+        stay[positions[positions >= 0]] = False
+        keep = np.flatnonzero(stay)
+        removed = self._ids.n - len(keep)
+        if removed:
+            for rows in self._rows.values():
+                rows.keep(keep)
+            self._ids.keep(keep)
+        return removed
+
+    # ---- where it lives
+    def _settle(self, native: Any) -> Home:
+        """The home, decided by this first array where it was still open."""
+        if self._home is None:
+            self._move(home_of(native))
+        assert self._home is not None
+        return self._home
+
+    def _move(self, home: Home) -> None:
+        for name, rows in self._rows.items():
+            if rows.home is not home:
+                self._rows[name] = rows.to(home)
+        self._home = home
+
+    def to(self, device: Any) -> Index:
+        """Move the index to a device.
+
+        Parameters
+        ----------
+        device : {'cpu', 'cuda', 'cuda:0', ...} or torch.device
+            On a GPU the vectors are kept as torch tensors where torch is in use, else as CuPy arrays.
+
+        Returns
+        -------
+        Index
+            The index itself.
+        """
+        home = home_on(device)
+        if self._home is None or self._home.device != home.device:
+            self._move(home)
+        return self
+
+    # ---- files
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save the index to a safetensors file.
+
+        The file is written beside ``path`` under another name, synced to disk and then renamed: ``path``
+        holds either the old file or the new one, whole, even when the disk is full or the power fails. Saving
+        over the file that this index was loaded from is safe.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; what ``path`` held before is still there.
+        """
+        _files.write(path, *self._contents())
+
+    def _contents(self) -> tuple[list[_files.Tensor], dict[str, str]]:
+        tensors = [_files.Tensor.of_rows(name, rows) for name, rows in self._rows.items()]
+        if not self._ids.are_positions:
+            tensors.append(_files.Tensor.of_array("ids", self._ids.array))
+        config = {**self._config(), "n": self.ntotal, "next_id": self._ids.next, "trained": self.is_trained}
+        return tensors, _files.describe(type(self).__name__, config)

@@ -29,12 +29,12 @@ void register_gather(py::module_& m) {
     run(&bag, a, n_ids * dim * 0.1 + bags * dim * 0.1);
     return bad;
   });
-  m.def("bag_sort_workspace", [](int64_t n_ids, int64_t) { return n_ids * 16; });
+  m.def("bag_sort_workspace", [](int64_t n_ids, int64_t) { return n_ids * 20; });
   m.def("bag_sort", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags,
                        int64_t length, int64_t padding_idx, int mode, int64_t rows, Ptr order, Ptr starts,
                        Ptr touched, Ptr bag_of, Ptr bag_scale, Ptr count, Ptr workspace, int64_t workspace_bytes) {
     int64_t bad = -1;
-    if (workspace_bytes < n_ids * 16) throw py::value_error("lutra: the workspace of bag_sort is too small");
+    if (workspace_bytes < n_ids * 20) throw py::value_error("lutra: the workspace of bag_sort is too small");
     BagSortArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode), rows,
                   order.as<int64_t>(n_ids), starts.as<int64_t>(n_ids + 1), touched.as<int64_t>(n_ids),
                   bag_of.as<int32_t>(n_ids), bag_scale.as<float>(bag_scale.p ? bags : 0), count.as<int64_t>(1),

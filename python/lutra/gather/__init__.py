@@ -1,1 +1,7 @@
 """Gather: a table and addresses in; the weighted sum of the rows found there out."""
+
+from ._bag import TouchedRows, bag, bag_grad
+from ._rows import QuantizedRows, dequantize_rows, quantize_rows
+from ._tables import tables
+
+__all__ = ["QuantizedRows", "TouchedRows", "bag", "bag_grad", "dequantize_rows", "quantize_rows", "tables"]

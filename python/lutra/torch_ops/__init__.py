@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from . import address, scan  # noqa: F401  (registers the ops)
+from . import address, gather, scan  # noqa: F401  (registers the ops)
 from .library import LIBRARY  # noqa: F401
 
 ops = torch.ops.lutra

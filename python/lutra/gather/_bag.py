@@ -53,12 +53,14 @@ def bag(
         Factor of each row (mode 'sum' only). Used as float32, as float64 with a float64 table.
     mode : {'sum', 'mean', 'max'}, default 'sum'
     padding_idx : int, optional
-        Entries with this id are left out, of the mean's count too. Negative: counts from the end of the table.
+        Entries with this id are left out, of the mean's count too. Negative: counts from the table's end.
     include_last_offset : bool, default False
     scale, minimum : arrays, shape (rows,), float32, optional
         For 8-bit tables: row ``r`` is ``minimum[r] + scale[r] * table[r]`` (see `quantize_rows`).
     sparse_grad : bool, default False
-        torch only: the table's gradient is a coalesced sparse tensor of the touched rows.
+        torch only: the table's gradient is a coalesced sparse tensor of the touched rows. (When torch fills
+        ``.grad`` it forgets the mark; the rows are sorted and unique all the same, and
+        ``grad._coalesced_(True)`` sets it again.)
 
     Returns
     -------
@@ -76,8 +78,9 @@ def bag(
     Notes
     -----
     Sums are accumulated in float32 (float64 for float64) in the order of the ids. Maxima: NaN wins; the
-    gradient goes to the first maximum. Gradients (torch): to the table, deterministic, and to the weights (for
-    8-bit tables these only). Cost: one random read per id; a float64 table is computed by the NumPy reference.
+    gradient goes to the first maximum. Gradients (torch): to the table, deterministic, and to the weights
+    (for 8-bit tables these only). Cost: one random read per id; a float64 table is computed by the NumPy
+    reference.
 
     Examples
     --------
@@ -140,7 +143,9 @@ def bag_grad(
     argmax = None
     if mode == "max":
         if table is None:
-            raise ValueError("table is needed for mode 'max': the gradient goes to the rows that hold the maxima")
+            raise ValueError(
+                "table is needed for mode 'max': the gradient goes to the rows that hold the maxima"
+            )
         if table.shape[0] != rows:
             raise ValueError(f"table has {table.shape[0]} rows, rows is {rows}; they must be equal")
         argmax = call("bag_argmax", _bag_argmax, (table, ids, offsets), (padding_idx, include_last_offset))
@@ -178,7 +183,8 @@ def _same(kind, first, name, ids, offsets, weights=None, scale=None, minimum=Non
             pass
     _mixed(
         kind, first, name,
-        {"ids": ids, "offsets": offsets, "weights": weights, "scale": scale, "minimum": minimum, "argmax": argmax},
+        {"ids": ids, "offsets": offsets, "weights": weights, "scale": scale, "minimum": minimum,
+         "argmax": argmax},
     )  # fmt: skip
 
 
@@ -191,7 +197,9 @@ def _layout(ids, offsets, include_last_offset):
                 raise ValueError("include_last_offset is True, but there are no offsets (ids is 2-d)")
             return shape
         if len(shape) == 1:
-            raise ValueError(f"ids has shape {tuple(shape)}; 1-d ids need offsets (2-d ids are one bag per row)")
+            raise ValueError(
+                f"ids has shape {tuple(shape)}; 1-d ids need offsets (2-d ids are one bag per row)"
+            )
         raise ValueError(f"ids must be 2-d, or 1-d with offsets; got shape {tuple(shape)}")
     if len(shape) != 1:
         raise ValueError(f"ids must be 1-d where offsets are given, got shape {tuple(shape)}")
@@ -212,7 +220,9 @@ def _padding(padding_idx, rows):
     if type(padding_idx) is not int or not -rows <= padding_idx < rows:
         padding_idx = _checks.integer("padding_idx", padding_idx)
         if not -rows <= padding_idx < rows:
-            raise ValueError(f"padding_idx is {padding_idx}; it must lie in [{-rows}, {rows}), the rows of the table")
+            raise ValueError(
+                f"padding_idx is {padding_idx}; it must lie in [{-rows}, {rows}), the rows of the table"
+            )
     return padding_idx + rows if padding_idx < 0 else padding_idx
 
 
@@ -234,7 +244,9 @@ def _weights(kind, weights, ids, mode, wanted):
     if mode != "sum":
         raise ValueError(f"weights go with mode 'sum' only, got mode {mode!r}")
     if weights.shape != ids.shape:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be that of ids, {tuple(ids.shape)}")
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}; it must be that of ids, {tuple(ids.shape)}"
+        )
     if kind.code(weights) != wanted:
         _checks.dtype(kind, weights, "weights", (*FLOATS, F64))
         weights = kind.cast(weights, wanted)
@@ -254,7 +266,9 @@ def _table(kind, table, scale, minimum):
                 raise ValueError(f"{name} is missing: a table of {NAMES[code]} codes needs scale and minimum")
             _checks.dtype(kind, a, name, (F32,))
             if tuple(a.shape) != (table.shape[0],):
-                raise ValueError(f"{name} has shape {tuple(a.shape)}; it must be ({table.shape[0]},): one per row")
+                raise ValueError(
+                    f"{name} has shape {tuple(a.shape)}; it must be ({table.shape[0]},): one per row"
+                )
     elif scale is not None or minimum is not None:
         raise ValueError(f"scale and minimum are for tables of uint8 or int8 codes, table is {NAMES[code]}")
     return code
@@ -287,7 +301,9 @@ def _bag(
 
 def _bag_argmax(kind, table, ids, offsets=None, padding_idx=None, include_last_offset=False):
     """The ids that give the maxima of mode 'max': (bags, dim) int64, -1 for empty bags."""
-    return _forward(kind, table, ids, offsets, None, None, None, "max", padding_idx, include_last_offset, True)
+    return _forward(
+        kind, table, ids, offsets, None, None, None, "max", padding_idx, include_last_offset, True
+    )
 
 
 def _forward(
@@ -348,7 +364,9 @@ def _bag_backward_rows(
     include_last_offset=False,
 ):  # fmt: skip
     """The touched rows (int64, increasing) and their gradients."""
-    return _backward(kind, grad, ids, offsets, weights, argmax, rows, mode, padding_idx, include_last_offset, True)
+    return _backward(
+        kind, grad, ids, offsets, weights, argmax, rows, mode, padding_idx, include_last_offset, True
+    )
 
 
 def _backward(
@@ -385,7 +403,8 @@ def _backward(
     workspace = kind.empty((bytes_needed,), U8, grad)
     ptr = kind.ptr
     where = (
-        ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code, rows,
+        ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code,
+        rows,
     )  # fmt: skip
     plan = (ptr(order), ptr(starts), ptr(touched), ptr(bag_of), _ptr(kind, bag_scale), ptr(count))
     bad = kind.kernels.bag_sort(*where, *plan, ptr(workspace), bytes_needed, *kind.launch(grad))
@@ -401,7 +420,15 @@ def _backward(
 
 
 def _bag_weight_grad(
-    kind, grad, table, ids, offsets=None, scale=None, minimum=None, padding_idx=None, include_last_offset=False
+    kind,
+    grad,
+    table,
+    ids,
+    offsets=None,
+    scale=None,
+    minimum=None,
+    padding_idx=None,
+    include_last_offset=False,
 ):
     """Gradient of the weights, the shape of ids, float32 (float64 for a float64 table)."""
     _same(kind, grad, "grad", ids, offsets, scale=scale, minimum=minimum)
@@ -426,8 +453,8 @@ def _bag_weight_grad(
     n_ids = ids.shape[0] if offsets is not None else bags * length
     bad = kind.kernels.bag_weight_grad(
         kind.ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding,
-        MODES["sum"], kind.ptr(table), code, rows, dim, _ptr(kind, scale), _ptr(kind, minimum), kind.ptr(grad),
-        grad_code, kind.ptr(result), *kind.launch(grad),
+        MODES["sum"], kind.ptr(table), code, rows, dim, _ptr(kind, scale), _ptr(kind, minimum),
+        kind.ptr(grad), grad_code, kind.ptr(result), *kind.launch(grad),
     )  # fmt: skip
     if bad != -1 and not kind.cuda:
         _explain(kind, ids, offsets, rows, include_last_offset)

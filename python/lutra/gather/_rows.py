@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-
 from .. import _checks
 from .._arrays import F16, F32, F64, FLOATS, I8, U8, call
 from ..reference import gather as reference
@@ -92,7 +91,9 @@ def _quantize_rows(kind, table, dtype="uint8"):
         block = table[r : r + step]
         if source not in (F32, F64, F16):  # bfloat16
             block = kind.cast(block, F32)
-        codes[r : r + step], scale[r : r + step], minimum[r : r + step] = reference.quantize_rows(block, dtype)
+        codes[r : r + step], scale[r : r + step], minimum[r : r + step] = reference.quantize_rows(
+            block, dtype
+        )
         bad = ~(abs(minimum[r : r + step]) < float("inf")) | ~(scale[r : r + step] < float("inf"))
         if bool(bad.any()):
             _not_finite(r + int(bad.argmax()))
@@ -118,7 +119,7 @@ def _quantize_torch(table, dtype):
         low, high = block.amin(1), block.amax(1)
         s = (high / 255 - low / 255).float()
         s = torch.where(s > 0, s, torch.ones_like(s))
-        q = ((block - low[:, None]) / s[:, None]).round_().clamp_(0, 255)
+        q = ((block / 2 - low[:, None] / 2) / (s[:, None] / 2)).round_().clamp_(0, 255)
         low = low.float()
         if dtype == "int8":
             q, low = q - 128, low + 128 * s
@@ -136,8 +137,7 @@ def _dequantize_rows(kind, codes, scale, minimum):
         _checks.same_kind(kind, a, name, codes, "codes")
     _checks.dtype(kind, codes, "codes", (U8, I8))
     _table(kind, codes, scale, minimum)
-    if kind.name == "torch":
-        import torch
-
-        return torch.addcmul(minimum[:, None], codes.to(torch.float32), scale[:, None])
-    return minimum[:, None] + scale[:, None] * kind.cast(codes, F32)
+    rows = kind.cast(codes, F32)  # a copy: the codes are integers
+    rows *= scale[:, None]
+    rows += minimum[:, None]
+    return rows

@@ -36,14 +36,15 @@ def tables(tables: Any, codes: Any, weights: Any = None, bias: Any = None) -> An
     Raises
     ------
     IndexError
-        A code outside [0, entries). On CUDA, where nothing waits for the device, the row of out is NaN instead.
+        A code outside [0, entries). On CUDA, where nothing waits for the device, the token's row of out is
+        NaN instead.
     TypeError, ValueError
         A wrong type, dtype or shape.
 
     Notes
     -----
-    Cost: ``n_tables`` random reads of a row per token; with many tokens the tables are read once in slabs that
-    stay in the cache. Gradients (torch): to tables, weights and bias, deterministic.
+    Cost: ``n_tables`` random reads of a row per token; with many tokens the tables are read once in slabs
+    that stay in the cache. Gradients (torch): to tables, weights and bias, deterministic.
 
     References
     ----------
@@ -182,8 +183,8 @@ def _tables_backward(kind, grad, tables, codes, weights=None, need_tables=True, 
     to_weights = kind.empty(tuple(codes.shape) if need_weights else _EMPTY, F32, tables)
     ptr = kind.ptr
     bad = kind.kernels.tables_backward(
-        ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights), tokens,
-        ptr(grad), ptr(to_tables) if need_tables else None, ptr(to_weights) if need_weights else None,
+        ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights),
+        tokens, ptr(grad), ptr(to_tables) if need_tables else None, ptr(to_weights) if need_weights else None,
         *kind.launch(tables),
     )  # fmt: skip
     if bad != -1 and not kind.cuda:

@@ -13,7 +13,9 @@ def _rows(table, index, scale=None, minimum=None):
     """The rows at ``index`` in float32 (float64 for float64 tables)."""
     rows = _wide(table[index])
     if scale is not None:
-        rows = minimum[index].astype(np.float32)[..., None] + scale[index].astype(np.float32)[..., None] * rows
+        rows = (
+            minimum[index].astype(np.float32)[..., None] + scale[index].astype(np.float32)[..., None] * rows
+        )
     return rows
 
 
@@ -66,7 +68,7 @@ def bag(
 ):  # fmt: skip
     """Sum, mean or maximum of table rows; see `lutra.gather.bag`.
 
-    With ``return_argmax`` (mode 'max') also the ids that gave the maxima, (bags, dim) int64, -1 in empty bags.
+    With ``return_argmax`` (mode 'max') also the ids of the maxima: (bags, dim) int64, -1 in empty bags.
     """
     position, index, bag_of, bags = _entries(ids, offsets, include_last_offset, padding_idx, table.shape[0])
     rows = _rows(table, index, scale, minimum)
@@ -132,10 +134,12 @@ def quantize_rows(table, dtype="uint8"):
     """8-bit codes, scale and minimum of each row; see `lutra.gather.quantize_rows`."""
     rows = _wide(table)
     low, high = rows.min(1), rows.max(1)
-    # Halves first, so that a row from -3e38 to 3e38 does not overflow.
+    # Parts are subtracted, not wholes: a row from -2e38 to 2e38 must not overflow.
     scale = (high / 255 - low / 255).astype(np.float32)
-    scale[~(scale > 0)] = 1  # a constant row, or one so flat that the step underflows: code 0, exactly its minimum
-    codes = np.rint((rows - low[:, None]) / scale[:, None]).clip(0, 255).astype(np.uint8)
+    scale[~(scale > 0)] = (
+        1  # a constant row, or one so flat that the step underflows: code 0, exactly its minimum
+    )
+    codes = np.rint((rows / 2 - low[:, None] / 2) / (scale[:, None] / 2)).clip(0, 255).astype(np.uint8)
     low = low.astype(np.float32)
     if dtype == "int8":
         return (codes.astype(np.int16) - 128).astype(np.int8), scale, low + 128 * scale

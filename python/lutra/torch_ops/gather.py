@@ -13,6 +13,11 @@ from .library import gradient, register
 ops = torch.ops.lutra
 
 
+def _needs(ctx, i):
+    """Whether input i needs a gradient (the dispatcher leaves out trailing inputs with default values)."""
+    return i < len(ctx.needs_input_grad) and ctx.needs_input_grad[i]
+
+
 def _wide(t):
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
@@ -50,14 +55,14 @@ def _bag_setup(ctx, inputs, output):
     table, ids, offsets, weights, scale, minimum, ctx.mode, ctx.padding_idx, ctx.last, ctx.sparse = inputs
     ctx.shape = table.shape
     # The table is kept only where the gradient reads it, so that it may be updated in place otherwise.
-    reads = ctx.mode == "max" or (weights is not None and ctx.needs_input_grad[3])
+    reads = ctx.mode == "max" or (weights is not None and _needs(ctx, 3))
     ctx.save_for_backward(table if reads else None, ids, offsets, weights, scale, minimum)
 
 
 def _bag_backward(ctx, grad):
     table, ids, offsets, weights, scale, minimum = ctx.saved_tensors
     to_table = to_weights = None
-    if ctx.needs_input_grad[0]:
+    if _needs(ctx, 0):
         argmax = None
         if ctx.mode == "max":  # found again: cheaper than (bags, dim) int64 kept for every call
             argmax = ops.bag_argmax(table, ids, offsets, ctx.padding_idx, ctx.last)
@@ -69,7 +74,7 @@ def _bag_backward(ctx, grad):
             )
         else:
             to_table = ops.bag_backward(grad, ids, offsets, weights, argmax, *options)
-    if ctx.needs_input_grad[3]:
+    if _needs(ctx, 3):
         to_weights = ops.bag_weight_grad(
             grad, table, ids, offsets, scale, minimum, ctx.padding_idx, ctx.last
         ).to(weights.dtype)
@@ -125,12 +130,12 @@ def _tables_setup(ctx, inputs, output):
 def _tables_backward(ctx, grad):
     tables_, codes, weights = ctx.saved_tensors
     to_tables = to_weights = to_bias = None
-    need_tables, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    need_tables, need_weights = _needs(ctx, 0), _needs(ctx, 2)
     if need_tables or need_weights:
         a, b = ops.tables_backward(grad, tables_, codes, weights, need_tables, need_weights)
         to_tables = a if need_tables else None
         to_weights = b.to(weights.dtype) if need_weights else None
-    if ctx.needs_input_grad[3]:
+    if _needs(ctx, 3):
         flat = grad.reshape(-1, grad.shape[-1])
         to_bias = flat.sum(0, dtype=_wide(flat)).to(ctx.bias_dtype)
     return to_tables, None, to_weights, to_bias

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import _checks
 from .._arrays import F16, F32, F64, FLOATS, I8, U8, call
 from ..reference import gather as reference
@@ -91,9 +93,9 @@ def _quantize_rows(kind, table, dtype="uint8"):
         block = table[r : r + step]
         if source not in (F32, F64, F16):  # bfloat16
             block = kind.cast(block, F32)
-        codes[r : r + step], scale[r : r + step], minimum[r : r + step] = reference.quantize_rows(
-            block, dtype
-        )
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are reported below
+            parts = reference.quantize_rows(block, dtype)
+        codes[r : r + step], scale[r : r + step], minimum[r : r + step] = parts
         bad = ~(abs(minimum[r : r + step]) < float("inf")) | ~(scale[r : r + step] < float("inf"))
         if bool(bad.any()):
             _not_finite(r + int(bad.argmax()))

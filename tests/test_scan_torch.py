@@ -77,3 +77,10 @@ def test_compiles():
     compiled, q.grad = q.grad, None
     loss(q, x).backward()
     torch.testing.assert_close(compiled, q.grad)
+
+
+def test_default_device_does_not_matter():
+    q, x = torch.randn(3, 6), torch.randn(9, 6)
+    with torch.device("meta"):
+        assert lutra.scan.knn(q, x, 2).ids.device.type == "cpu"
+    assert lutra.scan.knn(q.T.contiguous().T, x, 2).ids.device.type == "cpu"

@@ -99,7 +99,9 @@ class NumpyKind(Kind):
     def dense(self, a):
         # ascontiguousarray turns 0-d into 1-d; no op takes 0-d arrays this far.
         flags = a.flags
-        if (flags.carray or (flags.c_contiguous and flags.aligned)) and a.dtype.isnative:  # carray: writeable too
+        if (
+            flags.carray or (flags.c_contiguous and flags.aligned)
+        ) and a.dtype.isnative:  # carray: writeable too
             return a
         return np.require(a.astype(a.dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
 
@@ -135,9 +137,7 @@ class TorchKind(Kind):
 
     def empty(self, shape, code, like):
         # Sizes one by one: torch parses a tuple 0.5 microseconds slower.
-        if self.cuda:
-            return self._empty(*shape, dtype=self._dtypes[code], device=like.device)
-        return self._empty(*shape, dtype=self._dtypes[code])
+        return self._empty(*shape, dtype=self._dtypes[code], device=like.device)
 
     def dense(self, a):
         try:
@@ -263,6 +263,30 @@ def kind_of(a: Any, name: str) -> Kind:
     )
 
 
+def quick(name: str) -> Any:
+    """The quick call of an op (csrc/bind/core/quick.h), or a function that gives None where there is none.
+
+    An op tries it first, on what ``type(a) is ndarray or eager(a)`` lets through; None sends it to ``call``.
+    """
+    return getattr(_backend.core, f"quick_{name}", None) or (lambda *_: None)
+
+
+_eager_types: tuple[type, ...] = ()
+_is_compiling: Any = None
+
+
+def eager(a: Any) -> bool:
+    """Whether ``a`` is an ordinary torch tensor and torch.compile is not tracing."""
+    return type(a) in _eager_types and not _is_compiling()
+
+
+def use_torch(torch: Any, forward_ad: Any) -> None:
+    """Let quick calls read torch tensors; called once, when `lutra.torch_ops` is imported."""
+    global _eager_types, _is_compiling
+    if _backend.core is not None and _backend.core.use_torch(torch, forward_ad):
+        _eager_types, _is_compiling = (torch.Tensor, torch.nn.Parameter), torch.compiler.is_compiling
+
+
 def type_name(a: Any) -> str:
     t = type(a)
     return t.__qualname__ if t.__module__ == "builtins" else f"{t.__module__}.{t.__qualname__}"
@@ -277,6 +301,18 @@ def _foreign(a: Any) -> bool:
     return hasattr(a, "__dlpack__") and not is_native(a)
 
 
+_torch_ops: Any = None
+
+
+def _import_torch_ops() -> Any:
+    global _torch_ops
+    from . import torch_ops
+
+    if not torch_ops.torch.compiler.is_compiling():
+        _torch_ops = torch_ops
+    return torch_ops
+
+
 def call(name: str, implementation: Any, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """Call an op on the arrays of one library and give back the same kind.
 
@@ -287,8 +323,7 @@ def call(name: str, implementation: Any, arrays: tuple[Any, ...], options: tuple
     """
     first = arrays[0]
     if is_torch(first):
-        from . import torch_ops
-
+        torch_ops = _torch_ops or _import_torch_ops()
         if torch_ops.plain(*arrays):
             return implementation(torch_kind(first.is_cuda), *arrays, *options)
         names = implementation.__code__.co_varnames[1 : 1 + len(arrays)]

@@ -1,11 +1,41 @@
 #include "address/sign_hash.h"
 #include "address/token_ngrams.h"
 #include "bind/core/intake.h"
+#include "bind/core/quick.h"
 #include "bind/core/text_ngrams.h"
 
 namespace lutra {
+namespace {
+
+// See quick.h. Two or three axes at most: more are rare, and the general path takes them.
+py::object quick_sign_hash(py::handle x, py::handle bits_, py::handle score, py::handle temperature_) {
+  Quick call;
+  View a;
+  int64_t bits;
+  double temperature;
+  const int s = option(score, {"prob", "scaled"});
+  if (s < 0 || !integer(bits_, &bits) || !number(temperature_, &temperature) || bits < 1 || bits > 16 || !(temperature > 0 && temperature < 3e38) || !call.take(x, &a) ||
+      !a.floating() || a.ndim < 1 || a.ndim > 3 || a.shape[a.ndim - 1] % bits)
+    return py::none();
+  const int64_t d = a.shape[a.ndim - 1], tables = d / bits;
+  const int64_t n0 = a.ndim > 1 ? a.shape[0] : 1, n1 = a.ndim > 2 ? a.shape[1] : 1;
+  void *codes, *weights;
+  const auto make = [&](DType t, void** data) {
+    return a.ndim == 1   ? call.make(t, {tables}, data)
+           : a.ndim == 2 ? call.make(t, {n0, tables}, data)
+                         : call.make(t, {n0, n1, tables}, data);
+  };
+  py::object c = make(DType::i32, &codes), w = make(DType::f32, &weights);
+  SignHashArgs args{a.data, a.dtype, n0 * n1, tables, d, static_cast<int>(bits), static_cast<Score>(s),
+                    static_cast<float>(temperature), static_cast<int32_t*>(codes), static_cast<float*>(weights)};
+  run(&sign_hash, args, n0 * n1 * d * 1.0);
+  return py::make_tuple(std::move(c), std::move(w));
+}
+
+}  // namespace
 
 void register_address(py::module_& m) {
+  m.def("quick_sign_hash", &quick_sign_hash);
   m.def("sign_hash", [](Ptr x, int dtype, int64_t rows, int64_t tables, int bits, int score, float temperature,
                         Ptr codes, Ptr weights) {
     const auto t = static_cast<DType>(dtype);

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_num_threads", &lutra::set_num_threads);
   lutra::register_address(m);
   lutra::register_gather(m);
+  lutra::register_quick(m);
   lutra::register_scan(m);
   lutra::register_probe(m);
 }

@@ -7,10 +7,11 @@ from typing import Any
 from numpy import ndarray
 
 from .. import _checks
-from .._arrays import NUMPY, call
+from .._arrays import call, eager, quick
 from .._results import Neighbors
 from ..scan._knn import _tuple, search
 
+_quick = quick("knn")
 _NAMES = ("x", "centroids")
 
 
@@ -50,8 +51,10 @@ def nearest(x: Any, centroids: Any, k: int = 1, metric: str = "l2") -> Neighbors
     array([[1],
            [0]])
     """
-    if type(x) is ndarray and type(centroids) is ndarray:
-        return _tuple(Neighbors, _nearest(NUMPY, x, centroids, k, metric))
+    if (type(x) is ndarray or eager(x)) and metric != "cosine":
+        result = _quick(x, centroids, k, metric)
+        if result is not None:
+            return _tuple(Neighbors, result)
     return _tuple(Neighbors, call("nearest", _nearest, (x, centroids), (k, metric)))
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from numpy import ndarray
 
 from .. import _checks
-from .._arrays import F32, F64, FLOATS, I32, NUMPY, call
+from .._arrays import F32, F64, FLOATS, I32, call, eager, quick
 from ..reference import address as reference
 
 _tuple = tuple.__new__  # builds a named tuple in half the time of calling its class
+_quick = quick("sign_hash")
 _INF = float("inf")
 
 SCORES = {"prob": 0, "scaled": 1}
@@ -70,10 +71,11 @@ def sign_hash(x: Any, bits: int = 8, score: str = "prob", temperature: float = 1
     >>> lutra.address.sign_hash(np.array([[1., -1., 2., 3.]], np.float32), bits=2).codes
     array([[1, 3]], dtype=int32)
     """
-    arrays, options = (x,), (bits, score, temperature)
-    if type(x) is ndarray:
-        return _tuple(SignHash, _sign_hash(NUMPY, *arrays, *options))
-    return _tuple(SignHash, call("sign_hash", _sign_hash, arrays, options))
+    if type(x) is ndarray or eager(x):
+        result = _quick(x, bits, score, temperature)
+        if result is not None:
+            return _tuple(SignHash, result)
+    return _tuple(SignHash, call("sign_hash", _sign_hash, (x,), (bits, score, temperature)))
 
 
 def _sign_hash_shape(x, bits, score, temperature):

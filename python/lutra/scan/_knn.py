@@ -7,12 +7,13 @@ from typing import Any
 from numpy import ndarray
 
 from .. import _checks
-from .._arrays import F32, F64, I32, I64, NUMPY, call
+from .._arrays import F32, F64, I32, I64, call, eager, quick
 from .._checks import METRICS
 from .._results import Neighbors
 from ..reference import scan as reference
 
 _tuple = tuple.__new__  # builds a named tuple in half the time of calling its class
+_quick = quick("knn")
 #: Largest k of the CUDA kernels: their selection lives in shared memory.
 CUDA_MAX_K = 2048
 
@@ -60,8 +61,10 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip") -> Neighbo
     >>> lutra.scan.knn(x[2:3], x, k=2).ids
     array([[2, 0]])
     """
-    if type(queries) is ndarray and type(database) is ndarray:
-        return _tuple(Neighbors, _knn(NUMPY, queries, database, k, metric))
+    if type(queries) is ndarray or eager(queries):
+        result = _quick(queries, database, k, metric)
+        if result is not None:
+            return _tuple(Neighbors, result)
     return _tuple(Neighbors, call("knn", _knn, (queries, database), (k, metric)))
 
 

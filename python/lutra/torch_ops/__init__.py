@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
+from .._arrays import use_torch
 from . import address, gather, scan  # noqa: F401  (registers the ops)
 from .library import LIBRARY  # noqa: F401
 
 ops = torch.ops.lutra
+use_torch(torch, forward_ad)
 
 _no_modes = torch._C._len_torch_dispatch_stack
 _functorch = torch._C._functorch.peek_interpreter_stack

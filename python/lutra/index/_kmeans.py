@@ -160,7 +160,7 @@ def _reseed(points: Any, centroids: Any, order: Any, starts: Any, distances: Any
     if len(empty) == 0:
         return
     shares = counts.copy()  # what is left of each cluster after those that were split off
-    members: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = {}  # points that are left to choose, the farthest last
     for cluster in empty.tolist():
         largest = int(shares.argmax())
         if shares[largest] < 2:
@@ -172,25 +172,24 @@ def _reseed(points: Any, centroids: Any, order: Any, starts: Any, distances: Any
         centroids[cluster] = points[members[largest].pop()]
         shares[cluster] = shares[largest] // 2
         shares[largest] -= shares[cluster]
-        members[cluster] = []
-        counts[cluster] = 0
+        members[cluster] = members[largest]  # its points are among those of the one it was split from
 
 
 def _random(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.ndarray:
     """k points at random, different ones as far as a few draws can find them."""
     draws = rng.permutation(len(points))
-    chosen, spare = draws[:k], draws[k:]
-    for _ in range(8):
-        rows = np.ascontiguousarray(HOST.bring(points[home.positions(chosen)])) + np.float32(0)  # no -0.0
+    pool = k
+    while True:
+        rows = HOST.bring(points[home.positions(draws[:pool])]) + np.float32(0)  # -0.0 becomes 0.0
         _, first = np.unique(rows.view(np.dtype((np.void, rows.shape[1] * 4))), return_index=True)
-        missing = k - len(first)
-        if missing == 0 or len(spare) == 0:
+        if len(first) >= k or pool >= len(points):
             break
-        again = np.ones(k, bool)
-        again[first] = False
-        again = np.flatnonzero(again)[: len(spare)]
-        chosen[again], spare = spare[: len(again)], spare[len(again) :]
-    return chosen
+        pool *= 4
+    first.sort()
+    again = np.setdiff1d(np.arange(k), first[:k])[
+        : k - min(k, len(first))
+    ]  # where all the different are too few
+    return draws[np.concatenate([first[:k], again])]
 
 
 def _plus_plus(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.ndarray:

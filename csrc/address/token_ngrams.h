@@ -23,6 +23,7 @@ struct TokenNgramsArgs {
   int64_t first_bucket, buckets;
   bool unigrams;
   int64_t* ids;
+  int64_t total = 0, n_ids = 0;  // lengths of tokens and of ids; CUDA only, which launches a thread per token
 };
 
 // Number of ids that a text of `length` tokens gives.

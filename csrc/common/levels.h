@@ -52,5 +52,21 @@ extern Level g_level;
 #elif defined(LUTRA_LEVEL)
 #define LUTRA_KERNEL(name, Args) LUTRA_DECLARE_AT(LUTRA_NS, name, Args)
 #else
-#define LUTRA_KERNEL(name, Args)  // CUDA sources use the argument structs only
+// CUDA sources and the CUDA binding: the same arguments, and where to launch. Nothing is allocated and nothing
+// synchronises there, so scratch memory comes from the caller (<name>_workspace says how much), and what the
+// CPU reports through *bad shows as NaN in the results.
+namespace lutra {
+struct Launch {
+  int device;
+  void* stream;               // cudaStream_t
+  void* workspace = nullptr;  // device memory, aligned to 256 bytes
+};
+}  // namespace lutra
+#define LUTRA_KERNEL(name, Args)              \
+  namespace lutra {                           \
+  namespace cuda {                            \
+  void name(const Args&, const Launch&);      \
+  }                                           \
+  }
+#define LUTRA_CUDA_ENTRIES 1
 #endif

@@ -48,3 +48,10 @@ struct TablesBackwardArgs {
 
 LUTRA_KERNEL(tables, ::lutra::TablesArgs)
 LUTRA_KERNEL(tables_backward, ::lutra::TablesBackwardArgs)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim, const Launch&);
+}  // namespace cuda
+}  // namespace lutra
+#endif

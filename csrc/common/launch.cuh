@@ -1,0 +1,128 @@
+// Launching: the device guard, the launch itself with its error check, scratch memory.
+//
+// Rules for every .cu file: work goes to the caller's stream, every launch is checked, the calling thread's
+// device is what it was when the call returns, nothing synchronises and nothing allocates (so that calls can be
+// captured in a CUDA graph).
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/levels.h"
+
+namespace lutra {
+namespace cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a failed launch must not be reported again by the next call
+  throw std::runtime_error(std::string("lutra: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Makes a device current for the time of a call. The thread's driver context is saved and put back rather than
+// the runtime's device number: this module's static runtime and the caller's (torch's, CuPy's) keep separate
+// books, the current context is what they share.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    const Driver& d = driver();
+    if (d.get) d.get(&saved_);
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() {
+    CUcontext now = nullptr;
+    const Driver& d = driver();
+    if (saved_ && d.get && d.get(&now) == CUDA_SUCCESS && now != saved_) d.set(saved_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  struct Driver {  // the driver's functions without linking the driver: the module imports where there is none
+    CUresult (*get)(CUcontext*) = nullptr;
+    CUresult (*set)(CUcontext) = nullptr;
+  };
+  static void* symbol(const char* name) {
+    void* f = nullptr;
+#if CUDART_VERSION >= 12050
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion(name, &f, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status = cudaGetDriverEntryPoint(name, &f, cudaEnableDefault);
+#endif
+    if (status != cudaSuccess) cudaGetLastError();
+    return status == cudaSuccess ? f : nullptr;
+  }
+  static const Driver& driver() {
+    static const Driver d = [] {
+      Driver found;
+      found.get = reinterpret_cast<CUresult (*)(CUcontext*)>(symbol("cuCtxGetCurrent"));
+      found.set = reinterpret_cast<CUresult (*)(CUcontext)>(symbol("cuCtxSetCurrent"));
+      if (!found.get || !found.set) found = Driver{};
+      return found;
+    }();
+    return d;
+  }
+  CUcontext saved_ = nullptr;
+};
+
+inline cudaStream_t stream_of(const Launch& l) { return static_cast<cudaStream_t>(l.stream); }
+
+// kernel<<<grid, block, shared, stream>>>(args...), checked. An empty grid launches nothing.
+template <class... P, class... A>
+void launch(const char* what, void (*kernel)(P...), dim3 grid, int block, size_t shared, const Launch& l,
+            const A&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)), what);
+  kernel<<<grid, block, shared, stream_of(l)>>>(static_cast<P>(args)...);
+  check(cudaGetLastError(), what);
+}
+
+inline void fill_zero(const char* what, void* p, size_t bytes, const Launch& l) {
+  if (bytes) check(cudaMemsetAsync(p, 0, bytes, stream_of(l)), what);
+}
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+// Shared memory that one block may take.
+inline int shared_limit(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+
+// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char lutra_dynamic_shared[];
+  return reinterpret_cast<T*>(lutra_dynamic_shared);
+}
+
+// Copies from device to shared memory that run while the block computes (cp.async). 16 bytes go past L1 and
+// bring the whole 128-byte line into L2, since a later step reads the rest of it. With `here` false the
+// destination is filled with zeros and nothing is read.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool here) {
+  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = here ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(global), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool here) {
+  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = here ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(dst), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void copy_wait() {  // until at most N groups are still under way
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+}  // namespace cuda
+}  // namespace lutra

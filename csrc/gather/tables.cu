@@ -1,0 +1,211 @@
+// Tables on CUDA; the formula is in tables.h.
+//
+// Forward: a group of 8 or 32 lanes holds 32 or 128 columns (16 bytes a lane in fp32) of one token's output and adds up
+// rows, four in flight. One token alone (a decoding step) is split over up to 32 groups of a block, each taking
+// a stretch of the tables, combined in order. Blocks run over the tokens first and over the columns last: at any
+// time the tokens read the same few columns of all tables, a slab that stays in L2 however large the tables are.
+//
+// Backward: (token, table) is a position with key table * entries + code, so the tables' gradient is the segment
+// sum of gather/segments.cuh, and needs its workspace; the weights' gradient is a warp per (token, table).
+//
+// Nothing can be raised here: a code outside [0, entries) makes its token's output NaN, its weight's gradient
+// NaN, and is left out of the tables' gradient.
+//
+// Overflow: row offsets are 64-bit; sums are fp32 in increasing k within a stretch; the backward pass takes fewer
+// than 2^31 codes and 2^32 - 1 rows (checked).
+#include "gather/tables.h"
+
+#include "common/device.cuh"
+#include "gather/segments.cuh"
+
+namespace lutra {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kInFlight = 4;
+
+template <class T, int VEC>
+__global__ void __launch_bounds__(kThreads) tables_kernel(TablesArgs a, int log_lanes, int log_parts) {
+  const int lanes = 1 << log_lanes, parts = 1 << log_parts;
+  const int lane = threadIdx.x & (lanes - 1), part = (threadIdx.x >> log_lanes) & (parts - 1);
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads >> (log_lanes + log_parts)) +
+                        (threadIdx.x >> (log_lanes + log_parts));
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * VEC;
+  const bool active = token < a.tokens && column < a.dim;
+  float sum[VEC];
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) sum[j] = 0;
+  if (active) {
+    const int64_t begin = a.n_tables * part / parts, end = a.n_tables * (part + 1) / parts;
+    const int32_t* codes = a.codes + token * a.n_tables;
+    const float* weights = a.weights ? a.weights + token * a.n_tables : nullptr;
+    const T* tables = static_cast<const T*>(a.tables) + column;
+    if (part == 0 && a.bias) {
+      const auto b = load_pack<T, VEC>(static_cast<const T*>(a.bias) + column);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) sum[j] = b[j];
+    }
+    for (int64_t k = begin; k < end; k += kInFlight) {
+      Pack<T, VEC> row[kInFlight];
+      float weight[kInFlight];
+      bool here[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        if (k + u >= end) continue;
+        const int32_t code = codes[k + u];
+        weight[u] = weights ? weights[k + u] : 1.0f;
+        here[u] = code >= 0 && code < a.entries;
+        if (here[u]) row[u] = load_pack<T, VEC>(tables + ((k + u) * a.entries + code) * a.dim);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        if (k + u >= end) continue;
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) sum[j] = fmaf(weight[u], here[u] ? row[u][j] : quiet_nan(), sum[j]);
+      }
+    }
+  }
+  if (parts > 1) {
+    float* shared = dynamic_shared<float>();  // [VEC][kThreads]
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) shared[j * kThreads + threadIdx.x] = sum[j];
+    __syncthreads();
+    if (part == 0) {
+      for (int p = 1; p < parts; ++p) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) sum[j] += shared[j * kThreads + threadIdx.x + (p << log_lanes)];
+      }
+    }
+  }
+  if (active && part == 0) store_pack<T, VEC>(static_cast<T*>(a.out) + token * a.dim + column, sum);
+}
+
+template <class T, int VEC>
+void run(const TablesArgs& a, const Launch& l) {
+  // Narrow groups where tokens are few: more blocks share the columns.
+  const int64_t vectors = div_up(a.dim, VEC);
+  const int lanes = power_of_two(vectors, a.tokens * vectors < 16384 ? 8 : 32);
+  int parts = 1;
+  while (parts * 2 * lanes <= kThreads && a.tokens * vectors * parts * 2 <= 131072 && a.n_tables >= parts * 8)
+    parts *= 2;
+  const int64_t slabs = div_up(a.dim, static_cast<int64_t>(lanes) * VEC);
+  if (slabs > 65535) throw std::length_error("lutra: tables on CUDA takes rows of at most 65535 * 32 values");
+  const dim3 grid(grid_x(div_up(a.tokens, kThreads / (lanes * parts))), static_cast<unsigned>(slabs));
+  launch("tables", tables_kernel<T, VEC>, grid, kThreads, parts > 1 ? kThreads * VEC * sizeof(float) : 0, l, a,
+         log2_of(lanes), log2_of(parts));
+}
+
+template <class T, int WIDE>
+void by_width(const TablesArgs& a, const Launch& l) {
+  const size_t bytes = WIDE * sizeof(T);
+  const bool wide = a.dim % WIDE == 0 && aligned(a.tables, bytes) && aligned(a.out, bytes) && aligned(a.bias, bytes);
+  if (wide) run<T, WIDE>(a, l); else run<T, 1>(a, l);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    table_keys_kernel(const int32_t* codes, int64_t n, int64_t n_tables, int64_t entries, uint32_t* keys) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= n) return;
+  const int32_t code = codes[i];
+  keys[i] = code >= 0 && code < entries ? static_cast<uint32_t>((i % n_tables) * entries + code) : kNoKey;
+}
+
+template <class T, int VEC>
+__global__ void __launch_bounds__(kThreads) table_weight_kernel(TablesBackwardArgs a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;  // token * n_tables + table
+  const int lane = threadIdx.x & 31;
+  if (i >= a.tokens * a.n_tables) return;
+  const int32_t code = a.codes[i];
+  const bool here = code >= 0 && code < a.entries;
+  float dot = 0;
+  if (here) {
+    const T* row = static_cast<const T*>(a.tables) + ((i % a.n_tables) * a.entries + code) * a.dim;
+    const T* g = static_cast<const T*>(a.grad_out) + (i / a.n_tables) * a.dim;
+    for (int64_t j = static_cast<int64_t>(lane) * VEC; j < a.dim; j += 32 * VEC) {
+      const auto r = load_pack<T, VEC>(row + j);
+      const auto v = load_pack<T, VEC>(g + j);
+#pragma unroll
+      for (int u = 0; u < VEC; ++u) dot = fmaf(r[u], v[u], dot);
+    }
+  }
+  dot = warp_sum(dot);
+  if (lane == 0) a.grad_weights[i] = here ? dot : quiet_nan();
+}
+
+template <class T, int WIDE>
+void weight_grad(const TablesBackwardArgs& a, const Launch& l) {
+  const size_t bytes = WIDE * sizeof(T);
+  const bool wide = a.dim % WIDE == 0 && aligned(a.tables, bytes) && aligned(a.grad_out, bytes);
+  launch("tables_backward", wide ? table_weight_kernel<T, WIDE> : table_weight_kernel<T, 1>,
+         grid_x(div_up(a.tokens * a.n_tables, kWarps)), kThreads, 0, l, a);
+}
+
+struct BackwardArrays {
+  Sorted sorted;
+  int64_t* starts;
+  int64_t* touched;
+  int64_t* count;
+  float* partial;
+};
+BackwardArrays backward_arrays(void* workspace, int64_t n, int64_t dim, int64_t* bytes) {
+  BackwardArrays s;
+  int64_t sorted = 0;
+  s.sorted = sorted_arrays(workspace, n, &sorted);
+  Carve c(workspace ? static_cast<char*>(workspace) + sorted : nullptr);
+  s.starts = c.take<int64_t>(n + 1);
+  s.touched = c.take<int64_t>(n);
+  s.count = c.take<int64_t>(1);
+  s.partial = c.take<float>(partial_floats(n, dim));
+  if (bytes) *bytes = sorted + c.used();
+  return s;
+}
+
+}  // namespace
+
+void tables(const TablesArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  switch (a.dtype) {
+    case DType::f16: return by_width<__half, 8>(a, l);
+    case DType::bf16: return by_width<__nv_bfloat16, 8>(a, l);
+    default: return by_width<float, 4>(a, l);
+  }
+}
+
+int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  int64_t bytes = 0;
+  backward_arrays(nullptr, tokens * n_tables, dim, &bytes);
+  return bytes;
+}
+
+void tables_backward(const TablesBackwardArgs& a, const Launch& l) {
+  const int64_t n = a.tokens * a.n_tables, rows = a.n_tables * a.entries;
+  if (rows >= 0xffffffff) throw std::length_error("lutra: CUDA gradients take fewer than 2^32 - 1 rows of tables");
+  const DeviceGuard guard(l.device);
+  if (a.grad_tables) {
+    const BackwardArrays s = backward_arrays(l.workspace, n, a.dim, nullptr);
+    const size_t size = a.dtype == DType::f32 ? 4 : 2;
+    fill_zero("tables_backward", a.grad_tables, static_cast<size_t>(rows * a.dim) * size, l);
+    if (n > 0) {
+      launch("tables_backward", table_keys_kernel, grid_x(div_up(n, kThreads)), kThreads, 0, l, a.codes, n,
+             a.n_tables, a.entries, s.sorted.keys_in);
+      sort_positions(s.sorted, n, rows, nullptr, a.n_tables, nullptr, s.starts, s.touched, s.count, l);
+      add_segments(SegmentSum{s.sorted.positions, s.sorted.segment, s.sorted.bag, s.starts, s.touched, s.count, n,
+                              a.dim, a.grad_out, a.dtype, a.weights, nullptr, nullptr, true, a.grad_tables,
+                              s.partial},
+                   "tables_backward", l);
+    }
+  }
+  if (a.grad_weights && n > 0) {
+    switch (a.dtype) {
+      case DType::f16: return weight_grad<__half, 8>(a, l);
+      case DType::bf16: return weight_grad<__nv_bfloat16, 8>(a, l);
+      default: return weight_grad<float, 4>(a, l);
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace lutra

@@ -109,17 +109,13 @@ struct BagWeightGradArgs {
 
 LUTRA_KERNEL(bag, ::lutra::BagArgs)
 LUTRA_KERNEL(bag_sort, ::lutra::BagSortArgs)
+LUTRA_KERNEL(bag_backward, ::lutra::BagBackwardArgs)
 LUTRA_KERNEL(bag_weight_grad, ::lutra::BagWeightGradArgs)
 #ifdef LUTRA_CUDA_ENTRIES
-// On CUDA the number of touched rows is known on the device alone: starts has n_ids + 2 places and the last one
-// receives it. bag_sort's workspace is read again by bag_backward, which has scratch memory of its own beside it.
 namespace lutra {
 namespace cuda {
-int64_t bag_sort_workspace(int64_t n_ids, const Launch&);
-int64_t bag_backward_workspace(int64_t n_ids, int64_t bags, int64_t dim);
-void bag_backward(const BagBackwardArgs&, void* scratch, const Launch&);
+int64_t bag_sort_workspace(int64_t n_ids);
+int64_t bag_backward_workspace(int64_t n_ids, int64_t dim);  // for the partial sums of long segments
 }  // namespace cuda
 }  // namespace lutra
-#else
-LUTRA_KERNEL(bag_backward, ::lutra::BagBackwardArgs)
 #endif

@@ -1,7 +1,7 @@
 // Gradients of bag on CUDA: the table's (sort, then sum by segment; see segments.cuh) and the weights'.
 //
-// Which rows are touched, and how many, stays on the device: bag_sort leaves the number in starts[n_ids + 1], the
-// dense gradient never needs it on the host, and a caller who wants the touched rows alone reads it (and waits).
+// Which rows are touched, and how many, stays on the device: the dense gradient never needs the number on the
+// host, and a caller who wants the touched rows alone reads it (and waits).
 // Ids outside the table and positions that no bag holds are left out of the table's gradient; a weight whose id
 // lies outside the table gets a NaN.
 //
@@ -103,32 +103,16 @@ void weight_grad_for(const BagWeightGradArgs& a, const Launch& l) {
   weight_grad<T, T>(a, l);
 }
 
-struct BackwardArrays {
-  float* partial;
-  float* factor;
-};
-BackwardArrays backward_arrays(void* workspace, int64_t n_ids, int64_t bags, int64_t dim, int64_t* bytes) {
-  Carve c(workspace);
-  BackwardArrays s;
-  s.partial = c.take<float>(partial_floats(n_ids, dim));
-  s.factor = c.take<float>(bags);
-  if (bytes) *bytes = c.used();
-  return s;
-}
-
 }  // namespace
 
-int64_t bag_sort_workspace(int64_t n_ids, const Launch& l) {
-  const DeviceGuard guard(l.device);
+int64_t bag_sort_workspace(int64_t n_ids) {
   int64_t bytes = 0;
-  sorted_arrays(nullptr, n_ids, &bytes);
+  sort_arrays(nullptr, n_ids, &bytes);
   return bytes;
 }
 
-int64_t bag_backward_workspace(int64_t n_ids, int64_t bags, int64_t dim) {
-  int64_t bytes = 0;
-  backward_arrays(nullptr, n_ids, bags, dim, &bytes);
-  return bytes;
+int64_t bag_backward_workspace(int64_t n_ids, int64_t dim) {
+  return partial_floats(n_ids, dim) * static_cast<int64_t>(sizeof(float));
 }
 
 void bag_sort(const BagSortArgs& a, const Launch& l) {
@@ -137,25 +121,23 @@ void bag_sort(const BagSortArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
   const int64_t n = a.bag.n_ids;
   int64_t bytes = 0;
-  const Sorted s = sorted_arrays(l.workspace, n, &bytes);
-  launch("bag_sort", keys_kernel, grid_x(div_up(n, kThreads)), kThreads, 0, l, view_of(a.bag), a.rows, s.keys_in,
-         a.bag_of);
-  sort_positions(s, n, a.rows, a.bag_of, 1, a.order, a.starts, a.touched, a.starts + n + 1, l);
+  const SortArrays s = sort_arrays(a.workspace, n, &bytes);
+  if (bytes > a.workspace_bytes) throw std::length_error("lutra: the workspace of bag_sort is too small");
+  const BagView view = view_of(a.bag);
+  launch("bag_sort", keys_kernel, grid_x(div_up(n, kThreads)), kThreads, 0, l, view, a.rows, s.keys_in, s.bag_in);
+  sort_positions(s, Segments{a.order, a.starts, a.touched, a.bag_of, a.count}, n, a.rows, 0, l);
+  if (a.bag_scale)
+    launch("bag_sort", mean_kernel, grid_x(div_up(a.bag.bags, kWarps)), kThreads, 0, l, view, a.bag_scale);
 }
 
-void bag_backward(const BagBackwardArgs& a, void* scratch, const Launch& l) {
+void bag_backward(const BagBackwardArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
-  const int64_t n = a.bag.n_ids;
   const size_t size = a.grad_dtype == DType::f32 ? 4 : 2;
   if (a.dense) fill_zero("bag_backward", a.grad_table, static_cast<size_t>(a.rows * a.dim) * size, l);
-  const Sorted sorted = sorted_arrays(l.workspace, n, nullptr);
-  const BackwardArrays s = backward_arrays(scratch, n, a.bag.bags, a.dim, nullptr);
   const bool mean = a.bag.mode == Mode::mean, max = a.bag.mode == Mode::max;
-  if (mean)
-    launch("bag_backward", mean_kernel, grid_x(div_up(a.bag.bags, kWarps)), kThreads, 0, l, view_of(a.bag), s.factor);
-  add_segments(SegmentSum{sorted.positions, sorted.segment, sorted.bag, a.starts, a.touched, a.starts + n + 1, n,
-                          a.dim, a.grad_out, a.grad_dtype, a.weights, mean ? s.factor : nullptr,
-                          max ? a.argmax : nullptr, a.dense, a.grad_table, s.partial},
+  add_segments(SegmentSum{a.order, a.starts, a.touched, a.bag_of, a.count, a.bag.n_ids, a.dim, a.grad_out,
+                          a.grad_dtype, a.weights, mean ? a.bag_scale : nullptr, max ? a.argmax : nullptr, a.dense,
+                          a.grad_table, static_cast<float*>(l.workspace)},
                "bag_backward", l);
 }
 

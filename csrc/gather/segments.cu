@@ -24,27 +24,34 @@ __global__ void __launch_bounds__(kThreads) heads_kernel(const uint32_t* keys, i
   if (p < n) head[p] = keys[p] != kNoKey && (p == 0 || keys[p] != keys[p - 1]);
 }
 
-// segment holds the running count of heads.
-__global__ void __launch_bounds__(kThreads)
-    number_kernel(Sorted s, int n, const int32_t* bag_of, int64_t length, int64_t* order, int64_t* starts,
-                  int64_t* touched, int64_t* count) {
+// `number` holds the running count of heads: segment numbers, counted from one.
+__global__ void __launch_bounds__(kThreads) number_kernel(SortArrays s, Segments out, int n, int64_t length) {
   const int p = static_cast<int>(blockIdx.x * static_cast<unsigned>(kThreads) + threadIdx.x);
   if (p >= n) return;
   const int32_t position = s.positions[p];
-  if (order) order[p] = position;
-  s.bag[p] = bag_of ? bag_of[position] : static_cast<int32_t>(position / length);
+  out.order[p] = position;
+  out.bag[p] = length > 0 ? static_cast<int32_t>(position / length) : s.bag_in[position];
   const uint32_t key = s.keys[p];
   if (key == kNoKey) {
-    if (p == 0) *count = 0, starts[0] = 0;
+    if (p == 0) *out.count = 0, out.starts[0] = 0;
     return;
   }
-  const int32_t index = s.segment[p] - 1;
-  s.segment[p] = index;
+  const int32_t number = s.number[p];
   if (p == 0 || s.keys[p - 1] != key) {
-    starts[index] = p;
-    if (touched) touched[index] = key;
+    out.starts[number - 1] = p;
+    out.touched[number - 1] = key;
   }
-  if (p == n - 1 || s.keys[p + 1] == kNoKey) *count = index + 1, starts[index + 1] = p + 1;
+  if (p == n - 1 || s.keys[p + 1] == kNoKey) *out.count = number, out.starts[number] = p + 1;
+}
+
+// The segment that holds sorted position p: the last one that starts at or before it.
+__device__ __forceinline__ int64_t segment_at(const int64_t* starts, int64_t count, int64_t p) {
+  int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (starts[middle] <= p) low = middle; else high = middle;
+  }
+  return low;
 }
 
 // A group of threads per tile. Slot 0 of the tile's partial sums belongs to the segment that the tile began in
@@ -65,51 +72,48 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(SegmentSum a, int log_l
   float sum[VEC];
 #pragma unroll
   for (int j = 0; j < VEC; ++j) sum[j] = 0;
-  int32_t current = a.segment[begin];
-  bool open = a.starts[current] < begin;  // its first part lies in an earlier tile
+  int64_t current = segment_at(a.starts, count, begin);
+  int64_t first = a.starts[current], next = a.starts[current + 1];
   constexpr int kInFlight = 4;
   for (int64_t p = begin; p < end; p += kInFlight) {
-    int32_t segment[kInFlight];
+    int32_t bag[kInFlight];
     float factor[kInFlight];
     Pack<T, VEC> row[kInFlight];
-    bool mine[kInFlight][MAX ? VEC : 1];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (p + u >= end) continue;
-      segment[u] = a.segment[p + u];
-      const int64_t bag = a.bag[p + u];
-      factor[u] = a.weights ? a.weights[a.positions[p + u]] : 1.0f;
-      if (a.bag_factor) factor[u] *= a.bag_factor[bag];
-      row[u] = load_pack<T, VEC>(source + bag * a.dim);
-      if (MAX) {
-        // The same id twice in a bag: sorted positions keep their order, so the two are neighbours.
-        const bool again = p + u > 0 && a.segment[p + u - 1] == segment[u] && a.bag[p + u - 1] == bag;
-        const int64_t key = a.touched[segment[u]];
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) mine[u][MAX ? j : 0] = !again && a.argmax[bag * a.dim + column + j] == key;
-      }
+      bag[u] = a.bag[p + u];
+      factor[u] = a.weights ? a.weights[a.order[p + u]] : 1.0f;
+      if (a.bag_factor) factor[u] *= a.bag_factor[bag[u]];
+      row[u] = load_pack<T, VEC>(source + bag[u] * a.dim);
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (p + u >= end) continue;
-      if (segment[u] != current) {  // the segment ends here
-        if (open) store_pack<float, VEC>(partial, sum);
+      if (p + u == next) {  // the segment ended before this position
+        if (first < begin) store_pack<float, VEC>(partial, sum);
         else store_pack<T, VEC>(grad + (a.dense ? a.touched[current] : current) * a.dim, sum);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) sum[j] = 0;
-        current = segment[u];
-        open = false;
+        ++current;
+        first = next;
+        next = a.starts[current + 1];
       }
+      if (MAX) {
+        // The same id twice in a bag: sorted positions keep their order, so the two are neighbours.
+        if (p + u > first && a.bag[p + u - 1] == bag[u]) continue;
+        const int64_t key = a.touched[current];
+        const int64_t* argmax = a.argmax + bag[u] * a.dim + column;
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) {
-        const float v = row[u][j];
-        if (!MAX) sum[j] = fmaf(factor[u], v, sum[j]);
-        else if (mine[u][MAX ? j : 0]) sum[j] += v;
+        for (int j = 0; j < VEC; ++j)
+          if (argmax[j] == key) sum[j] += row[u][j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) sum[j] = fmaf(factor[u], row[u][j], sum[j]);
       }
     }
   }
-  const bool goes_on = a.starts[current + 1] > end;
-  if (open || goes_on) store_pack<float, VEC>(partial + (open ? 0 : a.dim), sum);
+  if (first < begin || next > end) store_pack<float, VEC>(partial + (first < begin ? 0 : a.dim), sum);
   else store_pack<T, VEC>(grad + (a.dense ? a.touched[current] : current) * a.dim, sum);
 }
 
@@ -123,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) borders_kernel(SegmentSum a, int log
   const int64_t kept = a.starts[count];
   const int64_t begin = tile * kTile, end = begin + kTile;
   if (end >= kept || column >= a.dim) return;
-  const int32_t current = a.segment[end - 1];
+  const int64_t current = segment_at(a.starts, count, end - 1);
   const int64_t stop = a.starts[current + 1];
   if (a.starts[current] < begin || stop <= end) return;
   const float* partial = a.partial + column;
@@ -163,36 +167,37 @@ int64_t temporary_bytes(int64_t n) {
   size_t sort = 0, scan = 0;
   const uint32_t* keys = nullptr;
   const int32_t* values = nullptr;
-  cub::DeviceRadixSort::SortPairs(nullptr, sort, keys, static_cast<uint32_t*>(nullptr), values,
-                                  static_cast<int32_t*>(nullptr), static_cast<int>(n));
-  cub::DeviceScan::InclusiveSum(nullptr, scan, values, static_cast<int32_t*>(nullptr), static_cast<int>(n));
+  check(cub::DeviceRadixSort::SortPairs(nullptr, sort, keys, static_cast<uint32_t*>(nullptr), values,
+                                  static_cast<int32_t*>(nullptr), static_cast<int>(n)), "sort by row");
+  check(cub::DeviceScan::InclusiveSum(nullptr, scan, values, static_cast<int32_t*>(nullptr), static_cast<int>(n)),
+        "sort by row");
   return static_cast<int64_t>(sort > scan ? sort : scan);
 }
 
 }  // namespace
 
-Sorted sorted_arrays(void* workspace, int64_t n, int64_t* bytes) {
+SortArrays sort_arrays(void* workspace, int64_t n, int64_t* bytes) {
   if (n > 0x7fffffff) throw std::length_error("lutra: CUDA gradients take fewer than 2^31 ids in a call");
   Carve c(workspace);
-  Sorted s;
+  SortArrays s;
   s.keys_in = c.take<uint32_t>(n);
+  s.bag_in = c.take<int32_t>(n);
   s.keys = c.take<uint32_t>(n);
   s.positions_in = c.take<int32_t>(n);
   s.positions = c.take<int32_t>(n);
-  s.segment = c.take<int32_t>(n);
-  s.bag = c.take<int32_t>(n);
-  s.temporary_bytes = bytes && n > 0 ? temporary_bytes(n) : 0;
+  s.number = c.take<int32_t>(n);
+  s.temporary_bytes = n > 0 ? temporary_bytes(n) : 0;
   s.temporary = c.take<char>(s.temporary_bytes);
-  if (bytes) *bytes = c.used();
+  *bytes = c.used();
   return s;
 }
 
-void sort_positions(const Sorted& s, int64_t n64, int64_t rows, const int32_t* bag_of, int64_t length, int64_t* order,
-                    int64_t* starts, int64_t* touched, int64_t* count, const Launch& l) {
+void sort_positions(const SortArrays& s, const Segments& out, int64_t n64, int64_t rows, int64_t length,
+                    const Launch& l) {
   const char* what = "sort by row";
   if (n64 == 0) {
-    fill_zero(what, starts, sizeof(int64_t), l);
-    fill_zero(what, count, sizeof(int64_t), l);
+    fill_zero(what, out.starts, sizeof(int64_t), l);
+    fill_zero(what, out.count, sizeof(int64_t), l);
     return;
   }
   const int n = static_cast<int>(n64);
@@ -206,12 +211,12 @@ void sort_positions(const Sorted& s, int64_t n64, int64_t rows, const int32_t* b
   check(cub::DeviceRadixSort::SortPairs(s.temporary, bytes, static_cast<const uint32_t*>(s.keys_in), s.keys,
                                         static_cast<const int32_t*>(s.positions_in), s.positions, n, 0, bits,
                                         stream_of(l)), what);
-  auto* head = reinterpret_cast<int32_t*>(s.keys_in);  // the unsorted keys are not needed any more
+  int32_t* head = s.positions_in;  // not needed any more
   launch(what, heads_kernel, blocks, kThreads, 0, l, s.keys, head, n);
   bytes = static_cast<size_t>(s.temporary_bytes);
-  check(cub::DeviceScan::InclusiveSum(s.temporary, bytes, static_cast<const int32_t*>(head), s.segment, n,
+  check(cub::DeviceScan::InclusiveSum(s.temporary, bytes, static_cast<const int32_t*>(head), s.number, n,
                                       stream_of(l)), what);
-  launch(what, number_kernel, blocks, kThreads, 0, l, s, n, bag_of, length, order, starts, touched, count);
+  launch(what, number_kernel, blocks, kThreads, 0, l, s, out, n, length);
 }
 
 int64_t partial_floats(int64_t n, int64_t dim) { return div_up(n, kTile) * 2 * dim; }

@@ -14,35 +14,40 @@ namespace lutra {
 namespace cuda {
 
 constexpr int kTile = 32;
+constexpr uint32_t kNoKey = 0xffffffffu;  // leaves a position out
 
-// Scratch of sort_positions, which stays valid until add_segments has run. n < 2^31 positions.
-struct Sorted {
-  uint32_t* keys_in;    // filled by the caller; kNoKey leaves a position out
-  uint32_t* keys;       // sorted
-  int32_t* positions;   // sorted by key, equal keys in increasing order
-  int32_t* segment;     // of each sorted position
-  int32_t* bag;         // of each sorted position
+// The outputs of sort_positions.
+struct Segments {
+  int64_t* order;    // (n,) positions sorted by key, equal keys in increasing order
+  int64_t* starts;   // (n + 1,) where each segment begins in order; starts[*count] is the end
+  int64_t* touched;  // (n,) the key of each segment, increasing
+  int32_t* bag;      // (n,) the bag of order[i]
+  int64_t* count;    // (1,)
+};
+
+// Its scratch memory; fewer than 2^31 positions.
+struct SortArrays {
+  uint32_t* keys_in;  // filled by the caller: in [0, rows), or kNoKey
+  int32_t* bag_in;    // filled by the caller: the bag of each position; not used where bags have a fixed length
+  uint32_t* keys;
   int32_t* positions_in;
+  int32_t* positions;
+  int32_t* number;
   void* temporary;
   int64_t temporary_bytes;
 };
-constexpr uint32_t kNoKey = 0xffffffffu;
+// Where the arrays lie in a workspace (null: only the size is wanted), and how many bytes they take.
+SortArrays sort_arrays(void* workspace, int64_t n, int64_t* bytes);
 
-// Where the arrays lie in a workspace, and their size. `bytes` may be null where the arrays are only read: then
-// CUB, whose answer takes some microseconds, is not asked how much temporary memory it wants.
-Sorted sorted_arrays(void* workspace, int64_t n, int64_t* bytes);
-
-// From keys_in, all in [0, rows) or kNoKey, and the bag of each position: bag_of[p], or p / length where it is
-// null. Writes order (may be null), starts[0..count], touched[0..count) (may be null) and *count.
-void sort_positions(const Sorted& s, int64_t n, int64_t rows, const int32_t* bag_of, int64_t length, int64_t* order,
-                    int64_t* starts, int64_t* touched, int64_t* count, const Launch& l);
+// length > 0: position p lies in bag p / length; else in bag_in[p].
+void sort_positions(const SortArrays& s, const Segments& out, int64_t n, int64_t rows, int64_t length,
+                    const Launch& l);
 
 struct SegmentSum {
-  const int32_t* positions;
-  const int32_t* segment;
+  const int64_t* order;     // as in Segments
+  const int64_t* starts;
+  const int64_t* touched;
   const int32_t* bag;
-  const int64_t* starts;    // [0..*count]
-  const int64_t* touched;   // the key of each segment
   const int64_t* count;     // on the device
   int64_t n, dim;
   const void* source;       // (bags, dim)

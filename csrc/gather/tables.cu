@@ -143,22 +143,22 @@ void weight_grad(const TablesBackwardArgs& a, const Launch& l) {
 }
 
 struct BackwardArrays {
-  Sorted sorted;
-  int64_t* starts;
-  int64_t* touched;
-  int64_t* count;
+  SortArrays sort;
+  Segments segments;
   float* partial;
 };
 BackwardArrays backward_arrays(void* workspace, int64_t n, int64_t dim, int64_t* bytes) {
   BackwardArrays s;
-  int64_t sorted = 0;
-  s.sorted = sorted_arrays(workspace, n, &sorted);
-  Carve c(workspace ? static_cast<char*>(workspace) + sorted : nullptr);
-  s.starts = c.take<int64_t>(n + 1);
-  s.touched = c.take<int64_t>(n);
-  s.count = c.take<int64_t>(1);
+  int64_t used = 0;
+  s.sort = sort_arrays(workspace, n, &used);
+  Carve c(workspace ? static_cast<char*>(workspace) + used : nullptr);
+  s.segments.order = c.take<int64_t>(n);
+  s.segments.starts = c.take<int64_t>(n + 1);
+  s.segments.touched = c.take<int64_t>(n);
+  s.segments.bag = c.take<int32_t>(n);
+  s.segments.count = c.take<int64_t>(1);
   s.partial = c.take<float>(partial_floats(n, dim));
-  if (bytes) *bytes = sorted + c.used();
+  *bytes = used + c.used();
   return s;
 }
 
@@ -173,8 +173,7 @@ void tables(const TablesArgs& a, const Launch& l) {
   }
 }
 
-int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim, const Launch& l) {
-  const DeviceGuard guard(l.device);
+int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim) {
   int64_t bytes = 0;
   backward_arrays(nullptr, tokens * n_tables, dim, &bytes);
   return bytes;
@@ -185,16 +184,17 @@ void tables_backward(const TablesBackwardArgs& a, const Launch& l) {
   if (rows >= 0xffffffff) throw std::length_error("lutra: CUDA gradients take fewer than 2^32 - 1 rows of tables");
   const DeviceGuard guard(l.device);
   if (a.grad_tables) {
-    const BackwardArrays s = backward_arrays(l.workspace, n, a.dim, nullptr);
+    int64_t bytes = 0;
+    const BackwardArrays s = backward_arrays(l.workspace, n, a.dim, &bytes);
     const size_t size = a.dtype == DType::f32 ? 4 : 2;
     fill_zero("tables_backward", a.grad_tables, static_cast<size_t>(rows * a.dim) * size, l);
     if (n > 0) {
       launch("tables_backward", table_keys_kernel, grid_x(div_up(n, kThreads)), kThreads, 0, l, a.codes, n,
-             a.n_tables, a.entries, s.sorted.keys_in);
-      sort_positions(s.sorted, n, rows, nullptr, a.n_tables, nullptr, s.starts, s.touched, s.count, l);
-      add_segments(SegmentSum{s.sorted.positions, s.sorted.segment, s.sorted.bag, s.starts, s.touched, s.count, n,
-                              a.dim, a.grad_out, a.dtype, a.weights, nullptr, nullptr, true, a.grad_tables,
-                              s.partial},
+             a.n_tables, a.entries, s.sort.keys_in);
+      const Segments& g = s.segments;
+      sort_positions(s.sort, g, n, rows, a.n_tables, l);
+      add_segments(SegmentSum{g.order, g.starts, g.touched, g.bag, g.count, n, a.dim, a.grad_out, a.dtype, a.weights,
+                              nullptr, nullptr, true, a.grad_tables, s.partial},
                    "tables_backward", l);
     }
   }

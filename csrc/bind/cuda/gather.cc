@@ -14,8 +14,7 @@ BagIds bag_ids(Address ids, int id_type, int64_t n_ids, Address offsets, bool la
 
 }  // namespace
 
-// Where the CPU's functions return the position of a bad id these return -1, and bag_sort's count is -1: both are
-// known on the device alone.
+// Where the CPU's functions return the position of a bad id these return -1: it is known on the device alone.
 void register_gather(py::module_& m) {
   m.def("bag", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
                   int64_t length, int64_t padding_idx, int mode, Address table, int dtype, int64_t rows, int64_t dim,
@@ -27,31 +26,28 @@ void register_gather(py::module_& m) {
     cuda::bag(a, Launch{device, stream.p});
     return -1;
   });
-  m.def("bag_sort_workspace", [](int64_t n_ids, int device, Address stream) {
-    return cuda::bag_sort_workspace(n_ids, Launch{device, stream.p});
-  });
-  m.def("bag_backward_workspace", [](int64_t n_ids, int64_t bags, int64_t dim, int, Address) {
-    return cuda::bag_backward_workspace(n_ids, bags, dim);
-  });
+  m.def("bag_sort_workspace", [](int64_t n_ids, int64_t) { return cuda::bag_sort_workspace(n_ids); });
   m.def("bag_sort", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
                        int64_t length, int64_t padding_idx, int mode, int64_t rows, Address order, Address starts,
-                       Address touched, Address bag_of, Address workspace, int device, Address stream) {
+                       Address touched, Address bag_of, Address bag_scale, Address count, Address workspace,
+                       int64_t workspace_bytes, int device, Address stream) {
     BagSortArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode), rows,
-                  order.as<int64_t>(), starts.as<int64_t>(), touched.as<int64_t>(), bag_of.as<int32_t>(), nullptr,
-                  nullptr};
-    cuda::bag_sort(a, Launch{device, stream.p, workspace.p});
-    return py::make_tuple(-1, -1);
+                  order.as<int64_t>(), starts.as<int64_t>(), touched.as<int64_t>(), bag_of.as<int32_t>(),
+                  bag_scale.as<float>(), count.as<int64_t>(), workspace.p, workspace_bytes, nullptr};
+    cuda::bag_sort(a, Launch{device, stream.p});
+    return -1;
   });
+  m.def("bag_backward_workspace", [](int64_t n_ids, int64_t dim) { return cuda::bag_backward_workspace(n_ids, dim); });
   m.def("bag_backward", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
                            int64_t length, int64_t padding_idx, int mode, int64_t rows, int64_t dim, Address order,
-                           Address starts, Address touched, Address bag_of, int64_t count, Address grad_out,
-                           int grad_dtype, Address weights, Address argmax, bool dense, Address grad_table,
-                           Address workspace, Address scratch, int device, Address stream) {
+                           Address starts, Address touched, Address bag_of, Address bag_scale, Address count,
+                           Address grad_out, int grad_dtype, Address weights, Address argmax, bool dense,
+                           Address grad_table, Address workspace, int device, Address stream) {
     BagBackwardArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode), rows, dim,
-                      order.as<int64_t>(), starts.as<int64_t>(), touched.as<int64_t>(), bag_of.as<int32_t>(), count,
-                      grad_out.p, static_cast<DType>(grad_dtype), weights.as<float>(), argmax.as<int64_t>(), dense,
-                      grad_table.p};
-    cuda::bag_backward(a, scratch.p, Launch{device, stream.p, workspace.p});
+                      order.as<int64_t>(), starts.as<int64_t>(), touched.as<int64_t>(), bag_of.as<int32_t>(),
+                      bag_scale.as<float>(), count.as<int64_t>(), grad_out.p, static_cast<DType>(grad_dtype),
+                      weights.as<float>(), argmax.as<int64_t>(), dense, grad_table.p};
+    cuda::bag_backward(a, Launch{device, stream.p, workspace.p});
   });
   m.def("bag_weight_grad", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset,
                               int64_t bags, int64_t length, int64_t padding_idx, int mode, Address table, int dtype,
@@ -70,8 +66,8 @@ void register_gather(py::module_& m) {
     cuda::tables(a, Launch{device, stream.p});
     return -1;
   });
-  m.def("tables_backward_workspace", [](int64_t tokens, int64_t n_tables, int64_t dim, int device, Address stream) {
-    return cuda::tables_backward_workspace(tokens, n_tables, dim, Launch{device, stream.p});
+  m.def("tables_backward_workspace", [](int64_t tokens, int64_t n_tables, int64_t dim) {
+    return cuda::tables_backward_workspace(tokens, n_tables, dim);
   });
   m.def("tables_backward", [](Address tables, int dtype, int64_t n_tables, int64_t entries, int64_t dim,
                               Address codes, Address weights, int64_t tokens, Address grad_out, Address grad_tables,

@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
     not_now = pytest.mark.skip(reason="slow: only with --slow")
     slow = config.getoption("--slow")
     for item in items:
-        if not runs and "cuda" in item.keywords:
+        if not runs and item.get_closest_marker("cuda"):  # keywords hold the folders' names too
             item.add_marker(no_cuda)
-        if not slow and "slow" in item.keywords:
+        if not slow and item.get_closest_marker("slow"):
             item.add_marker(not_now)

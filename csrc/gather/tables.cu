@@ -173,7 +173,8 @@ void tables(const TablesArgs& a, const Launch& l) {
   }
 }
 
-int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim) {
+int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim, const Launch& l) {
+  const DeviceGuard guard(l.device);
   int64_t bytes = 0;
   backward_arrays(nullptr, tokens * n_tables, dim, &bytes);
   return bytes;

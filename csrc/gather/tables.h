@@ -51,7 +51,7 @@ LUTRA_KERNEL(tables_backward, ::lutra::TablesBackwardArgs)
 #ifdef LUTRA_CUDA_ENTRIES
 namespace lutra {
 namespace cuda {
-int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim);
+int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
 #endif

@@ -47,9 +47,20 @@ class Kind:
         """What a binding takes for ``a``: the array or its address."""
         raise NotImplementedError
 
-    def launch(self, a: Any) -> tuple[int, ...]:
-        """Trailing arguments of a kernel: () on the CPU, (device, stream) on CUDA."""
+    def launch(self, a: Any, scratch: Any = None) -> tuple[int, ...]:
+        """Trailing arguments of a kernel: () on the CPU; on CUDA its scratch memory, device and stream."""
         return ()
+
+    def scratch(self, name: str, like: Any, *sizes: int) -> Any:
+        """The scratch memory of a CUDA kernel, which allocates none itself; None on the CPU.
+
+        To be held until the kernel is launched: its library hands the memory out again in the order of the
+        stream.
+        """
+        if not self.cuda:
+            return None
+        wanted = getattr(self.kernels, f"{name}_workspace")(*sizes, *self.launch(like))
+        return self.empty((wanted,), U8, like)
 
     def to_numpy(self, a: Any) -> np.ndarray:
         """A NumPy array for the reference (bfloat16 becomes float32)."""
@@ -150,11 +161,12 @@ class TorchKind(Kind):
     def ptr(self, a):
         return a.data_ptr()
 
-    def launch(self, a):
+    def launch(self, a, scratch=None):
         if not self.cuda:
             return ()
         index = a.device.index
-        return index, self.torch.cuda.current_stream(index).cuda_stream
+        where = index, self.torch.cuda.current_stream(index).cuda_stream
+        return where if scratch is None else (scratch.data_ptr(), *where)
 
     def to_numpy(self, a):
         a = a.detach()
@@ -194,8 +206,9 @@ class CupyKind(Kind):
     def ptr(self, a):
         return a.data.ptr
 
-    def launch(self, a):
-        return a.device.id, self.cupy.cuda.get_current_stream(a.device.id).ptr
+    def launch(self, a, scratch=None):
+        where = a.device.id, self.cupy.cuda.get_current_stream(a.device.id).ptr
+        return where if scratch is None else (scratch.data.ptr, *where)
 
     def to_numpy(self, a):
         return self.cupy.asnumpy(a)

@@ -37,7 +37,9 @@ void register_gather(py::module_& m) {
     cuda::bag_sort(a, Launch{device, stream.p});
     return -1;
   });
-  m.def("bag_backward_workspace", [](int64_t n_ids, int64_t dim) { return cuda::bag_backward_workspace(n_ids, dim); });
+  m.def("bag_backward_workspace", [](int64_t n_ids, int64_t dim, int, Address) {
+    return cuda::bag_backward_workspace(n_ids, dim);
+  });
   m.def("bag_backward", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
                            int64_t length, int64_t padding_idx, int mode, int64_t rows, int64_t dim, Address order,
                            Address starts, Address touched, Address bag_of, Address bag_scale, Address count,
@@ -66,8 +68,8 @@ void register_gather(py::module_& m) {
     cuda::tables(a, Launch{device, stream.p});
     return -1;
   });
-  m.def("tables_backward_workspace", [](int64_t tokens, int64_t n_tables, int64_t dim) {
-    return cuda::tables_backward_workspace(tokens, n_tables, dim);
+  m.def("tables_backward_workspace", [](int64_t tokens, int64_t n_tables, int64_t dim, int device, Address stream) {
+    return cuda::tables_backward_workspace(tokens, n_tables, dim, Launch{device, stream.p});
   });
   m.def("tables_backward", [](Address tables, int dtype, int64_t n_tables, int64_t entries, int64_t dim,
                               Address codes, Address weights, int64_t tokens, Address grad_out, Address grad_tables,

@@ -412,9 +412,10 @@ def _backward(
         _explain(kind, ids, offsets, rows, include_last_offset)
     height = int(count[0]) if sparse else rows  # on CUDA this waits for the device, as any sparse result must
     result = kind.empty((height, dim), code, grad)
+    scratch = kind.scratch("bag_backward", grad, n_ids, dim)
     kind.kernels.bag_backward(
         *where, dim, *plan, ptr(grad), code, _ptr(kind, weights), _ptr(kind, argmax), not sparse, ptr(result),
-        *kind.launch(grad),
+        *kind.launch(grad, scratch),
     )  # fmt: skip
     return (touched[:height], result) if sparse else result
 
@@ -446,6 +447,9 @@ def _bag_weight_grad(
         arrays = _to_numpy(kind, grad, table, ids, offsets, scale, minimum)
         result = reference.bag_weight_grad(*arrays, padding_idx, include_last_offset)
         return kind.from_numpy(result, F64 if code == F64 else F32, grad)
+    if kind.cuda and grad_code != (F32 if code in _CODES else code):  # autograd's gradients are of that type
+        grad_code = F32 if code in _CODES else code
+        grad = kind.cast(grad, grad_code)
     grad, table = kind.dense(grad), kind.dense(table)
     if code in _CODES:
         scale, minimum = kind.dense(scale), kind.dense(minimum)

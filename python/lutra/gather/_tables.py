@@ -182,10 +182,11 @@ def _tables_backward(kind, grad, tables, codes, weights=None, need_tables=True, 
     to_tables = kind.empty((n_tables, entries, dim) if need_tables else _EMPTY, code, tables)
     to_weights = kind.empty(tuple(codes.shape) if need_weights else _EMPTY, F32, tables)
     ptr = kind.ptr
+    scratch = kind.scratch("tables_backward", tables, tokens, n_tables, dim)
     bad = kind.kernels.tables_backward(
         ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights),
         tokens, ptr(grad), ptr(to_tables) if need_tables else None, ptr(to_weights) if need_weights else None,
-        *kind.launch(tables),
+        *kind.launch(tables, scratch),
     )  # fmt: skip
     if bad != -1 and not kind.cuda:
         _explain(kind, codes, entries)

@@ -89,7 +89,8 @@ def rescore(queries: Any, database: Any, candidates: Any, k: int, metric: str = 
     Raises
     ------
     IndexError
-        A candidate outside [-1, n) (on CUDA it is skipped, for nothing may wait for the device).
+        A candidate outside [-1, n). On CUDA, where nothing waits for the device, it is named once among its
+        query's results, first, with a NaN score and id -1.
     TypeError, ValueError
         As `knn`.
 
@@ -148,9 +149,10 @@ def search(kind, queries, database, k, metric, names, op):
     n = database.shape[0]
     queries, database = kind.dense(queries), kind.dense(database)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
+    scratch = kind.scratch("knn", queries, nq, n, d, k) if kind.cuda else None
     bad = kernels.knn(
         kind.ptr(queries), d, kind.ptr(database), d, nq, n, d, k, metric_code,
-        kind.ptr(scores), kind.ptr(ids), *kind.launch(queries),
+        kind.ptr(scores), kind.ptr(ids), *kind.launch(queries, scratch),
     )  # fmt: skip
     if bad >= 0:
         raise ValueError(reference.nan_message(names[1], bad))
@@ -180,9 +182,10 @@ def _rescore(kind, queries, database, candidates, k, metric="ip"):
         return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
     queries, database, candidates = kind.dense(queries), kind.dense(database), kind.dense(candidates)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
+    scratch = kind.scratch("rescore", queries, nq, c)
     bad = kind.kernels.rescore(
         kind.ptr(queries), d, kind.ptr(database), d, nq, n, d, kind.ptr(candidates), c, k, metric_code,
-        kind.ptr(scores), kind.ptr(ids), *kind.launch(queries),
+        kind.ptr(scores), kind.ptr(ids), *kind.launch(queries, scratch),
     )  # fmt: skip
     if bad >= 0:  # the reference finds the first offender and raises
         reference.rescore(*(kind.to_numpy(a) for a in (queries, database, candidates)), k, metric)

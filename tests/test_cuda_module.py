@@ -1,0 +1,66 @@
+"""The CUDA module where there is no GPU: it imports, says so, and fails with messages instead of crashing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lutra import _arrays, _backend
+
+if _backend.cuda is None:
+    pytest.skip(f"the CUDA module cannot be used: {_backend.cuda_error}", allow_module_level=True)
+cuda = _backend.cuda
+COUNT, MESSAGE = cuda.device_count()
+no_gpu = pytest.mark.skipif(COUNT > 0, reason="this machine has a GPU")
+
+
+def test_device_count_and_message_agree():
+    assert isinstance(COUNT, int) and isinstance(MESSAGE, str)
+    assert (COUNT > 0) == (MESSAGE == "")
+    usable, text = _backend.cuda_status()
+    assert usable == (COUNT > 0) and text
+
+
+@no_gpu
+def test_status_tells_why():
+    usable, text = _backend.cuda_status()
+    assert not usable and "CUDA" in text
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cuda.sign_hash(0, 0, 1, 1, 8, 0, 1.0, 0, 0, 0, 0),
+        lambda: cuda.knn_workspace(1, 10, 4, 3, 0, 0),
+        lambda: cuda.bag_sort_workspace(10, 5),
+        lambda: cuda.device_name(0),
+    ],
+)
+def test_a_call_without_a_device_is_an_error(call):
+    with pytest.raises(RuntimeError, match=r"lutra: .*(CUDA|driver|device)"):
+        call()
+
+
+def test_the_same_functions_as_the_cpu_module():
+    core = pytest.importorskip("lutra._core")
+    kernels = {"sign_hash", "token_ngrams", "bag", "bag_sort", "bag_backward", "bag_weight_grad", "tables",
+               "tables_backward", "knn", "rescore", "pq"}  # fmt: skip
+    for name in kernels | {"sign_hash_backward", "bag_sort_workspace"}:
+        assert hasattr(core, name) and hasattr(cuda, name), name
+
+
+def test_addresses_are_integers_or_none():
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        cuda.bag_sort(np.zeros(3), 6, 3, None, False, 1, 3, -1, 0, 5, *[None] * 7, 0, 0, 0)
+
+
+def test_the_limit_of_k_is_the_module_s():
+    from lutra.scan import _knn
+
+    assert cuda.max_k == _knn.CUDA_MAX_K
+
+
+def test_scratch_is_for_cuda_alone():
+    assert _arrays.NUMPY.scratch("knn", np.zeros(1), 1, 2, 3, 4) is None
+    assert _arrays.NUMPY.launch(np.zeros(1), None) == ()

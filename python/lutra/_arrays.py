@@ -305,6 +305,10 @@ def type_name(a: Any) -> str:
     return t.__qualname__ if t.__module__ == "builtins" else f"{t.__module__}.{t.__qualname__}"
 
 
+def where(kind: Kind, a: Any) -> str:
+    return {"numpy": "NumPy array", "cupy": "CuPy array"}.get(kind.name) or f"torch tensor on {a.device}"
+
+
 def is_native(a: Any) -> bool:
     """Whether ``a`` is an array that the kernels read as it is."""
     return isinstance(a, np.ndarray) or is_torch(a) or _is_cupy(a)
@@ -354,8 +358,8 @@ def call(name: str, implementation: Any, arrays: tuple[Any, ...], options: tuple
     for array, argument in zip(arrays, names):
         if array is not None and kind_of(array, argument) is not kind:
             raise TypeError(
-                f"{argument} is a {type_name(array)}, {names[0]} a {type_name(first)}; "
-                "all arrays of a call must be of one library"
+                f"{argument} is a {where(kind_of(array, argument), array)}, {names[0]} is a {where(kind, first)}; "
+                "all arrays of a call must be of one library and on one device"
             )
     return implementation(kind, *arrays, *options)
 

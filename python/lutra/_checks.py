@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from ._arrays import CODES, NAMES, Kind, kind_of, type_name
+from ._arrays import CODES, NAMES, Kind, kind_of, type_name, where
 
 METRICS = {"ip": 0, "l2": 1, "cosine": 2}
 
@@ -50,17 +50,13 @@ def same_kind(kind: Kind, a: Any, name: str, first: Any, first_name: str) -> Non
     other = kind_of(a, name)
     if other is not kind:
         raise TypeError(
-            f"{name} is a {_where(other, a)}, {first_name} is a {_where(kind, first)}; "
+            f"{name} is a {where(other, a)}, {first_name} is a {where(kind, first)}; "
             "all arrays of a call must be of one library and on one device"
         )
     if kind.cuda and a.device != first.device:
         raise ValueError(
             f"{name} is on {a.device}, {first_name} on {first.device}; they must be on one device"
         )
-
-
-def _where(kind: Kind, a: Any) -> str:
-    return {"numpy": "NumPy array", "cupy": "CuPy array"}.get(kind.name) or f"torch tensor on {a.device}"
 
 
 def dtype(kind: Kind, a: Any, name: str, allowed: Iterable[int]) -> int:

@@ -1,4 +1,5 @@
 #include "bind/core/intake.h"
+#include "bind/core/quick.h"
 #include "gather/bag.h"
 #include "gather/tables.h"
 
@@ -13,9 +14,77 @@ BagIds bag_ids(Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offse
                 length, padding_idx, static_cast<Mode>(mode)};
 }
 
+// See quick.h. No padding and no 8-bit rows here: the general path takes them.
+py::object quick_bag(py::handle table, py::handle ids, py::handle offsets, py::handle weights, py::handle mode,
+                     py::handle last_offset) {
+  Quick call;
+  View t, i, o, w;
+  const int m = option(mode, {"sum", "mean", "max"});
+  if (m < 0 || !call.take(table, &t) || !call.take(ids, &i) || t.ndim != 2 || !t.floating() || !i.index())
+    return py::none();
+  BagIds bag_of{i.data, i.dtype, 0, nullptr, false, 0, 0, -1, static_cast<Mode>(m)};
+  if (offsets.is_none()) {
+    if (i.ndim != 2 || last_offset.ptr() != Py_False) return py::none();
+    bag_of.bags = i.shape[0];
+    bag_of.length = i.shape[1];
+    bag_of.n_ids = i.shape[0] * i.shape[1];
+  } else {
+    if (!call.take(offsets, &o) || o.ndim != 1 || o.dtype != i.dtype || i.ndim != 1 ||
+        !(last_offset.ptr() == Py_True || last_offset.ptr() == Py_False))
+      return py::none();
+    bag_of.offsets = o.data;
+    bag_of.last_offset = last_offset.ptr() == Py_True;
+    bag_of.bags = o.shape[0] - bag_of.last_offset;
+    bag_of.n_ids = i.shape[0];
+    if (bag_of.bags < 0) return py::none();
+  }
+  if (!weights.is_none()) {
+    if (m != 0 || !call.take(weights, &w) || w.dtype != DType::f32 || w.ndim != i.ndim || w.shape[0] != i.shape[0] ||
+        (w.ndim == 2 && w.shape[1] != i.shape[1]))
+      return py::none();
+  }
+  if (t.dtype == DType::bf16 && t.library == View::numpy) return py::none();
+  const int64_t rows = t.shape[0], dim = t.shape[1];
+  int64_t bad = -1;
+  void* out;
+  py::object result = call.make(t.dtype, {bag_of.bags, dim}, &out);
+  BagArgs a{bag_of, t.data, t.dtype, rows, dim, dim, nullptr, nullptr, static_cast<float*>(w.data), out, nullptr, &bad};
+  run(&bag, a, bag_of.n_ids * dim * 0.1 + bag_of.bags * dim * 0.1);
+  if (bad != -1) return py::none();
+  return result;
+}
+
+py::object quick_tables(py::handle tables_, py::handle codes, py::handle weights, py::handle bias) {
+  Quick call;
+  View t, c, w, b;
+  if (!call.take(tables_, &t) || !call.take(codes, &c) || t.ndim != 3 || !t.floating() || c.dtype != DType::i32 ||
+      c.ndim < 1 || c.ndim > 3 || c.shape[c.ndim - 1] != t.shape[0])
+    return py::none();
+  const int64_t n_tables = t.shape[0], entries = t.shape[1], dim = t.shape[2];
+  const int64_t n0 = c.ndim > 1 ? c.shape[0] : 1, n1 = c.ndim > 2 ? c.shape[1] : 1;
+  if (!weights.is_none()) {
+    if (!call.take(weights, &w) || !w.is(DType::f32, c.ndim)) return py::none();
+    for (int i = 0; i < c.ndim; ++i)
+      if (w.shape[i] != c.shape[i]) return py::none();
+  }
+  if (!bias.is_none() && (!call.take(bias, &b) || !b.is(t.dtype, 1) || b.shape[0] != dim)) return py::none();
+  int64_t bad = -1;
+  void* out;
+  py::object result = c.ndim == 1   ? call.make(t.dtype, {dim}, &out)
+                      : c.ndim == 2 ? call.make(t.dtype, {n0, dim}, &out)
+                                    : call.make(t.dtype, {n0, n1, dim}, &out);
+  TablesArgs a{t.data, t.dtype, n_tables, entries, dim, static_cast<int32_t*>(c.data), static_cast<float*>(w.data),
+               b.data, n0 * n1, out, &bad};
+  run(&tables, a, n0 * n1 * n_tables * dim * 0.1);
+  if (bad != -1) return py::none();
+  return result;
+}
+
 }  // namespace
 
 void register_gather(py::module_& m) {
+  m.def("quick_bag", &quick_bag);
+  m.def("quick_tables", &quick_tables);
   m.def("bag", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags, int64_t length,
                   int64_t padding_idx, int mode, Ptr table, int dtype, int64_t rows, int64_t dim, Ptr scale,
                   Ptr minimum, Ptr weights, Ptr out, Ptr argmax) {

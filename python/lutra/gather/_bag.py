@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from numpy import ndarray
 
 from .. import _checks
-from .._arrays import BF16, F16, F32, F64, FLOATS, I8, I32, I64, NAMES, NUMPY, U8, call
+from .._arrays import BF16, F16, F32, F64, FLOATS, I8, I32, I64, NAMES, NUMPY, U8, call, eager, quick
 from ..reference import gather as reference
 
 _tuple = tuple.__new__
+_quick = quick("bag")
 
 MODES = {"sum": 0, "mean": 1, "max": 2}
 _TABLES = (F32, F16, BF16, U8, I8, F64)
@@ -90,11 +91,12 @@ def bag(
     array([[ 2.,  4.],
            [12., 14.]], dtype=float32)
     """
+    if padding_idx is None and scale is minimum is None and (type(table) is ndarray or eager(table)):
+        result = _quick(table, ids, offsets, weights, mode, include_last_offset)
+        if result is not None:
+            return result
     arrays = (table, ids, offsets, weights, scale, minimum)
-    options = (mode, padding_idx, include_last_offset, sparse_grad)
-    if type(table) is ndarray:
-        return _bag(NUMPY, *arrays, *options)
-    return call("bag", _bag, arrays, options)
+    return call("bag", _bag, arrays, (mode, padding_idx, include_last_offset, sparse_grad))
 
 
 def bag_grad(

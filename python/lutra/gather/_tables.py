@@ -8,10 +8,11 @@ from typing import Any
 from numpy import ndarray
 
 from .. import _checks
-from .._arrays import F32, F64, FLOATS, I32, NUMPY, call
+from .._arrays import F32, F64, FLOATS, I32, NUMPY, call, eager, quick
 from ..reference import gather as reference
 
 _EMPTY = (0,)
+_quick = quick("tables")
 
 
 def tables(tables: Any, codes: Any, weights: Any = None, bias: Any = None) -> Any:
@@ -58,8 +59,10 @@ def tables(tables: Any, codes: Any, weights: Any = None, bias: Any = None) -> An
     >>> lutra.gather.tables(t, np.array([[0, 1]], np.int32))
     array([[6., 8.]], dtype=float32)
     """
-    if type(tables) is ndarray:
-        return _tables(NUMPY, tables, codes, weights, bias)
+    if type(tables) is ndarray or eager(tables):
+        result = _quick(tables, codes, weights, bias)
+        if result is not None:
+            return result
     return call("tables", _tables, (tables, codes, weights, bias), ())
 
 

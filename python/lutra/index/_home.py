@@ -107,10 +107,10 @@ class Home:
         """The last axis in increasing order."""
         return self.xp.sort(a).values if self.kind.name == "torch" else self.xp.sort(a)
 
-    def argsort(self, a: Any) -> Any:
-        """Stable."""
-        if self.kind is NUMPY:
-            return a.argsort(kind="stable")
+    def argsort(self, a: Any, bound: int) -> Any:
+        """The stable order of integers in [0, bound)."""
+        if self.kind is NUMPY:  # which sorts narrow integers by radix: 20 times as fast
+            return a.astype(np.min_scalar_type(bound - 1), copy=False).argsort(kind="stable")
         return self.xp.argsort(a, stable=True) if self.kind.name == "torch" else self.xp.argsort(a)
 
     def normalise(self, x: Any) -> Any:

@@ -142,7 +142,7 @@ def lloyd(
             bar.tick(n_iter - i)
             break
         before = codes
-        order = home.argsort(codes)
+        order = home.argsort(codes, k)
         starts = xp.searchsorted(codes[order], every)
         centroids = gather.bag(points, order, starts, mode="mean")
         if spherical:

@@ -104,6 +104,14 @@ def test_run_case_finds_a_wrong_result():
     assert timed == [] and row.ours is None and row.share is None
 
 
+def test_run_case_reports_an_exception():
+    def fail():
+        raise RuntimeError("no such kernel")
+
+    row = run_case(case(check=fail), LIMITS, quick=True)
+    assert row.state == "ERROR" and row.note == "RuntimeError: no such kernel"
+
+
 def test_run_case_skips_without_its_module():
     row = run_case(
         Case("x", "scan", lambda quick: pytest.fail("prepared"), needs=("no_such_module",)), LIMITS

@@ -68,15 +68,21 @@ def _bag_int8(quick: bool) -> Prepared:
     def by_numpy(i):
         return (q.minimum[i][..., None] + q.scale[i][..., None] * q.codes[i]).sum(1)
 
+    peers = {"numpy": lambda: by_numpy(theirs())}
+    if data.installed("torch") is not None:
+        fused = _torch_fused_8bit(q)
+        flat = [_flat(i) for i in ids]
+        following = data.fresh(flat)
+        peers["torch"] = lambda: fused(following())
+
     def check():
         out = gather.bag(q.codes, ids[0], scale=q.scale, minimum=q.minimum)
         expect.close(out, by_numpy(ids[0]), atol=1e-4, what="bag of 8-bit rows")
         worst = np.abs(out - full[ids[0]].sum(1)).max()  # a step is about 6 / 255, at most half of it is lost
         assert worst < LENGTH * 0.03, f"8-bit rows are off by {worst}"
+        if "torch" in peers:
+            expect.close(fused(flat[0]), out, atol=1e-3, what="torch's bag of 8-bit rows")
 
-    peers = {"numpy": lambda: by_numpy(theirs())}
-    if data.installed("torch") is not None:
-        peers["torch"] = _torch_fused_8bit(q, ids)
     return Prepared(
         ours=lambda: gather.bag(q.codes, mine(), scale=q.scale, minimum=q.minimum),
         check=check,
@@ -86,18 +92,20 @@ def _bag_int8(quick: bool) -> Prepared:
     )
 
 
-def _torch_fused_8bit(q, ids):
-    """torch's own 8-bit bag: each row holds its codes, then scale and minimum as two floats."""
+def _flat(ids: np.ndarray):
+    import torch
+
+    return torch.from_numpy(ids.reshape(-1))
+
+
+def _torch_fused_8bit(q):
+    """torch's own 8-bit bag as a function of flat ids; its rows hold the codes, then scale and minimum."""
     import torch
 
     tail = np.stack([np.asarray(q.scale), np.asarray(q.minimum)], 1).astype(np.float32).view(np.uint8)
     packed = torch.from_numpy(np.concatenate([np.asarray(q.codes), tail], 1))
-    flat = [torch.from_numpy(i.reshape(-1)) for i in ids]
-    offsets = torch.arange(0, flat[0].numel(), LENGTH)
-    following = data.fresh(flat)
-    return lambda: torch.ops.quantized.embedding_bag_byte(
-        packed, following(), offsets, False, 0, False, None, None, False
-    )
+    op = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+    return lambda flat: op(packed, flat, torch.arange(0, flat.numel(), LENGTH))
 
 
 def _bag_training(quick: bool) -> Prepared:

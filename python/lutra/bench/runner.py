@@ -14,7 +14,11 @@ from .timing import SETTLE, Timing, interleaved
 
 @dataclass
 class Row:
-    """The outcome of a case. ``state``: ``'ok'``, ``'WRONG'``, ``'skipped'``, ``'memory'``."""
+    """The outcome of a case.
+
+    ``state``: ``'ok'``, ``'WRONG'`` (the result), ``'ERROR'`` (an exception), ``'skipped'`` (something is not
+    installed) or ``'memory'``; ``note`` says more.
+    """
 
     name: str
     state: str
@@ -62,16 +66,18 @@ def missing(case: Case) -> list[str]:
 
 
 def run_case(case: Case, limits: Limits | None, quick: bool = False, budget: float | None = None) -> Row:
-    """Prepare, check and time a case; a wrong result makes a row that says so, not an exception."""
+    """Prepare, check and time a case; a wrong result or an exception makes a row that says so."""
     absent = missing(case)
     if absent:
         return Row(case.name, "skipped", f"{', '.join(absent)} not installed")
-    prepared = case.prepare(quick)
     try:
+        prepared = case.prepare(quick)
         prepared.check()
-    except AssertionError as error:
+    except Exception as error:  # one broken case must not hide the others' figures
         text = " ".join(str(error).split())
-        return Row(case.name, "WRONG", text[:160])
+        if isinstance(error, AssertionError):
+            return Row(case.name, "WRONG", text[:160])
+        return Row(case.name, "ERROR", f"{type(error).__name__}: {text}"[:160])
     if budget is None:
         budget = 1.0 if quick else 6.0
     times = interleaved(

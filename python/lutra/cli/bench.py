@@ -53,7 +53,7 @@ def ratio_text(ratio: float | None) -> str:
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     if row.ours is None:
-        style = {"WRONG": "bold red", "skipped": "dim"}.get(row.state, "none")
+        style = {"WRONG": "bold red", "ERROR": "bold red", "skipped": "dim"}.get(row.state, "none")
         return [row.name, f"[{style}]{row.state}[/]", "", "", "", "", "", f"[{style}]{escape(row.note)}[/]"]
     notes = [f"{ratio_text(row.ratio(peer))} {peer}" for peer in row.peers if peer not in COLUMNS]
     share = "[dim]-[/]" if row.share is None else f"{row.share:.0%} {row.limit_of}"
@@ -107,7 +107,7 @@ def selected(pattern: str | None, quick: bool) -> tuple[list[Case], bool]:
 
 
 def show(pattern: str | None = None, quick: bool = False, json_file: Path | None = None) -> None:
-    """Run the benchmarks, print the table, write the JSON; exit code 1 where a result is wrong.
+    """Run the benchmarks, print the table, write the JSON; exit code 1 where one is wrong or fails.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def show(pattern: str | None = None, quick: bool = False, json_file: Path | None
     console.print(table(rows, limits))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(rows, limits, quick), indent=2) + "\n", encoding="utf-8")
-    if any(row.state == "WRONG" for row in rows):
+    if any(row.state in ("WRONG", "ERROR") for row in rows):
         raise SystemExit(1)
 
 

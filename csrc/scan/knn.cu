@@ -60,7 +60,13 @@ __device__ __forceinline__ void copy_rows(float* to, const float* base, int64_t 
   }
 }
 
-__device__ __forceinline__ float inverse_norm(float squares) { return squares == 0 ? 0.0f : 1.0f / sqrtf(squares); }
+// 1 / |v| from the fp32 sum of squares; where that could have overflowed or lost small values, again in double.
+__device__ __forceinline__ float inverse_norm(float squares, const float* v, int64_t d) {
+  if (squares > 1e-24f && squares < 1e37f) return 1.0f / sqrtf(squares);
+  double wide = 0;
+  for (int64_t k = 0; k < d; ++k) wide += static_cast<double>(v[k]) * v[k];
+  return wide == 0 ? 0.0f : static_cast<float>(1.0 / sqrt(wide));
+}
 
 template <int BQ, int BN>
 constexpr size_t tile_bytes() { return static_cast<size_t>(kStages) * (BQ + BN) * LD * sizeof(float); }
@@ -76,23 +82,10 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
   const int64_t q0 = static_cast<int64_t>(blockIdx.x) * BQ;
 
   float* stages = dynamic_shared<float>();
-  float* q_norm = stages + kStages * kStage;
-  float* x_norm = q_norm + (BQ + 1) / 2 * 2;
+  float* x_norm = stages + kStages * kStage;
   Selector select;
   select.init(x_norm + BN, a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride,
               a.lists.parts * a.lists.stride, BQ, a.lists.capacity, a.lists.best);
-  if (!L2 && a.cosine) {
-    for (int q = warp; q < BQ; q += kWarps) {
-      float squares = 0;
-      if (q0 + q < a.nq)
-        for (int64_t k = lane; k < a.d; k += 32) {
-          const float v = a.q[(q0 + q) * a.ldq + k];
-          squares = fmaf(v, v, squares);
-        }
-      squares = warp_sum(squares);
-      if (lane == 0) q_norm[q] = inverse_norm(squares);
-    }
-  }
 
   const int64_t row_begin = blockIdx.y * a.lists.tiles_per_part * BN;
   const int64_t row_stop = row_begin + a.lists.tiles_per_part * BN;
@@ -170,7 +163,8 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
         float s = squares[p];
         s += __shfl_xor_sync(kFullWarp, s, 1);
         s += __shfl_xor_sync(kFullWarp, s, 2);
-        if ((lane & 3) == 0) x_norm[(p * kThreads + threadIdx.x) >> 2] = inverse_norm(s);
+        const int r = (p * kThreads + threadIdx.x) >> 2;
+        if ((lane & 3) == 0 && row0 + r < row_end) x_norm[r] = inverse_norm(s, a.x + (row0 + r) * a.ldx, a.d);
         squares[p] = 0;
       }
       __syncthreads();
@@ -181,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
 #pragma unroll
       for (int j = 0; j < TN; ++j) {
         if (L2) acc[i][j] = -acc[i][j];
-        else if (a.cosine) acc[i][j] = acc[i][j] * q_norm[ty + NY * i] * x_norm[tx + NX * j];
+        else if (a.cosine) acc[i][j] *= x_norm[tx + NX * j];
         const bool valid = q0 + ty + NY * i < a.nq && row0 + tx + NX * j < row_end;
         pending |= static_cast<unsigned long long>(valid) << (i * TN + j);
       }
@@ -192,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
         const float bar = select.least_score[ty + NY * i];
 #pragma unroll
         for (int j = 0; j < TN; ++j) {
-          if ((pending >> (i * TN + j) & 1) && !(acc[i][j] <= bar)) {
+          if ((pending >> (i * TN + j) & 1) && !(acc[i][j] < bar)) {
             if (!select.add(ty + NY * i, acc[i][j], static_cast<uint32_t>(row0 + tx + NX * j)))
               refused |= 1ull << (i * TN + j);
           }
@@ -221,12 +215,27 @@ struct Shape {
 constexpr Shape kShapes[] = {{1, 256, 3}, {8, 256, 3}, {32, 256, 2}, {128, 128, 2}};
 constexpr int64_t kListBytes = int64_t{256} << 20;  // of the workspace, about
 
+// Cosine: the queries are divided by their norms beforehand, so that no product of large values overflows.
+__global__ void __launch_bounds__(kThreads)
+    normalize_kernel(const float* q, int64_t nq, int64_t ldq, int64_t d, float* to) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + (threadIdx.x >> 5);
+  const int lane = threadIdx.x & 31;
+  if (i >= nq) return;
+  const float* v = q + i * ldq;
+  float squares = 0;
+  for (int64_t k = lane; k < d; k += 32) squares = fmaf(v[k], v[k], squares);
+  const float factor = inverse_norm(warp_sum(squares), v, d);
+  for (int64_t k = lane; k < d; k += 32) to[i * d + k] = v[k] * factor;
+}
+
 struct KnnPlan {
   int shape;
   ListPlan lists;
+  int64_t query_floats;  // normalized queries
+  int64_t bytes() const { return round_up(query_floats * 4, 256) + lists.bytes(); }
 };
 
-KnnPlan plan_for(int64_t nq, int64_t n, int64_t k, int device) {
+KnnPlan plan_for(int64_t nq, int64_t n, int64_t d, int64_t k, Metric metric, int device) {
   if (k > kMaxK && n > kMaxK)
     throw std::invalid_argument("lutra: k is " + std::to_string(k) + "; on CUDA it must be <= 2048");
   if (n > kMaxRows) throw std::length_error("lutra: knn on CUDA takes fewer than 2^32 - 1 rows");
@@ -245,16 +254,19 @@ KnnPlan plan_for(int64_t nq, int64_t n, int64_t k, int device) {
   s.parts = parts_for(groups, tiles, static_cast<int64_t>(shape.blocks) * processors, 2);
   s.tiles_per_part = div_up(tiles > 0 ? tiles : 1, s.parts);
   s.parts = static_cast<int>(div_up(tiles > 0 ? tiles : 1, s.tiles_per_part));
-  const int64_t fit = most / s.parts / shape.queries;
+  int64_t fit = most / s.parts / shape.queries;
+  const bool copied = metric == Metric::cosine;
+  if (copied && fit * shape.queries * d * 4 > kListBytes) fit = kListBytes / (shape.queries * d * 4);
   if (groups > fit) groups = fit > 1 ? fit : 1;
   s.queries = groups * shape.queries < nq ? groups * shape.queries : nq;
+  p.query_floats = copied ? s.queries * d : 0;
   return p;
 }
 
 template <int SHAPE, int TQ, int TN, bool L2>
 void scan(const ScanArgs& a, const Launch& l) {
   constexpr Shape s = kShapes[SHAPE];
-  const size_t shared = tile_bytes<s.queries, s.rows>() + ((s.queries + 1) / 2 * 2 + s.rows) * sizeof(float) +
+  const size_t shared = tile_bytes<s.queries, s.rows>() + s.rows * sizeof(float) +
                         Selector::bytes(s.queries, a.lists.best, kWarps);
   const dim3 grid(grid_x(div_up(a.nq, s.queries)), static_cast<unsigned>(a.lists.parts));
   launch("knn", scan_kernel<s.queries, s.rows, TQ, TN, s.blocks, L2>, grid, kThreads, shared, l, a);
@@ -294,7 +306,20 @@ __global__ void __launch_bounds__(kThreads) rescore_kernel(RescoreArgs a, Key* k
     }
     score = warp_sum(score);
     if (a.metric == Metric::l2) score = -score;
-    if (a.metric == Metric::cosine) score = score * inverse_norm(warp_sum(qq)) * inverse_norm(warp_sum(xx));
+    if (a.metric == Metric::cosine) {
+      qq = warp_sum(qq);
+      xx = warp_sum(xx);
+      if (qq > 1e-24f && qq < 1e37f && xx > 1e-24f && xx < 1e37f) {
+        score = score * (1.0f / sqrtf(qq)) * (1.0f / sqrtf(xx));
+      } else {  // fp32 sums may have overflowed or lost small values
+        double s = 0, qs = 0, xs = 0;
+        for (int64_t k = 0; k < a.d; ++k) {
+          const double u = q[k], v = x[k];
+          s += u * v, qs += u * u, xs += v * v;
+        }
+        score = qs == 0 || xs == 0 ? 0.0f : static_cast<float>(s / (sqrt(qs) * sqrt(xs)));
+      }
+    }
     key = make_key(score, static_cast<uint32_t>(id));
   } else if (id != -1) {
     key = make_key(quiet_nan(), 0xffffffffu);
@@ -315,22 +340,29 @@ bool wide(const float* q, int64_t ldq, const float* x, int64_t ldx, int64_t d) {
 
 int max_k() { return kMaxK; }
 
-int64_t knn_workspace(int64_t nq, int64_t n, int64_t d, int64_t k, const Launch& l) {
-  (void)d;
+int64_t knn_workspace(int64_t nq, int64_t n, int64_t d, int64_t k, Metric metric, const Launch& l) {
   const DeviceGuard guard(l.device);
-  return plan_for(nq, n, k, l.device).lists.bytes();
+  return plan_for(nq, n, d, k, metric, l.device).bytes();
 }
 
 void knn(const KnnArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
-  const KnnPlan plan = plan_for(a.nq, a.n, a.k, l.device);
+  const KnnPlan plan = plan_for(a.nq, a.n, a.d, a.k, a.metric, l.device);
   const ListPlan& s = plan.lists;
-  auto* keys = static_cast<Key*>(l.workspace);
+  const bool cosine = a.metric == Metric::cosine;
+  Carve workspace(l.workspace);
+  float* normalized = workspace.take<float>(plan.query_floats);
+  Key* keys = workspace.take<Key>(0);
   for (int64_t first = 0; first < a.nq; first += s.queries) {
     const int64_t count = a.nq - first < s.queries ? a.nq - first : s.queries;
     const float* q = a.q + first * a.ldq;
-    const ScanArgs scan{q, a.x, count, a.n, a.d, a.ldq, a.ldx, wide(q, a.ldq, a.x, a.ldx, a.d),
-                        a.metric == Metric::cosine, s, keys};
+    int64_t ldq = a.ldq;
+    if (cosine) {
+      launch("knn", normalize_kernel, grid_x(div_up(count, kWarps)), kThreads, 0, l, q, count, ldq, a.d, normalized);
+      q = normalized;
+      ldq = a.d;
+    }
+    const ScanArgs scan{q, a.x, count, a.n, a.d, ldq, a.ldx, wide(q, ldq, a.x, a.ldx, a.d), cosine, s, keys};
     if (s.best > 0) {
       if (a.metric == Metric::l2) scan_shape<true>(plan.shape, scan, l);
       else scan_shape<false>(plan.shape, scan, l);

@@ -49,7 +49,7 @@ LUTRA_KERNEL(rescore, ::lutra::RescoreArgs)
 namespace lutra {
 namespace cuda {
 int max_k();  // on CUDA; more are asked for only where the collection holds fewer
-int64_t knn_workspace(int64_t nq, int64_t n, int64_t d, int64_t k, const Launch&);
+int64_t knn_workspace(int64_t nq, int64_t n, int64_t d, int64_t k, Metric, const Launch&);
 int64_t rescore_workspace(int64_t nq, int64_t c, const Launch&);
 }  // namespace cuda
 }  // namespace lutra

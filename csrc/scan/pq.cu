@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(PqScan a) {
         const float bar = select.least_score[w];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          if ((pending >> (r * W + w) & 1) && !(acc[r][w] <= bar)) {
+          if ((pending >> (r * W + w) & 1) && !(acc[r][w] < bar)) {
             if (!select.add(w, acc[r][w], static_cast<uint32_t>(row0 + r * kThreads + threadIdx.x)))
               refused |= 1u << (r * W + w);
           }

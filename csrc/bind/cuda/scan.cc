@@ -6,8 +6,8 @@ namespace lutra {
 
 void register_scan(py::module_& m) {
   m.attr("max_k") = cuda::max_k();
-  m.def("knn_workspace", [](int64_t nq, int64_t n, int64_t d, int64_t k, int device, Address stream) {
-    return cuda::knn_workspace(nq, n, d, k, Launch{device, stream.p});
+  m.def("knn_workspace", [](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int device, Address stream) {
+    return cuda::knn_workspace(nq, n, d, k, static_cast<Metric>(metric), Launch{device, stream.p});
   });
   m.def("knn", [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k,
                   int metric, Address scores, Address ids, Address workspace, int device, Address stream) {

@@ -149,7 +149,7 @@ def search(kind, queries, database, k, metric, names, op):
     n = database.shape[0]
     queries, database = kind.dense(queries), kind.dense(database)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
-    scratch = kind.scratch("knn", queries, nq, n, d, k) if kind.cuda else None
+    scratch = kind.scratch("knn", queries, nq, n, d, k, metric_code) if kind.cuda else None
     bad = kernels.knn(
         kind.ptr(queries), d, kind.ptr(database), d, nq, n, d, k, metric_code,
         kind.ptr(scores), kind.ptr(ids), *kind.launch(queries, scratch),

@@ -55,7 +55,7 @@ def measure(benchmark, limits, full):
 
 @pytest.fixture
 def run_case(measure, full):
-    """``run_case(case)``: `measure` for a case of `lutra.bench`; skips where a peer that it needs is missing."""
+    """``run_case(case)``: `measure` for a case of `lutra.bench`; skips where a module it needs is missing."""
 
     def run(case) -> dict[str, float]:
         for name in case.needs:

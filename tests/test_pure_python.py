@@ -1,4 +1,4 @@
-"""The package without its compiled modules: it is built without a compiler, and every op runs on the reference."""
+"""The package without its compiled modules: it is built without a compiler, and every op runs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_op_gives_the_same_on_the_reference():
 
 @pytest.mark.slow
 def test_pure_wheel_is_built_without_a_compiler(tmp_path):
-    """LUTRA_PURE_PYTHON=1: a wheel for every platform, with no compiled module, though a compiler would fail."""
+    """LUTRA_PURE_PYTHON=1: a wheel for every platform, with no compiled module; a compiler would fail."""
     environment = {**os.environ, "LUTRA_PURE_PYTHON": "1", "CC": "/bin/false", "CXX": "/bin/false"}
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(ROOT)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

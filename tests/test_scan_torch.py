@@ -40,7 +40,7 @@ def test_gradients(metric, dtype):
     )
     candidates = torch.randint(-1, 9, (3, 5))
     options = {} if dtype == torch.float64 else {"eps": 1e-2, "atol": 2e-2, "rtol": 2e-2, "nondet_tol": 1e-6}
-    # k = 12 > 9: the padding has no gradient; every row is taken, so that no selection flips under a small step
+    # k = 12 > 9: the padding has no gradient; every row is taken, so that no selection flips in a small step
     assert torch.autograd.gradcheck(
         lambda a, b: finite(lutra.scan.knn(a, b, 12, metric).scores).sum(1), (q, x), **options
     )

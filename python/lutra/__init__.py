@@ -1,7 +1,7 @@
 """lutra: fast kernels that turn arithmetic into memory.
 
-Three verbs: `lutra.address` (where to look), `lutra.gather` (the rows found there), `lutra.scan` (the best of a
-collection). `lutra.nn` has layers for torch, `lutra.index` collections that are searched and saved.
+Three verbs: `lutra.address` (where to look), `lutra.gather` (the rows found there), `lutra.scan` (the best of
+a collection). `lutra.nn` has layers for torch, `lutra.index` collections that are searched and saved.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ def __dir__():
 
 
 __all__ = [
-    "__version__", "address", "gather", "get_num_threads", "index", "nn", "reference", "scan", "set_num_threads",
-    "simd_level",
+    "__version__", "address", "gather", "get_num_threads", "index", "nn", "reference", "scan",
+    "set_num_threads", "simd_level",
 ]  # fmt: skip

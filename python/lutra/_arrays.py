@@ -334,8 +334,8 @@ def call(name: str, implementation: Any, arrays: tuple[Any, ...], options: tuple
     """Call an op on the arrays of one library and give back the same kind.
 
     ``arrays`` are the array arguments (None where an optional one is absent; the first is never None), whose
-    names are ``implementation``'s parameters after ``kind``; ``options`` are the rest, in order. Torch tensors
-    that need nothing from torch's dispatcher go straight to the kernel; the others through
+    names are ``implementation``'s parameters after ``kind``; ``options`` are the rest, in order. Torch
+    tensors that need nothing from torch's dispatcher go straight to the kernel; the others through
     ``torch.ops.lutra.<name>``, where autograd, torch.compile and FakeTensor see the op.
     """
     first = arrays[0]
@@ -357,8 +357,9 @@ def call(name: str, implementation: Any, arrays: tuple[Any, ...], options: tuple
     kind = kind_of(first, names[0])
     for array, argument in zip(arrays, names):
         if array is not None and kind_of(array, argument) is not kind:
+            got = where(kind_of(array, argument), array)
             raise TypeError(
-                f"{argument} is a {where(kind_of(array, argument), array)}, {names[0]} is a {where(kind, first)}; "
+                f"{argument} is a {got}, {names[0]} is a {where(kind, first)}; "
                 "all arrays of a call must be of one library and on one device"
             )
     return implementation(kind, *arrays, *options)

@@ -18,8 +18,8 @@ _NAMES = ("x", "centroids")
 def nearest(x: Any, centroids: Any, k: int = 1, metric: str = "l2") -> Neighbors:
     """The k nearest centroids of each vector.
 
-    The same kernel as `lutra.scan.knn` with the roles named: distances are selected from as they are computed,
-    and no (n, number of centroids) matrix is written.
+    The same kernel as `lutra.scan.knn` with the roles named: distances are selected from as they are
+    computed, and no (n, number of centroids) matrix is written.
 
     Parameters
     ----------

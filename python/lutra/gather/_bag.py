@@ -327,8 +327,14 @@ def _forward(
     kernels = kind.kernels
     if kernels is None or code == F64:
         _checks.no_kernel(kind, "bag")
-        arrays = _to_numpy(kind, table, ids, offsets, weights, scale, minimum)
-        result = reference.bag(*arrays, mode, padding_idx, include_last_offset, want_argmax)
+        arguments = [
+            *_to_numpy(kind, table, ids, offsets, weights, scale, minimum),
+            mode,
+            padding_idx,
+            include_last_offset,
+            want_argmax,
+        ]
+        result = reference.bag(*arguments)
         if want_argmax:
             return kind.from_numpy(result[1], I64, table)
         return kind.from_numpy(result, out_code, table)
@@ -388,8 +394,15 @@ def _backward(
         weights = _weights(kind, weights, ids, mode, F64 if code == F64 else F32)
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "bag_backward")
-        arrays = _to_numpy(kind, grad, ids, offsets, weights, argmax)
-        result = reference.bag_grad(*arrays, rows, mode, padding_idx, include_last_offset, sparse)
+        arguments = [
+            *_to_numpy(kind, grad, ids, offsets, weights, argmax),
+            rows,
+            mode,
+            padding_idx,
+            include_last_offset,
+            sparse,
+        ]
+        result = reference.bag_grad(*arguments)
         if sparse:
             return kind.from_numpy(result[0], I64, grad), kind.from_numpy(result[1], code, grad)
         return kind.from_numpy(result, code, grad)
@@ -446,8 +459,12 @@ def _bag_weight_grad(
     ids, offsets, id_code = _ids(kind, ids, offsets)
     if kind.kernels is None or code == F64 or grad_code == F64:
         _checks.no_kernel(kind, "bag_weight_grad")
-        arrays = _to_numpy(kind, grad, table, ids, offsets, scale, minimum)
-        result = reference.bag_weight_grad(*arrays, padding_idx, include_last_offset)
+        arguments = [
+            *_to_numpy(kind, grad, table, ids, offsets, scale, minimum),
+            padding_idx,
+            include_last_offset,
+        ]
+        result = reference.bag_weight_grad(*arguments)
         return kind.from_numpy(result, F64 if code == F64 else F32, grad)
     if kind.cuda and grad_code != (F32 if code in _CODES else code):  # autograd's gradients are of that type
         grad_code = F32 if code in _CODES else code

@@ -135,11 +135,14 @@ def _tables(kind, tables, codes, weights=None, bias=None):
         weights = _floats(kind, weights, F64 if code == F64 else F32)
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "tables")
-        arrays = [None if a is None else kind.to_numpy(a) for a in (tables, codes, weights, bias)]
         flat = (prod(shape[:-1]), n_tables)
-        arrays[1] = arrays[1].reshape(flat)
-        arrays[2] = None if weights is None else arrays[2].reshape(flat)
-        return kind.from_numpy(reference.tables(*arrays).reshape(shape), code, tables)
+        out = reference.tables(
+            kind.to_numpy(tables),
+            kind.to_numpy(codes).reshape(flat),
+            None if weights is None else kind.to_numpy(weights).reshape(flat),
+            None if bias is None else kind.to_numpy(bias),
+        )
+        return kind.from_numpy(out.reshape(shape), code, tables)
     tables = kind.dense(tables)
     if bias is not None:
         bias = kind.dense(bias)
@@ -170,11 +173,14 @@ def _tables_backward(kind, grad, tables, codes, weights=None, need_tables=True, 
     weights = _floats(kind, weights, wide)
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "tables_backward")
-        arrays = [None if a is None else kind.to_numpy(a) for a in (grad, tables, codes, weights)]
-        arrays[0] = arrays[0].reshape(tokens, dim)
-        arrays[2] = arrays[2].reshape(tokens, n_tables)
-        arrays[3] = None if weights is None else arrays[3].reshape(tokens, n_tables)
-        to_tables, to_weights = reference.tables_backward(*arrays, need_tables, need_weights)
+        to_tables, to_weights = reference.tables_backward(
+            kind.to_numpy(grad).reshape(tokens, dim),
+            kind.to_numpy(tables),
+            kind.to_numpy(codes).reshape(tokens, n_tables),
+            None if weights is None else kind.to_numpy(weights).reshape(tokens, n_tables),
+            need_tables,
+            need_weights,
+        )
         return (
             kind.from_numpy(to_tables, code, tables) if need_tables else kind.empty(_EMPTY, code, tables),
             kind.from_numpy(to_weights.reshape(tuple(codes.shape)), wide, tables)

@@ -184,10 +184,10 @@ def tables_backward(grad, tables, codes, weights=None, need_tables=True, need_we
     grad_tables = np.zeros(tables.shape, tables.dtype) if need_tables else None
     grad_weights = np.zeros(codes.shape, wide) if need_weights else None
     for k in range(n_tables):
-        if need_tables:
+        if grad_tables is not None:
             total = np.zeros(tables.shape[1:], wide)
             np.add.at(total, codes[:, k], g if weights is None else g * weights[:, k, None].astype(wide))
             grad_tables[k] = total
-        if need_weights:
+        if grad_weights is not None:
             grad_weights[:, k] = (tables[k, codes[:, k]].astype(wide) * g).sum(1)
     return grad_tables, grad_weights

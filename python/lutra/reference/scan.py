@@ -119,10 +119,10 @@ def pq(queries, codes, codebooks, k=10, metric="l2"):
     scores, ids = np.empty((len(queries), k), tables.dtype), np.empty((len(queries), k), np.int64)
     all_ids = np.arange(n)[None]
     for i, table in enumerate(tables):
-        row = np.zeros((1, n), tables.dtype)
+        sums = np.zeros((1, n), tables.dtype)
         for j in range(m):
-            row[0] += table[j, codes[:, j]]
-        if np.isnan(row).any():
-            raise ValueError(nan_message("codes", int(np.argwhere(np.isnan(row))[0][1])))
-        scores[i : i + 1], ids[i : i + 1] = select(row, all_ids, k, metric)
+            sums[0] += table[j, codes[:, j]]
+        if np.isnan(sums).any():
+            raise ValueError(nan_message("codes", int(np.argwhere(np.isnan(sums))[0][1])))
+        scores[i : i + 1], ids[i : i + 1] = select(sums, all_ids, k, metric)
     return scores, ids

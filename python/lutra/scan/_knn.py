@@ -51,7 +51,7 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip") -> Neighbo
 
     Notes
     -----
-    Cost: 2 nq n d flops and, for few queries, one read of database. float64 is computed by the NumPy reference.
+    Cost: 2 nq n d flops and, for few queries, one read of database. float64 is computed by the reference.
     Gradient (torch): of the scores, to queries and database.
 
     Examples
@@ -113,7 +113,8 @@ def pair(kind, queries, database, names=("queries", "database")):
         )
     if queries.shape[1] != database.shape[1]:
         raise ValueError(
-            f"{names[1]} has {database.shape[1]} columns, {names[0]} has {queries.shape[1]}; they must be equal"
+            f"{names[1]} has {database.shape[1]} columns, {names[0]} has {queries.shape[1]}; "
+            "they must be equal"
         )
     return code
 
@@ -177,8 +178,8 @@ def _rescore(kind, queries, database, candidates, k, metric="ip"):
         raise ValueError(f"candidates has {candidates.shape[0]} rows, queries has {nq}; they must be equal")
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "rescore")
-        arrays = (kind.to_numpy(a) for a in (queries, database, candidates))
-        scores, ids = reference.rescore(*arrays, k, metric)
+        q, x, picks = (kind.to_numpy(a) for a in (queries, database, candidates))
+        scores, ids = reference.rescore(q, x, picks, k, metric)
         return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
     queries, database, candidates = kind.dense(queries), kind.dense(database), kind.dense(candidates)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
@@ -188,5 +189,6 @@ def _rescore(kind, queries, database, candidates, k, metric="ip"):
         kind.ptr(scores), kind.ptr(ids), *kind.launch(queries, scratch),
     )  # fmt: skip
     if bad >= 0:  # the reference finds the first offender and raises
-        reference.rescore(*(kind.to_numpy(a) for a in (queries, database, candidates)), k, metric)
+        q, x, picks = (kind.to_numpy(a) for a in (queries, database, candidates))
+        reference.rescore(q, x, picks, k, metric)
     return scores, ids

@@ -75,12 +75,14 @@ def _pq(kind, queries, codes, codebooks, k=10, metric="l2"):
     (nq, d), (n, m), (books, ksub, dsub) = queries.shape, codes.shape, codebooks.shape
     if books != m or m * dsub != d or not 1 <= ksub <= 256:
         raise ValueError(
-            f"queries {tuple(queries.shape)}, codes {tuple(codes.shape)} and codebooks {tuple(codebooks.shape)} "
-            "must have shapes (nq, m * dsub), (n, m) and (m, ksub, dsub) with ksub in [1, 256]"
+            f"queries {tuple(queries.shape)}, codes {tuple(codes.shape)} and codebooks "
+            f"{tuple(codebooks.shape)} must have shapes (nq, m * dsub), (n, m) and (m, ksub, dsub) "
+            "with ksub in [1, 256]"
         )
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "pq")
-        scores, ids = reference.pq(*(kind.to_numpy(a) for a in (queries, codes, codebooks)), k, metric)
+        q, rows, entries = (kind.to_numpy(a) for a in (queries, codes, codebooks))
+        scores, ids = reference.pq(q, rows, entries, k, metric)
         return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
     queries, codes, codebooks = kind.dense(queries), kind.dense(codes), kind.dense(codebooks)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)

@@ -51,9 +51,9 @@ _autograd: dict[str, _Differentiation] = {}
 class _Differentiation:
     """An op's kernel for the Autograd key.
 
-    ``torch.library.register_autograd`` does nearly this; it cannot be used under ``torch.func.grad``, gives no
-    error but a missing tangent in forward-mode differentiation, and leaves ops without a formula to a warning
-    and a missing gradient.
+    ``torch.library.register_autograd`` does nearly this; it cannot be used under ``torch.func.grad``, gives
+    no error but a missing tangent in forward-mode differentiation, and leaves ops without a formula to a
+    warning and a missing gradient.
     """
 
     def __init__(self, name: str) -> None:
@@ -87,7 +87,7 @@ class _Differentiation:
 
     def _make_node(self):
         def forward(ctx, *args):
-            *args, keyset = args
+            args, keyset = args[:-1], args[-1]
             with _below_autograd():
                 out = self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
             if self.setup_context is not None:

@@ -1,0 +1,53 @@
+"""What the two embedding layers share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._arrays import torch_kind
+from .._backend import _CHOICE
+from ._embedding_ops import sparse_rows
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+IDS = (torch.int64, torch.int32)
+
+
+def has_kernel(weight: Tensor) -> bool:
+    """Whether lutra computes with this table; if not, the layer leaves the call to torch.
+
+    float64 has no kernel, and torch's own is faster than lutra's reference; so it is on a device without a
+    compiled module, unless ``LUTRA_BACKEND=reference`` asks for the reference.
+    """
+    if weight.dtype not in _FLOATS:
+        return False
+    if weight.is_cpu or weight.is_meta:
+        return torch_kind(False).kernels is not None or _CHOICE == "reference"
+    return weight.is_cuda and torch_kind(True).kernels is not None
+
+
+class ScaleByFrequency(torch.autograd.Function):
+    """The identity; its gradient is divided, row by row, by how often the row occurs in ``ids``."""
+
+    @staticmethod
+    def forward(weight: Tensor, ids: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, ids = inputs
+        ctx.rows = weight.shape[0]
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        ids = ids.reshape(-1).long()
+        counts = torch.zeros(ctx.rows, dtype=torch.float32, device=grad.device)
+        counts = counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.float32)).clamp(min=1)
+        if grad.layout is not torch.strided:
+            grad = grad.coalesce()
+            rows = grad.indices()
+            values = (grad.values() / counts[rows[0]].unsqueeze(1)).to(grad.dtype)
+            return sparse_rows(rows[0], values, grad.shape), None
+        return (grad / counts.unsqueeze(1)).to(grad.dtype), None

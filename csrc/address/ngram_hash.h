@@ -26,4 +26,26 @@ static inline uint64_t mod(uint64_t h, Modulus m) {
   return r >= m.n ? r - m.n : r;
 }
 
+// Ids of the n-grams of 2..order values, by start, then by length; returns the end of what it wrote.
+static inline int64_t* put_ngrams(const int64_t* values, int64_t count, int64_t order, int64_t first, Modulus m,
+                                  int64_t* ids) {
+  if (order < 2) return ids;
+  if (order == 2) {  // the common case: independent iterations, which the processor overlaps
+    for (int64_t i = 0; i + 1 < count; ++i) {
+      const uint64_t h = static_cast<uint64_t>(values[i]) * kNgramStep + static_cast<uint64_t>(values[i + 1]);
+      ids[i] = first + static_cast<int64_t>(mod(h, m));
+    }
+    return count > 1 ? ids + count - 1 : ids;
+  }
+  for (int64_t i = 0; i + 1 < count; ++i) {
+    const int64_t end = count - i < order ? count : i + order;
+    uint64_t h = static_cast<uint64_t>(values[i]);
+    for (int64_t j = i + 1; j < end; ++j) {
+      h = h * kNgramStep + static_cast<uint64_t>(values[j]);
+      *ids++ = first + static_cast<int64_t>(mod(h, m));
+    }
+  }
+  return ids;
+}
+
 }  // namespace lutra

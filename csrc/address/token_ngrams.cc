@@ -16,22 +16,7 @@ void one_text(const TokenNgramsArgs& a, Modulus m, const int64_t* tokens, int64_
       for (int64_t i = 0; i < length; ++i) *ids++ = static_cast<int64_t>(mod(static_cast<uint64_t>(tokens[i]), m));
     }
   }
-  if (a.order < 2) return;
-  if (a.order == 2) {  // the common case: independent iterations, which the processor overlaps
-    for (int64_t i = 0; i + 1 < length; ++i) {
-      const uint64_t h = static_cast<uint64_t>(tokens[i]) * kNgramStep + static_cast<uint64_t>(tokens[i + 1]);
-      ids[i] = first + static_cast<int64_t>(mod(h, m));
-    }
-    return;
-  }
-  for (int64_t i = 0; i + 1 < length; ++i) {
-    const int64_t end = length - i < a.order ? length : i + a.order;
-    uint64_t h = static_cast<uint64_t>(tokens[i]);
-    for (int64_t j = i + 1; j < end; ++j) {
-      h = h * kNgramStep + static_cast<uint64_t>(tokens[j]);
-      *ids++ = first + static_cast<int64_t>(mod(h, m));
-    }
-  }
+  put_ngrams(tokens, length, a.order, first, m, ids);
 }
 
 }  // namespace

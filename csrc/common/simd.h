@@ -10,6 +10,8 @@
 
 #if defined(LUTRA_LEVEL_v4) || defined(LUTRA_LEVEL_v3)
 #include <immintrin.h>
+#elif defined(__SSE4_1__)
+#include <smmintrin.h>
 #endif
 
 #define LUTRA_INLINE static inline __attribute__((always_inline))
@@ -108,15 +110,25 @@ struct BF16 {
   LUTRA_INLINE float get(const type* p) { return bf16_to_float(*p); }
   LUTRA_INLINE void put(type* p, float f) { *p = float_to_bf16(f); }
   LUTRA_INLINE vf load(const type* p) {
+#if defined(LUTRA_LEVEL_v4)  // gcc 12 makes two halves of __builtin_convertvector here
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#else
     const vh h = *reinterpret_cast<const vh*>(p);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
   }
   LUTRA_INLINE void store(type* p, vf v) {
     const vu u = (vu)v;
     const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const vu quiet = (u >> 16) | 0x40u;
     const vu nan = (vu)((u & 0x7fffffffu) > (vu){} + 0x7f800000u);
-    *reinterpret_cast<vh*>(p) = __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+    const vu bits = (rounded & ~nan) | (quiet & nan);
+#if defined(LUTRA_LEVEL_v4)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+    *reinterpret_cast<vh*>(p) = __builtin_convertvector(bits, vh);
+#endif
   }
 };
 struct F16 {
@@ -148,18 +160,45 @@ struct F16 {
   }
 #endif
 };
+// W bytes as integers. gcc 12 takes __builtin_convertvector apart byte by byte here, hence the intrinsics.
+#if defined(LUTRA_LEVEL_v4)
+LUTRA_INLINE vi widen_u8(const uint8_t* p) {
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+LUTRA_INLINE vi widen_i8(const int8_t* p) {
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#elif defined(LUTRA_LEVEL_v3)
+LUTRA_INLINE vi widen_u8(const uint8_t* p) {
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+LUTRA_INLINE vi widen_i8(const int8_t* p) {
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+#elif defined(__SSE4_1__)
+LUTRA_INLINE __m128i four_bytes(const void* p) {
+  int32_t bits;
+  memcpy(&bits, p, 4);
+  return _mm_cvtsi32_si128(bits);
+}
+LUTRA_INLINE vi widen_u8(const uint8_t* p) { return (vi)_mm_cvtepu8_epi32(four_bytes(p)); }
+LUTRA_INLINE vi widen_i8(const int8_t* p) { return (vi)_mm_cvtepi8_epi32(four_bytes(p)); }
+#else
+LUTRA_INLINE vi widen_u8(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+LUTRA_INLINE vi widen_i8(const int8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+#endif
 struct U8 {
   typedef uint8_t type;
   LUTRA_INLINE float get(const type* p) { return static_cast<float>(*p); }
   LUTRA_INLINE vf load(const type* p) {
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vb*>(p), vi), vf);
+    return __builtin_convertvector(widen_u8(p), vf);
   }
 };
 struct I8 {
   typedef int8_t type;
   LUTRA_INLINE float get(const type* p) { return static_cast<float>(*p); }
   LUTRA_INLINE vf load(const type* p) {
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vsb*>(p), vi), vf);
+    return __builtin_convertvector(widen_i8(p), vf);
   }
 };
 

@@ -86,11 +86,14 @@ void bags(const BagArgs& a, const BagBounds& bounds, int64_t b0, int64_t b1, Bad
   auto* out = static_cast<typename Out::type*>(a.out) + b0 * a.dim;
   Buffer<float> best(a.argmax ? a.dim : 0);
   const int64_t e0 = bounds.begin(b0);
+  // what fits into the second-level cache needs no prefetch
+  const bool far = a.rows * a.ld * static_cast<int64_t>(sizeof(typename T::type)) > (1 << 19);
+  if (far) prefetch_first(t, RowList{entries.index, nullptr, entries.n, entries.n}, a.dim);
   int64_t begin = 0;
   for (int64_t b = b0; b < b1; ++b, out += a.dim) {
     const int64_t end = entries.compacted ? entries.ends[b - b0] : bounds.begin(b + 1) - e0;
     const RowList list{entries.index + begin, entries.weights + (entries.weights ? begin : 0), end - begin,
-                       entries.n - begin};
+                       far ? entries.n - begin : 0};
     begin = end;
     if (a.bag.mode == Mode::max) {
       reduce_rows<T, Reduce::max>(t, list, a.dim, nullptr, 1.0f, out);
@@ -110,8 +113,7 @@ void all_bags(const BagArgs& a, const BagBounds& bounds, BadFirst* bad) {
   const double each = 6 + static_cast<double>(row) / 16;  // rough nanoseconds for a row
   const int64_t n = bounds.begin(a.bag.bags) - bounds.begin(0);
   const double cost = static_cast<double>(n) * each + static_cast<double>(a.bag.bags) * 10;
-  // pieces of about 30 microseconds
-  const double pieces = cost / 30e3;
+  const double pieces = cost / 60e3;  // of that many nanoseconds
   const int64_t grain = pieces <= 1 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / pieces) + 1;
   parallel_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
     if (a.bag.id_type == DType::i32) bags<T, int32_t>(a, bounds, b0, b1, bad);

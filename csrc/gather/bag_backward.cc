@@ -27,7 +27,7 @@ void sum_block(const BagBackwardArgs& a, int64_t k0, int64_t k1, int first, int 
       LUTRA_UNROLL
       for (int v = 0; v < NV; ++v) {
         const int at = v == NV - 1 ? last : first + v * W;
-        const vf x = part ? load_part<T>(p + at, part) : T::load(p + at);
+        const vf x = NV == 1 && part ? load_part<T>(p + at, part) : T::load(p + at);
         acc[v] += F == Factor::one ? x : x * f;
       }
     }
@@ -35,7 +35,7 @@ void sum_block(const BagBackwardArgs& a, int64_t k0, int64_t k1, int first, int 
     LUTRA_UNROLL
     for (int v = 0; v < NV; ++v) {
       const int at = v == NV - 1 ? last : first + v * W;
-      if (part) store_part<T>(to + at, acc[v], part);
+      if (NV == 1 && part) store_part<T>(to + at, acc[v], part);
       else T::store(to + at, acc[v]);
     }
   }

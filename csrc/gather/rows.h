@@ -4,7 +4,13 @@
 // are walked; the number of vectors is a template argument, so that a row of 64 floats is 4 loads and 4 additions.
 // The last vector of a row is moved left to end at its last column: it overlaps the one before (the same values are
 // stored twice), and no row needs a loop over left-over columns. Rows shorter than a vector go through a small
-// buffer. Rows further down the list are prefetched: the next rows are at random places.
+// buffer.
+//
+// Rows lie at random places, so those further down the list are prefetched, across the ends of bags too, and into
+// the second-level cache only. Measured on a Zen 4 (rows of 256 bytes out of 256 MB, one thread, microseconds for
+// 82,000 rows): no prefetch 2490; into the first level, where few misses can be under way at once, 2370 however far
+// ahead; into the second 16 rows ahead 1630, 32 ahead 1570, 48 ahead 1160, 96 ahead 1170. Rows of 128 bytes:
+// 1420, 1170; 860, 700, 860, 940.
 #pragma once
 #include "common/simd.h"
 
@@ -15,11 +21,7 @@ enum class Reduce : int { sum, weighted, max };
 
 constexpr int kMaxVectors = 8;
 
-#if defined(LUTRA_LEVEL_v4)
 #define LUTRA_UNROLL _Pragma("GCC unroll 8")
-#else
-#define LUTRA_UNROLL _Pragma("GCC unroll 8")
-#endif
 
 template <class T>
 struct is_code { static constexpr bool value = false; };
@@ -36,7 +38,7 @@ struct result_of<U8> { typedef F32 type; };
 template <>
 struct result_of<I8> { typedef F32 type; };
 
-// A list of rows to reduce. index[i] for i in [0, n) is worked on; up to index[ahead - 1] may be prefetched.
+// A list of rows to reduce. index[i] for i in [0, n) is worked on; those up to index[ahead - 1] are prefetched.
 struct RowList {
   const int64_t* index;
   const float* weights;  // Reduce::weighted
@@ -51,6 +53,29 @@ struct RowTable {
   const float* scale;  // 8-bit codes
   const float* minimum;
 };
+
+// How many rows ahead pays for blocks of that many bytes.
+constexpr int rows_ahead(int bytes) {
+  return bytes <= 128 ? 32 : bytes <= 256 ? 48 : bytes <= 512 ? 24 : 16;
+}
+
+LUTRA_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// The first rows of a list, which no other row's work prefetches.
+template <class T>
+LUTRA_INLINE void prefetch_first(const RowTable<T>& t, const RowList& rows, int64_t dim) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(*t.data));
+  const int block = static_cast<int>(dim < kMaxVectors * W ? dim : kMaxVectors * W);
+  const int64_t ahead = rows_ahead(block * static_cast<int>(sizeof(*t.data)));
+  for (int64_t i = 0; i < ahead && i < rows.ahead; ++i) {
+    const int64_t r = rows.index[i];
+    for (int c = 0; c < block; c += kLine) prefetch_far(t.data + r * t.ld + c);
+    if (is_code<T>::value) {
+      prefetch_far(t.scale + r);
+      prefetch_far(t.minimum + r);
+    }
+  }
+}
 
 LUTRA_INLINE vf vector_max(vf a, vf b) { return (b > a) | (b != b) ? b : a; }  // NaN wins, the first stays
 
@@ -75,25 +100,27 @@ static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, i
                          const typename result_of<T>::type::type* start, float factor,
                          typename result_of<T>::type::type* out) {
   typedef typename result_of<T>::type Out;
-  constexpr int kAhead = 12;                                     // rows
   constexpr int kLine = 64 / static_cast<int>(sizeof(*t.data));  // values in a cache line
+  // Rows that do not begin at a cache line reach into one line more.
+  const bool split = ((reinterpret_cast<uintptr_t>(t.data) | static_cast<uintptr_t>(t.ld * sizeof(*t.data))) & 63) != 0;
+  const int64_t far = split ? 24 : rows_ahead(NV * W * static_cast<int>(sizeof(*t.data)));
   vf acc[NV];
   float shift = 0;  // sum of weight * minimum, for 8-bit codes
   LUTRA_UNROLL
   for (int v = 0; v < NV; ++v) {
     const int at = v == NV - 1 ? last : first + v * W;
-    acc[v] = !start ? (vf){} : part ? load_part<Out>(start + at, part) : Out::load(start + at);
+    acc[v] = !start ? (vf){} : NV == 1 && part ? load_part<Out>(start + at, part) : Out::load(start + at);
   }
   for (int64_t i = 0; i < rows.n; ++i) {
-    if (i + kAhead < rows.ahead) {
-      const int64_t next = rows.index[i + kAhead];
+    if (i + far < rows.ahead) {
+      const int64_t next = rows.index[i + far];
       const auto* p = t.data + next * t.ld;
       LUTRA_UNROLL
-      for (int c = 0; c < NV * W; c += kLine) __builtin_prefetch(p + first + c);
-      __builtin_prefetch(p + last + (part ? 0 : W - 1));
+      for (int c = 0; c < NV * W; c += kLine) prefetch_far(p + first + c);
+      if (split) prefetch_far(p + last + (part ? part : W) - 1);
       if (is_code<T>::value) {
-        __builtin_prefetch(t.scale + next);
-        __builtin_prefetch(t.minimum + next);
+        prefetch_far(t.scale + next);
+        prefetch_far(t.minimum + next);
       }
     }
     const int64_t r = rows.index[i];
@@ -107,7 +134,7 @@ static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, i
     LUTRA_UNROLL
     for (int v = 0; v < NV; ++v) {
       const int at = v == NV - 1 ? last : first + v * W;
-      vf x = part ? load_part<T>(p + at, part) : T::load(p + at);
+      vf x = NV == 1 && part ? load_part<T>(p + at, part) : T::load(p + at);
       if (R == Reduce::max) {
         if (is_code<T>::value) x = x * w + low;
         acc[v] = i == 0 ? x : vector_max(acc[v], x);
@@ -122,7 +149,7 @@ static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, i
   for (int v = 0; v < NV; ++v) {
     const int at = v == NV - 1 ? last : first + v * W;
     if (R != Reduce::max) acc[v] = is_code<T>::value ? (acc[v] + shift) * factor : acc[v] * factor;
-    if (part) store_part<Out>(out + at, acc[v], part);
+    if (NV == 1 && part) store_part<Out>(out + at, acc[v], part);
     else Out::store(out + at, acc[v]);
   }
 }

@@ -7,10 +7,13 @@
 //   11 loads on AVX-512. The tile is compared with the thresholds of its queries; what passes is offered to their
 //   TopK. Row blocks that fit the L2 are used for all queries before the next is read.
 //
+// k = 1 with many queries has a way of its own: best_one.h.
+//
 // A score is always summed in the same order, in the middle of a tile as at its edges, so that equal rows have
 // equal scores and ties can go to the lower id.
 #include "scan/knn.h"
 
+#include "scan/best_one.h"
 #include "scan/selection.h"
 
 namespace lutra {
@@ -233,6 +236,9 @@ void search(const KnnArgs& a) {
 }  // namespace
 
 void knn(const KnnArgs& a) {
+  if (best_one::suits(a) &&
+      (a.metric == Metric::ip ? best_one::search<Metric::ip>(a) : best_one::search<Metric::l2>(a)))
+    return;
   switch (a.metric) {
     case Metric::ip: return search<Metric::ip>(a);
     case Metric::l2: return search<Metric::l2>(a);

@@ -4,6 +4,8 @@
 #include "bind/core/quick.h"
 #include "bind/core/text_ngrams.h"
 
+#include <vector>
+
 namespace lutra {
 namespace {
 
@@ -54,6 +56,17 @@ void register_address(py::module_& m) {
   });
   m.def("token_ngrams", [](Ptr tokens, int64_t total, Ptr offsets, Ptr out_offsets, int64_t texts, int64_t order,
                            int64_t first_bucket, int64_t buckets, bool unigrams, Ptr ids, int64_t n_ids) {
+    std::vector<int64_t> starts;
+    if (!offsets.p) {  // texts of one length: both arrays of offsets are multiples, written here
+      auto* out = out_offsets.as<int64_t>(texts + 1);
+      const int64_t length = texts ? total / texts : 0, count = texts ? n_ids / texts : 0;
+      starts.resize(texts + 1);
+      for (int64_t b = 0; b <= texts; ++b) {
+        starts[b] = b * length;
+        out[b] = b * count;
+      }
+      offsets = Ptr{starts.data(), (texts + 1) * 8};
+    }
     TokenNgramsArgs a{tokens.as<int64_t>(total), offsets.as<int64_t>(texts + 1),
                       out_offsets.as<int64_t>(texts + 1), texts, order, first_bucket, buckets, unigrams,
                       ids.as<int64_t>(n_ids)};

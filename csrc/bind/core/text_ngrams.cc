@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 
 #include "address/ngram_hash.h"
 #include "common/threads.h"
@@ -25,26 +26,38 @@ size_t slot_of(uint32_t hash, size_t mask) {
   return static_cast<size_t>((hash * 0x9e3779b97f4a7c15ull) >> 32) & mask;
 }
 
-using ByteSet = std::array<bool, 256>;
-
-ByteSet token_bytes(bool whitespace) {
-  ByteSet in{};
-  for (int b = 0; b < 256; ++b) {
-    const bool space = b == ' ' || (b >= '\t' && b <= '\r');
-    const bool word = (b >= '0' && b <= '9') || (b >= 'A' && b <= 'Z') || (b >= 'a' && b <= 'z') || b == '_' || b >= 128;
-    in[b] = whitespace ? !space : word;
-  }
-  return in;
+// Whether a byte belongs to a token: 0 or 1, without a branch, so that loops over it become vectors.
+template <bool whitespace>
+constexpr Byte in_token(Byte b) {
+  if (whitespace) return (b != ' ') & (static_cast<Byte>(b - '\t') > 4);
+  return (static_cast<Byte>((b | 32) - 'a') < 26) | (static_cast<Byte>(b - '0') < 10) | (b == '_') | (b > 127);
 }
 
-template <class Fn>
-void for_tokens(const Byte* p, int64_t n, const ByteSet& in, const Fn& fn) {
-  for (int64_t i = 0; i < n;) {
-    while (i < n && !in[p[i]]) ++i;
-    const int64_t begin = i;
-    while (i < n && in[p[i]]) ++i;
-    if (i > begin) fn(p + begin, i - begin);
+struct ByteSet {
+  std::array<bool, 256> in;
+};
+
+template <bool whitespace>
+constexpr ByteSet byte_set() {
+  ByteSet s{};
+  for (int b = 0; b < 256; ++b) s.in[b] = in_token<whitespace>(static_cast<Byte>(b));
+  return s;
+}
+
+constexpr ByteSet kWordBytes = byte_set<false>(), kNonSpaceBytes = byte_set<true>();
+
+// The number of tokens: of places where a byte that belongs to one follows a byte that does not.
+template <bool whitespace>
+int64_t count_tokens(const Byte* p, int64_t n) {
+  int64_t count = n > 0 && in_token<whitespace>(p[0]);
+  for (int64_t i = 1; i < n; i += 128) {
+    const int64_t length = std::min<int64_t>(n - i, 128);
+    Byte part = 0;  // narrow, so that more lanes fit a vector; at most 64
+    for (int64_t j = i; j < i + length; ++j)
+      part = static_cast<Byte>(part + (in_token<whitespace>(p[j]) & (in_token<whitespace>(p[j - 1]) ^ 1)));
+    count += part;
   }
+  return count;
 }
 
 bool starts_character(Byte b) { return (b & 0xc0) != 0x80; }
@@ -59,7 +72,8 @@ struct Options {
   Modulus buckets;
   int64_t word_ngrams, char_min, char_max;  // char_max 0: none
   const WordTable* words;
-  ByteSet in;
+  bool whitespace;
+  const ByteSet& bytes() const { return whitespace ? kNonSpaceBytes : kWordBytes; }
   int64_t first_bucket() const { return words ? words->size() : 0; }
 };
 
@@ -67,20 +81,53 @@ struct Count {
   int64_t values = 0, ids = 0;  // tokens that have a value; ids of the text
 };
 
-// Memory that one thread works in.
+// Memory that one thread works in: for a text, and for its tokens (they are apart by a byte at least).
 struct Scratch {
-  std::vector<Byte> text, token;
-  std::vector<uint64_t> values;
+  template <class T>
+  using Array = std::unique_ptr<T[]>;  // not initialised, unlike a vector
+  Array<Byte> text, token;
+  Array<uint32_t> hash;
+  Array<int64_t> begin, end, values;
+  Scratch(int64_t longest, bool spans, bool characters)
+      : text(new Byte[longest + 1]), token(new Byte[characters ? longest + 2 : 0]), hash(new uint32_t[longest / 2 + 2]),
+        begin(new int64_t[spans ? longest / 2 + 2 : 0]), end(new int64_t[spans ? longest / 2 + 2 : 0]),
+        values(new int64_t[longest / 2 + 2]) {}
 };
 
 // The bytes of a text, lowered.
 const Byte* bytes_of(const Text& t, Scratch* s) {
   if (!t.lower) return t.p;
-  for (int64_t i = 0; i < t.n; ++i) {
-    const Byte b = t.p[i];
-    s->text[i] = static_cast<Byte>(b + (b >= 'A' && b <= 'Z' ? 32 : 0));
+  const Byte* __restrict from = t.p;
+  Byte* __restrict to = s->text.get();
+  const int64_t n = t.n;
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Byte>(from[i] + ((static_cast<Byte>(from[i] - 'A') < 26) << 5));
+  return to;
+}
+
+// Hashes (and, with `spans`, the places) of the tokens; returns their number. Where a token ends cannot be
+// predicted, so there is no branch on it: each byte writes the hash so far to the place of the token that it would
+// belong to, and a byte after a token moves that place on.
+template <bool spans>
+int64_t hash_tokens(const Byte* p, int64_t n, const ByteSet& bytes, Scratch* s) {
+  uint32_t* __restrict hash = s->hash.get();
+  int64_t *__restrict begin = s->begin.get(), *__restrict end = s->end.get();
+  uint32_t h = kFnvStart;
+  int64_t count = 0, first = 0;
+  bool inside = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool in = bytes.in[p[i]];
+    count += inside & !in;
+    if (spans) {
+      first = inside ? first : i;
+      begin[count] = first;
+      end[count] = i + 1;
+    }
+    const uint32_t longer = fnv1a(h, p[i]);
+    h = in ? longer : kFnvStart;
+    hash[count] = h;
+    inside = in;
   }
-  return s->text.data();
+  return count + inside;
 }
 
 int64_t runs(int64_t length, int64_t low, int64_t high) {  // of low..high places among `length`
@@ -91,19 +138,26 @@ int64_t runs(int64_t length, int64_t low, int64_t high) {  // of low..high place
 Count count_text(const Text& t, const Options& o, Scratch* s) {
   Count c;
   int64_t characters = 0;
-  for_tokens(o.words ? bytes_of(t, s) : t.p, t.n, o.in, [&](const Byte* p, int64_t n) {
-    if (!o.words || o.words->find(p, n, hash_bytes(p, n)) >= 0) ++c.values;
-    if (o.char_max) {
-      const int64_t length = 2 + std::count_if(p, p + n, starts_character);
-      characters += runs(length, o.char_min, o.char_max) - (o.char_min == 1 ? 2 : 0);
+  if (!o.words && !o.char_max) {
+    c.values = o.whitespace ? count_tokens<true>(t.p, t.n) : count_tokens<false>(t.p, t.n);
+  } else {
+    const Byte* p = o.words ? bytes_of(t, s) : t.p;
+    const int64_t tokens = hash_tokens<true>(p, t.n, o.bytes(), s);
+    for (int64_t i = 0; i < tokens; ++i) {
+      const Byte *begin = p + s->begin[i], *end = p + s->end[i];
+      if (!o.words || o.words->find(begin, end - begin, s->hash[i]) >= 0) ++c.values;
+      if (o.char_max) {
+        const int64_t length = 2 + std::count_if(begin, end, starts_character);
+        characters += runs(length, o.char_min, o.char_max) - (o.char_min == 1 ? 2 : 0);
+      }
     }
-  });
+  }
   c.ids = runs(c.values, 1, o.word_ngrams) + characters;
   return c;
 }
 
 int64_t* put_characters(const Byte* p, int64_t n, const Options& o, Scratch* s, int64_t* out) {
-  Byte* t = s->token.data();
+  Byte* t = s->token.get();
   t[0] = '<';
   std::memcpy(t + 1, p, n);
   t[n + 1] = '>';
@@ -123,28 +177,28 @@ int64_t* put_characters(const Byte* p, int64_t n, const Options& o, Scratch* s, 
 }
 
 void fill_text(const Text& t, const Options& o, Count c, Scratch* s, int64_t* out) {
-  const int64_t first = o.first_bucket();
+  const Byte* p = bytes_of(t, s);
+  const bool spans = o.words || o.char_max;
+  const int64_t tokens = spans ? hash_tokens<true>(p, t.n, o.bytes(), s) : hash_tokens<false>(p, t.n, o.bytes(), s);
+  int64_t* values = s->values.get();
   int64_t* characters = out + runs(c.values, 1, o.word_ngrams);
-  int64_t count = 0;
-  for_tokens(bytes_of(t, s), t.n, o.in, [&](const Byte* p, int64_t n) {
-    if (o.word_ngrams) {
-      const uint32_t h = hash_bytes(p, n);
-      const int64_t v = o.words ? o.words->find(p, n, h) : static_cast<int32_t>(h);
-      if (!o.words || v >= 0) {
-        s->values[count] = static_cast<uint64_t>(v);
-        out[count++] = o.words ? v : static_cast<int64_t>(mod(static_cast<uint64_t>(v), o.buckets));
-      }
+  if (o.word_ngrams && o.words) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t v = o.words->find(p + s->begin[i], s->end[i] - s->begin[i], s->hash[i]);
+      if (v >= 0) out[count] = values[count] = v, ++count;
     }
-    if (o.char_max) characters = put_characters(p, n, o, s, characters);
-  });
-  out += count;
-  for (int64_t i = 0; i < count; ++i) {
-    uint64_t h = s->values[i];
-    for (int64_t j = i + 1; j < count && j < i + o.word_ngrams; ++j) {
-      h = h * kNgramStep + s->values[j];
-      *out++ = first + static_cast<int64_t>(mod(h, o.buckets));
+    put_ngrams(values, count, o.word_ngrams, o.words->size(), o.buckets, out + count);
+  } else if (o.word_ngrams) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      values[i] = static_cast<int32_t>(s->hash[i]);
+      out[i] = static_cast<int64_t>(mod(static_cast<uint64_t>(values[i]), o.buckets));
     }
+    put_ngrams(values, tokens, o.word_ngrams, 0, o.buckets, out + tokens);
   }
+  if (!o.char_max) return;
+  for (int64_t i = 0; i < tokens; ++i)
+    characters = put_characters(p + s->begin[i], s->end[i] - s->begin[i], o, s, characters);
 }
 
 // A str as UTF-8, lowered by Python where it is not ASCII. `keep` holds what the bytes belong to. False: no str, or
@@ -168,14 +222,25 @@ bool read_text(PyObject* o, bool lower, std::vector<py::object>* keep, Text* out
   return out->p != nullptr;
 }
 
+// fn(text, thread) for every text, without the GIL unless it is a matter of microseconds.
+template <class Fn>
+void for_texts(int64_t n, int threads, int64_t grain, bool short_work, const Fn& fn) {
+  if (threads == 1 && short_work) {
+    for (int64_t i = 0; i < n; ++i) fn(i, 0);
+    return;
+  }
+  py::gil_scoped_release release;
+#pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) fn(i, omp_get_thread_num());
+}
+
 // (ids, offsets), or the position of the first text that cannot be read (the caller says why).
 py::object text_ngrams(const py::tuple& texts, int64_t buckets, int64_t word_ngrams, int64_t char_min,
                        int64_t char_max, const WordTable* words, bool whitespace, bool lower) {
   const int64_t n = static_cast<int64_t>(texts.size());
   if (buckets < 1 || word_ngrams < 0 || char_min < 1 || char_max < 0)
     throw py::value_error("lutra: text_ngrams got an option out of range");
-  const Options options{modulus(static_cast<uint64_t>(buckets)), word_ngrams, char_min, char_max, words,
-                        token_bytes(whitespace)};
+  const Options options{modulus(static_cast<uint64_t>(buckets)), word_ngrams, char_min, char_max, words, whitespace};
   std::vector<py::object> keep;
   std::vector<Text> text(n);
   int64_t bytes = 0, longest = 0;
@@ -185,36 +250,27 @@ py::object text_ngrams(const py::tuple& texts, int64_t buckets, int64_t word_ngr
     longest = std::max(longest, text[i].n);
   }
 
-  // About 5 ns a byte; below 40 microseconds a second thread does not pay.
-  const int threads = bytes < 8192 ? 1 : static_cast<int>(std::min<int64_t>(num_threads(), n));
-  std::vector<Scratch> scratch(threads);
-  for (Scratch& s : scratch) {
-    s.text.resize(longest);
-    if (char_max) s.token.resize(longest + 2);
-    if (word_ngrams) s.values.resize(longest / 2 + 1);  // tokens are apart by a byte at least
-  }
+  // About 3 ns a byte; below 40 microseconds a second thread does not pay.
+  const int threads = bytes < 16384 ? 1 : static_cast<int>(std::min<int64_t>(num_threads(), n));
+  std::vector<Scratch> scratch;
+  for (int i = 0; i < threads; ++i) scratch.emplace_back(longest, words || char_max, char_max > 0);
   const int64_t grain = std::max<int64_t>(1, n / (threads * 32));
   std::vector<Count> counts(n);
   py::array_t<int64_t> offsets(n);
   int64_t* starts = offsets.mutable_data();
   int64_t total = 0;
-  {
-    py::gil_scoped_release release;
-#pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n; ++i) counts[i] = count_text(text[i], options, &scratch[omp_get_thread_num()]);
-    for (int64_t i = 0; i < n; ++i) {
-      starts[i] = total;
-      total += counts[i].ids;
-    }
+  for_texts(n, threads, grain, bytes < 2048, [&](int64_t i, int thread) {
+    counts[i] = count_text(text[i], options, &scratch[thread]);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    starts[i] = total;
+    total += counts[i].ids;
   }
   py::array_t<int64_t> result(total);
   int64_t* ids = result.mutable_data();
-  {
-    py::gil_scoped_release release;
-#pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n; ++i)
-      fill_text(text[i], options, counts[i], &scratch[omp_get_thread_num()], ids + starts[i]);
-  }
+  for_texts(n, threads, grain, bytes < 2048, [&](int64_t i, int thread) {
+    fill_text(text[i], options, counts[i], &scratch[thread], ids + starts[i]);
+  });
   return py::make_tuple(result, offsets);
 }
 

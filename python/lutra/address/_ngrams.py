@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import _backend, _checks
-from .._arrays import I32, I64, call, type_name
+from .._arrays import I32, I64, NUMPY, call, type_name
 from ..reference import ngrams as reference
 
 TOKENIZERS = {"word": 0, "whitespace": 1}
 _MAX_BUCKETS = 1 << 62
 _MAX_ORDER = (1 << 31) - 1
+_INTEGERS = (I32, I64)
+_tuple = tuple.__new__  # builds a named tuple in half the time of calling its class
 
 
 class Ngrams(NamedTuple):
@@ -124,12 +127,11 @@ def ngrams(
     >>> lutra.address.ngrams(["to be or not", "to be"], buckets=1000, word_ngrams=1)
     Ngrams(ids=array([708, 232, 588, 802, 708, 232]), offsets=array([0, 4]))
     """
-    buckets = _checks.integer("buckets", buckets, 1, _MAX_BUCKETS)
-    word_ngrams = _checks.integer("word_ngrams", word_ngrams, 0, _MAX_ORDER)
+    buckets = _integer("buckets", buckets, 1, _MAX_BUCKETS)
+    word_ngrams = _integer("word_ngrams", word_ngrams, 0, _MAX_ORDER)
     low, high = (1, 0) if char_ngrams is None else _char_range(char_ngrams)
     whitespace = _checks.choice("tokenizer", tokenizer, TOKENIZERS) == 1
-    if not isinstance(lowercase, (bool, np.bool_)):
-        raise TypeError(f"lowercase must be a bool, got {lowercase!r} of type {type_name(lowercase)}")
+    _bool("lowercase", lowercase)
     words = vocabulary
     if words is not None and not isinstance(words, Vocabulary):
         words = Vocabulary(_strings(words, "vocabulary"))
@@ -140,7 +142,7 @@ def ngrams(
             texts, buckets, word_ngrams, low, high, table, whitespace, bool(lowercase)
         )  # fmt: skip
         if type(result) is tuple:
-            return Ngrams(*result)
+            return _tuple(Ngrams, result)
     _utf8_or_raise(texts, "texts")
     return Ngrams(
         *reference.ngrams(
@@ -153,6 +155,17 @@ def ngrams(
             lowercase=lowercase,
         )
     )
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if type(value) is int and low <= value <= high:
+        return value
+    return _checks.integer(name, value, low, high)
+
+
+def _bool(name: str, value: Any) -> None:
+    if value is not True and value is not False and not isinstance(value, np.bool_):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type_name(value)}")
 
 
 def _char_range(value: Any) -> tuple[int, int]:
@@ -249,27 +262,29 @@ def token_ngrams(
     >>> lutra.address.token_ngrams(np.array([[1, 2, 3]]), buckets=100, first_bucket=10).ids
     array([  1,   2,   3,  83,  55])
     """
-    options = (order, buckets, first_bucket, unigrams)
-    return Ngrams(*call("token_ngrams", _token_ngrams, (tokens, offsets), options))
+    arrays, options = (tokens, offsets), (order, buckets, first_bucket, unigrams)
+    if type(tokens) is np.ndarray and (offsets is None or type(offsets) is np.ndarray):
+        return _tuple(Ngrams, _token_ngrams(NUMPY, *arrays, *options))
+    return _tuple(Ngrams, call("token_ngrams", _token_ngrams, arrays, options))
 
 
 def _count(length: Any, order: int, unigrams: bool) -> Any:
     """Number of ids of texts with so many tokens (an int or an array): the sum of length - n + 1 over n."""
-    longest = np.minimum(length, order)
+    longest = min(length, order) if isinstance(length, int) else np.minimum(length, order)
     return (longest - 1) * (length + 1) - (longest + 2) * (longest - 1) // 2 + (length if unigrams else 0)
 
 
 def _token_ngrams_shape(tokens, offsets, order, buckets, first_bucket, unigrams):
     """Checks that need no data."""
-    _checks.integer("order", order, 1, _MAX_ORDER)
-    _checks.integer("buckets", buckets, 1, _MAX_BUCKETS)
-    _checks.integer("first_bucket", first_bucket, 0, _MAX_BUCKETS)
-    if not isinstance(unigrams, (bool, np.bool_)):
-        raise TypeError(f"unigrams must be a bool, got {unigrams!r} of type {type_name(unigrams)}")
+    _integer("order", order, 1, _MAX_ORDER)
+    _integer("buckets", buckets, 1, _MAX_BUCKETS)
+    _integer("first_bucket", first_bucket, 0, _MAX_BUCKETS)
+    _bool("unigrams", unigrams)
     if offsets is None:
         if len(tokens.shape) == 1:
             raise ValueError("tokens is 1-d: it needs offsets; a single text has tokens of shape (1, length)")
-        _checks.ndim(tokens, "tokens", 2)
+        if len(tokens.shape) != 2:
+            _checks.ndim(tokens, "tokens", 2)
     else:
         if len(tokens.shape) == 2:
             raise ValueError("tokens is 2-d: it takes no offsets; pass 1-d tokens")
@@ -281,17 +296,22 @@ def _token_ngrams(kind, tokens, offsets, order, buckets, first_bucket=0, unigram
     if offsets is not None:
         _checks.same_kind(kind, offsets, "offsets", tokens, "tokens")
     _token_ngrams_shape(tokens, offsets, order, buckets, first_bucket, unigrams)
-    _checks.dtype(kind, tokens, "tokens", (I32, I64))
+    code = kind.code(tokens)
+    if code not in _INTEGERS:
+        _checks.dtype(kind, tokens, "tokens", _INTEGERS)
     if offsets is not None:
-        _checks.dtype(kind, offsets, "offsets", (I32, I64))
+        _checks.dtype(kind, offsets, "offsets", _INTEGERS)
     if kind.kernels is None:
         _checks.no_kernel(kind, "token_ngrams")
-    total = int(np.prod(tokens.shape, dtype=np.int64))
+    total = prod(tokens.shape)
     if offsets is None:
         texts, length = tokens.shape
-        count = int(_count(length, order, unigrams))
-        starts, out_starts = _steps(kind, texts, length, tokens), _steps(kind, texts, count, tokens)
+        count = _count(length, order, unigrams)
         n_ids = texts * count
+        if kind.cuda:
+            starts, out_starts = _steps(kind, texts, length, tokens), _steps(kind, texts, count, tokens)
+        else:  # the binding writes them
+            starts, out_starts = None, kind.empty((texts + 1,), I64, tokens)
     else:
         host = _offsets(kind.to_numpy(offsets), total)
         texts = len(host) - 1
@@ -308,19 +328,19 @@ def _token_ngrams(kind, tokens, offsets, order, buckets, first_bucket=0, unigram
                 first_bucket=first_bucket, unigrams=unigrams,
             )  # fmt: skip
             return kind.from_numpy(ids, I64, tokens), kind.from_numpy(out_offsets, I64, tokens)
-    tokens = kind.cast(kind.dense(tokens), I64)
+    tokens = kind.dense(tokens)
+    if code != I64:
+        tokens = kind.cast(tokens, I64)
     ids = kind.empty((n_ids,), I64, tokens)
     kind.kernels.token_ngrams(
-        kind.ptr(tokens), total, kind.ptr(starts), kind.ptr(out_starts), texts, order, first_bucket, buckets,
-        bool(unigrams), kind.ptr(ids), n_ids, *kind.launch(tokens),
+        kind.ptr(tokens), total, None if starts is None else kind.ptr(starts), kind.ptr(out_starts), texts,
+        order, first_bucket, buckets, bool(unigrams), kind.ptr(ids), n_ids, *kind.launch(tokens),
     )  # fmt: skip
     return ids, out_starts[:texts]
 
 
 def _steps(kind, n, step, like):
-    """0, step, 2 step, ..., n step on the device of ``like``, without waiting for it."""
-    if kind.name == "numpy":
-        return np.arange(n + 1, dtype=np.int64) * step
+    """0, step, 2 step, ..., n step on the GPU of ``like``, without waiting for it."""
     if kind.name == "cupy":
         with like.device:
             return kind.cupy.arange(n + 1, dtype=np.int64) * step

@@ -101,7 +101,12 @@ class Home:
 
     # ---- what the three libraries call by different names
     def arange(self, n: int) -> Any:
-        return self.positions(np.arange(n))
+        if self.kind.name == "torch":  # made where it is needed: a copy from the host would wait for the GPU
+            return self.xp.arange(n, device=self.anchor.device)
+        if self.kind is NUMPY:
+            return np.arange(n)
+        with self.anchor.device:
+            return self.xp.arange(n)
 
     def sort(self, a: Any) -> Any:
         """The last axis in increasing order."""

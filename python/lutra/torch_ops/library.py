@@ -70,8 +70,6 @@ class _Differentiation:
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args)
         if _C.is_grad_enabled() and _C._any_requires_grad(*args):
-            if len(args) < len(self.defaults):  # the dispatcher leaves out trailing defaults
-                args = (*args, *self.defaults[len(args) :])
             if _functorch() is None:
                 return self.node.apply(*args, keyset)
             with enable_single_level_autograd_function():
@@ -93,8 +91,9 @@ class _Differentiation:
             with _below_autograd():
                 out = self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
             if self.setup_context is not None:
+                # The dispatcher leaves out trailing arguments that equal their defaults.
                 with _below_autograd():
-                    self.setup_context(ctx, args, out)
+                    self.setup_context(ctx, (*args, *self.defaults[len(args) :]), out)
             return out
 
         def backward(ctx, *grads):

@@ -1,0 +1,27 @@
+"""Every test in this folder needs a GPU; most run with torch tensors and with CuPy arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gpu_arrays
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in Path(item.path).parents:
+            item.add_marker(pytest.mark.cuda)
+
+
+@pytest.fixture(params=["torch", "cupy"])
+def gpu(request):
+    """A library that has arrays on the GPU; see gpu_arrays.py."""
+    return gpu_arrays.library(request.param)
+
+
+@pytest.fixture
+def gpu_torch():
+    return gpu_arrays.library("torch")

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# One command that proves the GPU side: builds with what is installed (no network, no isolation), runs the CUDA
+# tests and the CUDA benchmarks, and writes one JSON with the device, the outcome and the figures.
+#
+#   tools/gpu_check.sh [--quick]
+#
+#   OUT     folder for the JSON and the logs       (default: benchmarks/results)
+#   PYTHON  interpreter that has torch, numpy, pytest and pybind11   (default: python3)
+#   LUTRA_CUDA_ARCHS  architectures to build       (default: this machine's)
+#
+# Exit: 0 all well; 1 the build, a test or a benchmark failed; 2 there is no GPU here (nothing is run).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+PYTHON=${PYTHON:-python3}
+quick=""
+[ "${1:-}" = "--quick" ] && quick="--quick"
+
+gpu="nvidia-smi is not installed"
+command -v nvidia-smi >/dev/null 2>&1 &&
+  gpu=$(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>&1 | head -n 1)
+if [[ "$gpu" != *,*,* ]]; then
+  echo "gpu_check: no NVIDIA GPU here: $gpu" >&2
+  exit 2
+fi
+IFS=, read -r name driver capability <<<"$gpu"
+name=$(echo "$name" | xargs) driver=$(echo "$driver" | xargs) capability=$(echo "$capability" | xargs)
+archs=${LUTRA_CUDA_ARCHS:-${capability/./}-real}
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+file="$out/$(echo "$name" | tr ' A-Z' '-a-z' | tr -cd 'a-z0-9._-').json"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+echo "gpu_check: $name, driver $driver, compute capability $capability"
+
+# ---- build, beside the sources: the modules land in a copy of the package that only this run sees
+begin=$(date +%s)
+generator=()
+command -v ninja >/dev/null 2>&1 && generator=(-G Ninja)
+cmake -S . -B "$work/build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DLUTRA_CUDA=ON \
+  -DLUTRA_CUDA_ARCHS="$archs" -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$work/modules" >"$out/build.log" 2>&1 &&
+  cmake --build "$work/build" -j "$(nproc)" >>"$out/build.log" 2>&1
+build=$?
+seconds=$(($(date +%s) - begin))
+echo "gpu_check: build $([ $build = 0 ] && echo done || echo FAILED) after $seconds s (log: $out/build.log)"
+
+tests=1 bench=1
+if [ $build = 0 ]; then
+  cp -r python "$work/python" && cp "$work"/modules/*.so "$work/python/lutra/"
+  export PYTHONPATH="$work/python${PYTHONPATH:+:$PYTHONPATH}"
+  "$PYTHON" -m pytest -q -m cuda -o addopts="-ra --strict-markers" --junitxml "$work/tests.xml" \
+    -p no:cacheprovider tests 2>&1 | tee "$out/tests.log"
+  tests=${PIPESTATUS[0]}
+  "$PYTHON" benchmarks/cuda/bench_cuda.py $quick --json "$work/bench.json" 2>&1 | tee "$out/bench.log"
+  bench=${PIPESTATUS[0]}
+else
+  tail -n 30 "$out/build.log"
+fi
+
+"$PYTHON" - "$work" "$file" "$name" "$driver" "$capability" "$build" "$seconds" "$tests" "$bench" "$archs" <<'EOF'
+import datetime, json, pathlib, platform, subprocess, sys
+import xml.etree.ElementTree as xml
+
+work, file, name, driver, capability, build, seconds, tests, bench, archs = sys.argv[1:]
+work = pathlib.Path(work)
+
+
+def version(module):
+    try:
+        return __import__(module).__version__
+    except Exception as error:
+        return f"none ({type(error).__name__})"
+
+
+def command(*words):
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+counts = None
+if (work / "tests.xml").exists():
+    suite = next(xml.parse(work / "tests.xml").iter("testsuite"))
+    counts = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
+    counts["failed"] = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ][:100]
+ran = counts is not None and counts["tests"] > counts["skipped"]  # tests that were all skipped prove nothing
+figures = json.loads((work / "bench.json").read_text()) if (work / "bench.json").exists() else None
+report = {
+    "device": name, "driver": driver, "compute_capability": capability, "architectures": archs,
+    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "python": platform.python_version(), "torch": version("torch"), "cupy": version("cupy"),
+    "numpy": version("numpy"), "nvcc": command("nvcc", "--version"),
+    "commit": command("git", "rev-parse", "HEAD"),
+    "build": {"ok": build == "0", "seconds": int(seconds)},
+    "tests": {"ok": tests == "0" and ran, **(counts or {})},
+    "benchmarks": {"ok": bench == "0", **(figures or {})},
+}
+pathlib.Path(file).write_text(json.dumps(report, indent=1) + "\n")
+wrong = [part for part in ("build", "tests", "benchmarks") if not report[part]["ok"]]
+print(f"gpu_check: wrote {file}; " + (f"FAILED: {', '.join(wrong)}" if wrong else "all well"))
+sys.exit(1 if wrong else 0)
+EOF

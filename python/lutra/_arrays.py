@@ -156,7 +156,10 @@ class TorchKind(Kind):
         except RuntimeError:
             if a.layout is self.torch.strided:
                 raise
-            raise TypeError(f"got a tensor of layout {a.layout}; lutra needs strided ones") from None
+            raise self._not_strided(a) from None
+
+    def _not_strided(self, a):
+        return TypeError(f"got a tensor of layout {a.layout}; lutra needs strided ones")
 
     def ptr(self, a):
         return a.data_ptr()
@@ -169,6 +172,8 @@ class TorchKind(Kind):
         return where if scratch is None else (scratch.data_ptr(), *where)
 
     def to_numpy(self, a):
+        if a.layout is not self.torch.strided:
+            raise self._not_strided(a)
         a = a.detach()
         return (a.float() if a.dtype is self.torch.bfloat16 else a).cpu().numpy()
 

@@ -43,8 +43,8 @@ def select(scores, ids, k, metric="ip"):
     return best.astype(scores.dtype), who.astype(np.int64)
 
 
-def knn(queries, database, k=10, metric="ip"):
-    """Scores and ids of the k nearest rows; see `lutra.scan.knn`."""
+def knn(queries, database, k=10, metric="ip", name="database"):
+    """Scores and ids of the k nearest rows; see `lutra.scan.knn`. ``name`` is the database's in an error."""
     nq, n, d = len(queries), len(database), queries.shape[1]
     dtype = _wide(queries[:0]).dtype
     scores, ids = np.empty((nq, k), dtype), np.empty((nq, k), np.int64)
@@ -54,7 +54,7 @@ def knn(queries, database, k=10, metric="ip"):
     )  # rows of queries at a time: the broadcast holds step * n * d values
     for i in range(0, nq, step):
         part = pairwise(queries[i : i + step], database, metric)
-        _no_nan(part, all_ids)
+        _no_nan(part, all_ids, name)
         scores[i : i + step], ids[i : i + step] = select(
             part, np.broadcast_to(all_ids, part.shape), k, metric
         )
@@ -85,12 +85,12 @@ def rescore(queries, database, candidates, k, metric="ip"):
     return select(scores, ids, k, metric)
 
 
-def _no_nan(scores, ids):
+def _no_nan(scores, ids, name="database"):
     bad = np.isnan(scores)
     if bad.any():
         row, column = np.argwhere(bad)[0]
         ids = np.broadcast_to(ids, scores.shape)
-        raise ValueError(nan_message("database", int(ids[row, column])))
+        raise ValueError(nan_message(name, int(ids[row, column])))
 
 
 def nan_message(name, row):

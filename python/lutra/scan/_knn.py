@@ -144,7 +144,7 @@ def search(kind, queries, database, k, metric, names, op):
         code = pair(kind, queries, database, names)
         if kernels is None or code == F64:
             _checks.no_kernel(kind, op)
-            scores, ids = reference.knn(kind.to_numpy(queries), kind.to_numpy(database), k, metric)
+            scores, ids = reference.knn(kind.to_numpy(queries), kind.to_numpy(database), k, metric, names[1])
             return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
     nq, d = queries.shape
     n = database.shape[0]

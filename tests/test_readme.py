@@ -1,0 +1,31 @@
+"""README's examples run as written, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_examples(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    # what the text beside them says
+    assert names["sentences"].shape == (2, 64)
+    assert names["codes"].shape == (100_000, 16)
+    assert len(names["index"]) == 100_000 and names["ids"].shape == (5, 10)
+    np.testing.assert_array_equal(np.asarray(names["ids"])[:, 0], np.arange(5))  # each vector finds itself
+    assert names["layer"].tables.grad is not None
+    assert names["bag"].weight.grad.is_sparse
+    assert names["model"](torch.tensor([1, 2])).shape == (2, 1024)

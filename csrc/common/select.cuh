@@ -154,21 +154,18 @@ struct Selector {
            (k <= kShortK ? 0 : warps * 1024);
   }
 
-  // Lays the arrays out from `shared` (8-byte aligned). `far` (and its pitch) are the lists where they do not fit.
+  // Lays the arrays out, at fixed places but for the last from `shared` (8-byte aligned). `far` (and its pitch) are the lists where they do not fit.
   __device__ __forceinline__ void init(void* shared, Key* far, int64_t far_pitch, int queries_, int capacity_,
                                        int k_) {
     queries = queries_;
     capacity = capacity_;
     k = k_;
-    Key* p = static_cast<Key*>(shared);
-    least = p;
-    p += queries;
-    lists = k <= kShortK ? p : far;
-    pitch = k <= kShortK ? kShortCapacity : far_pitch;
-    if (k <= kShortK) p += queries * kShortCapacity;
-    least_score = reinterpret_cast<float*>(p);
+    least = static_cast<Key*>(shared);
+    least_score = reinterpret_cast<float*>(least + queries);
     counts = reinterpret_cast<int*>(least_score + queries);
     bins = counts + queries;
+    lists = k <= kShortK ? reinterpret_cast<Key*>(bins) : far;
+    pitch = k <= kShortK ? kShortCapacity : far_pitch;
     for (int q = threadIdx.x; q < queries; q += blockDim.x) {
       least[q] = 0;
       least_score[q] = quiet_nan();

@@ -39,12 +39,13 @@ struct ScanArgs {
 // Starts the copies of 16 columns of ROWS rows from `base`; rows past `end` and columns past d become zeros.
 template <int ROWS>
 __device__ __forceinline__ void copy_rows(float* to, const float* base, int64_t ld, int64_t row0, int64_t end,
-                                          int64_t k0, int64_t d, bool wide) {
-#pragma unroll
+                                          int k0, int d, bool wide) {
+#pragma unroll 1  // unrolled, the addresses would take the registers of the scores
   for (int c0 = 0; c0 < ROWS * 4; c0 += kThreads) {
     const int c = c0 + threadIdx.x;
     if (ROWS * 4 % kThreads != 0 && c >= ROWS * 4) break;
-    const int64_t row = row0 + (c >> 2), column = k0 + (c & 3) * 4;
+    const int64_t row = row0 + (c >> 2);
+    const int column = k0 + (c & 3) * 4;
     const bool here = row < end && column < d;
     const float* from = here ? base + row * ld + column : base;
     float* dst = to + (c >> 2) * LD + (c & 3) * 4;
@@ -58,6 +59,12 @@ __device__ __forceinline__ void copy_rows(float* to, const float* base, int64_t 
       }
     }
   }
+}
+
+template <bool L2>
+__device__ __forceinline__ void add_product(float q, float x, float* sum) {
+  const float difference = q - x;
+  *sum = L2 ? fmaf(difference, -difference, *sum) : fmaf(q, x, *sum);  // l2 is negated: larger is better
 }
 
 // 1 / |v| from the fp32 sum of squares; where that could have overflowed or lost small values, again in double.
@@ -77,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
   static_assert(NX * NY == kThreads && TQ * TN <= 64, "one thread per piece of the tile");
   constexpr int LX = NY == 1 ? 32 : 8, LY = 32 / LX;  // a warp's piece: 8 x 4 reads the fewest different words
   constexpr int kStage = (BQ + BN) * LD;
+  constexpr int KV = L2 && TQ * TN == 64 ? 2 : 4;  // columns read at once; l2 needs registers for its differences
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int tx = warp % (NX / LX) * LX + lane % LX, ty = warp / (NX / LX) * LY + lane / LX;
   const int64_t q0 = static_cast<int64_t>(blockIdx.x) * BQ;
@@ -90,21 +98,20 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
   const int64_t row_begin = blockIdx.y * a.lists.tiles_per_part * BN;
   const int64_t row_stop = row_begin + a.lists.tiles_per_part * BN;
   const int64_t row_end = row_stop < a.n ? row_stop : a.n;
-  const int64_t steps_per_tile = a.d > BK ? (a.d + BK - 1) / BK : 1;
-  const int64_t tiles = row_end > row_begin ? (row_end - row_begin + BN - 1) / BN : 0;
-  const int64_t steps = tiles * steps_per_tile;
+  const int d = static_cast<int>(a.d);
 
-  // The step whose copies are started next.
-  int64_t load_row = row_begin, load_k = 0, loaded = 0;
+  // The step whose copies are started next, and the stage that it fills. A step past the end copies nothing.
+  int64_t load_row = row_begin;
+  int load_k = 0, load_stage = 0;
   const auto start_copies = [&] {
-    if (loaded < steps) {
-      float* to = stages + loaded % kStages * kStage;
-      copy_rows<BQ>(to, a.q, a.ldq, q0, a.nq, load_k, a.d, a.wide);
-      copy_rows<BN>(to + BQ * LD, a.x, a.ldx, load_row, row_end, load_k, a.d, a.wide);
+    if (load_row < row_end) {
+      float* to = stages + load_stage * kStage;
+      copy_rows<BQ>(to, a.q, a.ldq, q0, a.nq, load_k, d, a.wide);
+      copy_rows<BN>(to + BQ * LD, a.x, a.ldx, load_row, row_end, load_k, d, a.wide);
       load_k += BK;
-      if (load_k >= a.d) load_k = 0, load_row += BN;
+      if (load_k >= d) load_k = 0, load_row += BN;
+      load_stage = load_stage == kStages - 1 ? 0 : load_stage + 1;
     }
-    ++loaded;
     copy_commit();
   };
 #pragma unroll
@@ -120,30 +127,26 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) squares[p] = 0;
 
-  int64_t row0 = row_begin, in_tile = 0;
-  for (int64_t step = 0; step < steps; ++step) {
+  int k0 = 0, stage = 0;
+  for (int64_t row0 = row_begin; row0 < row_end;) {
     copy_wait<kStages - 2>();
     __syncthreads();  // everybody's copies of this step are here, and nobody reads the stage that is filled next
     start_copies();
-    const float* qs = stages + step % kStages * kStage;
+    const float* qs = stages + stage * kStage;
     const float* xs = qs + BQ * LD;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+#pragma unroll(TQ * TN == 64 ? 1 : 2)
+    for (int k = 0; k < BK; k += KV) {
+      Pack<float, KV> x[TN];
 #pragma unroll
-    for (int k = 0; k < BK; k += 4) {
-      float4 x[TN];
-#pragma unroll
-      for (int j = 0; j < TN; ++j) x[j] = *reinterpret_cast<const float4*>(xs + (tx + NX * j) * LD + k);
+      for (int j = 0; j < TN; ++j) x[j] = load_pack<float, KV>(xs + (tx + NX * j) * LD + k);
 #pragma unroll
       for (int i = 0; i < TQ; ++i) {
-        const float4 q = *reinterpret_cast<const float4*>(qs + (ty + NY * i) * LD + k);
+        const auto q = load_pack<float, KV>(qs + (ty + NY * i) * LD + k);
 #pragma unroll
-        for (int j = 0; j < TN; ++j) {
-          if (L2) {
-            const float a0 = q.x - x[j].x, a1 = q.y - x[j].y, a2 = q.z - x[j].z, a3 = q.w - x[j].w;
-            acc[i][j] = fmaf(a3, a3, fmaf(a2, a2, fmaf(a1, a1, fmaf(a0, a0, acc[i][j]))));
-          } else {
-            acc[i][j] = fmaf(q.w, x[j].w, fmaf(q.z, x[j].z, fmaf(q.y, x[j].y, fmaf(q.x, x[j].x, acc[i][j]))));
-          }
-        }
+        for (int c = 0; c < KV; ++c)
+#pragma unroll
+          for (int j = 0; j < TN; ++j) add_product<L2>(q[c], x[j][c], &acc[i][j]);
       }
     }
     if (!L2 && a.cosine) {
@@ -154,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
         squares[p] = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, squares[p]))));
       }
     }
-    if (++in_tile < steps_per_tile) continue;
+    k0 += BK;
+    if (k0 < d) continue;
 
     // ---- the tile's scores are complete
     if (!L2 && a.cosine) {
@@ -174,8 +178,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
     for (int i = 0; i < TQ; ++i)
 #pragma unroll
       for (int j = 0; j < TN; ++j) {
-        if (L2) acc[i][j] = -acc[i][j];
-        else if (a.cosine) acc[i][j] *= x_norm[tx + NX * j];
+        if (!L2 && a.cosine) acc[i][j] *= x_norm[tx + NX * j];
         const bool valid = q0 + ty + NY * i < a.nq && row0 + tx + NX * j < row_end;
         pending |= static_cast<unsigned long long>(valid) << (i * TN + j);
       }
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
 #pragma unroll
       for (int j = 0; j < TN; ++j) acc[i][j] = 0;
     row0 += BN;
-    in_tile = 0;
+    k0 = 0;
   }
   select.finish(a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride, a.lists.parts * a.lists.stride,
                 a.nq - q0);
@@ -212,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
 struct Shape {
   int queries, rows, blocks;
 };
-constexpr Shape kShapes[] = {{1, 256, 3}, {8, 256, 3}, {32, 256, 2}, {128, 128, 2}};
+constexpr Shape kShapes[] = {{1, 256, 3}, {8, 256, 2}, {32, 256, 2}, {128, 128, 2}};
 constexpr int64_t kListBytes = int64_t{256} << 20;  // of the workspace, about
 
 // Cosine: the queries are divided by their norms beforehand, so that no product of large values overflows.
@@ -238,7 +241,8 @@ struct KnnPlan {
 KnnPlan plan_for(int64_t nq, int64_t n, int64_t d, int64_t k, Metric metric, int device) {
   if (k > kMaxK && n > kMaxK)
     throw std::invalid_argument("lutra: k is " + std::to_string(k) + "; on CUDA it must be <= 2048");
-  if (n > kMaxRows) throw std::length_error("lutra: knn on CUDA takes fewer than 2^32 - 1 rows");
+  if (n > kMaxRows || d > 0x7ffffff0)
+    throw std::length_error("lutra: knn on CUDA takes fewer than 2^32 - 1 rows of fewer than 2^31 - 16 values");
   KnnPlan p;
   ListPlan& s = p.lists;
   s.best = static_cast<int>(k < n ? k : n);

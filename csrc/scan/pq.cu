@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256) tables_kernel(const float* q, int64_t nq,
 
 // VEC codes of a row are read at once. FAR: the tables stay in device memory.
 template <int W, int VEC, bool FAR>
-__global__ void __launch_bounds__(kThreads) scan_kernel(PqScan a) {
+__global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
   constexpr int R = W == 1 ? 4 : 2;  // rows of a thread at a time
   const int64_t q0 = static_cast<int64_t>(blockIdx.x) * W;
   const int64_t table_floats = static_cast<int64_t>(a.m) * 256 * W;

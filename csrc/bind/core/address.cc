@@ -4,6 +4,7 @@
 #include "bind/core/quick.h"
 #include "bind/core/text_ngrams.h"
 
+#include <cstring>
 #include <vector>
 
 namespace lutra {
@@ -34,9 +35,44 @@ py::object quick_sign_hash(py::handle x, py::handle bits_, py::handle score, py:
   return py::make_tuple(std::move(c), std::move(w));
 }
 
+// 2-d tokens, or 1-d with offsets; int64 only.
+py::object quick_token_ngrams(py::handle tokens, py::handle offsets, py::handle order_, py::handle buckets_,
+                              py::handle first_bucket_, py::handle unigrams_) {
+  Quick call;
+  View t, o;
+  int64_t order, buckets, first;
+  const bool unigrams = unigrams_.ptr() == Py_True, square = offsets.is_none();
+  if (!integer(order_, &order) || !integer(buckets_, &buckets) || !integer(first_bucket_, &first) ||
+      (!unigrams && unigrams_.ptr() != Py_False) || order < 1 || order >= int64_t{1} << 31 || buckets < 1 ||
+      buckets > int64_t{1} << 62 || first < 0 || first > int64_t{1} << 62 || !call.take(tokens, &t) ||
+      !t.is(DType::i64, square ? 2 : 1) || (!square && (!call.take(offsets, &o) || !o.is(DType::i64, 1))))
+    return py::none();
+  const int64_t texts = square ? t.shape[0] : o.shape[0], total = square ? texts * t.shape[1] : t.shape[0];
+  const auto* values = static_cast<const int64_t*>(t.data);
+  if (first && unigrams)  // then a token is an id
+    for (int64_t i = 0; i < total; ++i)
+      if (static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(first)) return py::none();
+  std::vector<int64_t> starts(texts + 1), out(texts + 1);
+  for (int64_t b = 0; b < texts; ++b) starts[b] = square ? b * t.shape[1] : static_cast<const int64_t*>(o.data)[b];
+  starts[texts] = total;
+  if (starts[0] != 0) return py::none();  // also tokens without a text
+  for (int64_t b = 0; b < texts; ++b) {
+    if (starts[b + 1] < starts[b]) return py::none();
+    out[b + 1] = out[b] + ngram_count(starts[b + 1] - starts[b], order, unigrams);
+  }
+  void *ids, *first_ids;
+  py::object result = call.make(DType::i64, {out[texts]}, &ids), where = call.make(DType::i64, {texts}, &first_ids);
+  if (texts) std::memcpy(first_ids, out.data(), texts * sizeof(int64_t));
+  TokenNgramsArgs args{values, starts.data(), out.data(), texts, order, first, buckets, unigrams,
+                       static_cast<int64_t*>(ids)};
+  run(&token_ngrams, args, out[texts] * 2.0);
+  return py::make_tuple(std::move(result), std::move(where));
+}
+
 }  // namespace
 
 void register_address(py::module_& m) {
+  m.def("quick_token_ngrams", &quick_token_ngrams);
   m.def("quick_sign_hash", &quick_sign_hash);
   m.def("sign_hash", [](Ptr x, int dtype, int64_t rows, int64_t tables, int bits, int score, float temperature,
                         Ptr codes, Ptr weights) {

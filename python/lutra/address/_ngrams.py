@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _backend, _checks
-from .._arrays import I32, I64, NUMPY, call, type_name
+from .._arrays import I32, I64, call, eager, quick, type_name
 from ..reference import ngrams as reference
 
 TOKENIZERS = {"word": 0, "whitespace": 1}
 _MAX_BUCKETS = 1 << 62
 _MAX_ORDER = (1 << 31) - 1
 _INTEGERS = (I32, I64)
+_quick = quick("token_ngrams")
 _tuple = tuple.__new__  # builds a named tuple in half the time of calling its class
 
 
@@ -262,10 +263,12 @@ def token_ngrams(
     >>> lutra.address.token_ngrams(np.array([[1, 2, 3]]), buckets=100, first_bucket=10).ids
     array([  1,   2,   3,  83,  55])
     """
-    arrays, options = (tokens, offsets), (order, buckets, first_bucket, unigrams)
-    if type(tokens) is np.ndarray and (offsets is None or type(offsets) is np.ndarray):
-        return _tuple(Ngrams, _token_ngrams(NUMPY, *arrays, *options))
-    return _tuple(Ngrams, call("token_ngrams", _token_ngrams, arrays, options))
+    if type(tokens) is np.ndarray or eager(tokens):
+        result = _quick(tokens, offsets, order, buckets, first_bucket, unigrams)
+        if result is not None:
+            return _tuple(Ngrams, result)
+    options = (order, buckets, first_bucket, unigrams)
+    return _tuple(Ngrams, call("token_ngrams", _token_ngrams, (tokens, offsets), options))
 
 
 def _count(length: Any, order: int, unigrams: bool) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,8 +196,8 @@ def measurements(collection: Collection, seconds: float) -> Table:
     ways = competitors(collection, k)
     exact = collection.exact.search(q, k).ids
     one = q[:1].copy()
-    single = interleaved({name: lambda f=f: f(one) for name, f in ways.items()}, seconds / 2)
-    batch = interleaved({name: lambda f=f: f(q) for name, f in ways.items()}, seconds / 2)
+    single = interleaved({name: partial(way, one) for name, way in ways.items()}, seconds / 2)
+    batch = interleaved({name: partial(way, q) for name, way in ways.items()}, seconds / 2)
     full = collection.exact.nbytes
     codes = collection.pq.nbytes - full
     sizes = {"PQ": codes, "PQ, refined": codes + full}
@@ -254,6 +255,7 @@ def show(question: str, top: int = 10) -> None:
     if hits:
         table = hits_table(question, hits)
         same = sum(hit.module in compressed for hit in hits)
+        table.caption_justify = "left"
         table.caption = f"PQ with refinement finds {same} of these {len(hits)} modules too"
         console.print(table)
     else:

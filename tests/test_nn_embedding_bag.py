@@ -138,7 +138,7 @@ def test_max_norm(mode, max_norm, norm_type):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32])
 def test_scale_grad_by_freq(mode, sparse, id_dtype):
-    """Against torch.nn.Embedding: torch 2.13's EmbeddingBag divides by the count of another row on the CPU."""
+    """Against torch.nn.Embedding: torch 2.13's EmbeddingBag takes another row's count on the CPU."""
     ours, _ = pair(mode=mode, scale_grad_by_freq=True, sparse=sparse)
     ids = ids_of(6, 7, dtype=id_dtype)
     for offsets, lengths in ((None, [7] * 6), (torch.tensor([0, 9, 9, 20]), [9, 0, 11, 22])):

@@ -30,12 +30,12 @@ class ScaleByFrequency(torch.autograd.Function):
     """The identity; its gradient is divided, row by row, by how often the row occurs in ``ids``."""
 
     @staticmethod
-    def forward(weight: Tensor, ids: Tensor) -> Tensor:
+    def forward(weight: Tensor, ids: Tensor, sparse: bool) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        weight, ids = inputs
+        weight, ids, ctx.sparse = inputs
         ctx.rows = weight.shape[0]
         ctx.save_for_backward(ids)
 
@@ -45,9 +45,9 @@ class ScaleByFrequency(torch.autograd.Function):
         ids = ids.reshape(-1).long()
         counts = torch.zeros(ctx.rows, dtype=torch.float32, device=grad.device)
         counts = counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.float32)).clamp(min=1)
-        if grad.layout is not torch.strided:
+        if ctx.sparse:
             grad = grad.coalesce()
             rows = grad.indices()
             values = (grad.values() / counts[rows[0]].unsqueeze(1)).to(grad.dtype)
-            return sparse_rows(rows[0], values, grad.shape), None
-        return (grad / counts.unsqueeze(1)).to(grad.dtype), None
+            return sparse_rows(rows[0], values, grad.shape), None, None
+        return (grad / counts.unsqueeze(1)).to(grad.dtype), None, None

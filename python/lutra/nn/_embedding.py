@@ -48,5 +48,5 @@ class Embedding(torch.nn.Embedding):
         if self.max_norm is not None:  # in place, the rows visited only, before the look-up: as torch does
             torch.embedding_renorm_(weight.detach(), input.contiguous(), self.max_norm, self.norm_type)
         if by_frequency:
-            weight = ScaleByFrequency.apply(weight, input)
+            weight = ScaleByFrequency.apply(weight, input, True)
         return torch.ops.lutra.embedding(weight, input, self.padding_idx)

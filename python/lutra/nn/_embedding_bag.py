@@ -54,7 +54,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         if self.max_norm is not None:  # in place, the rows visited only, before the look-up: as torch does
             torch.embedding_renorm_(weight.detach(), input, self.max_norm, self.norm_type)
         if self.scale_grad_by_freq and weight.requires_grad and torch.is_grad_enabled():
-            weight = ScaleByFrequency.apply(weight, input)
+            weight = ScaleByFrequency.apply(weight, input, self.sparse)
         return bag(
             weight, input, offsets, per_sample_weights, mode=self.mode, padding_idx=self.padding_idx,
             include_last_offset=self.include_last_offset and offsets is not None, sparse_grad=self.sparse,

@@ -70,6 +70,8 @@ class _Differentiation:
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args)
         if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            if len(args) < len(self.defaults):  # the dispatcher leaves out trailing defaults
+                args = (*args, *self.defaults[len(args) :])
             if _functorch() is None:
                 return self.node.apply(*args, keyset)
             with enable_single_level_autograd_function():
@@ -91,17 +93,14 @@ class _Differentiation:
             with _below_autograd():
                 out = self.op.redispatch(keyset & _C._after_autograd_keyset, *args)
             if self.setup_context is not None:
-                # The dispatcher leaves out trailing arguments that equal their defaults.
                 with _below_autograd():
-                    self.setup_context(ctx, (*args, *self.defaults[len(args) :]), out)
+                    self.setup_context(ctx, args, out)
             return out
 
         def backward(ctx, *grads):
             if self.backward is None:
-                raise NotImplementedError(
-                    f"lutra::{self.name} is not differentiable"
-                    + (": second derivatives are not implemented" if self.name.endswith("backward") else "")
-                )
+                of = ": second derivatives are not implemented" if "_backward" in self.name else ""
+                raise NotImplementedError(f"lutra::{self.name} is not differentiable{of}")
             result = self.backward(ctx, *grads)
             return (*result, None) if isinstance(result, tuple) else (result, None)
 

@@ -54,9 +54,9 @@ struct RowTable {
   const float* minimum;
 };
 
-// How many rows ahead pays for blocks of that many bytes.
-constexpr int rows_ahead(int bytes) {
-  return bytes <= 128 ? 32 : bytes <= 256 ? 48 : bytes <= 512 ? 24 : 16;
+// How many rows ahead pays for rows of that many bytes.
+constexpr int64_t rows_ahead(int64_t bytes) {
+  return bytes <= 128 ? 32 : bytes <= 256 ? 48 : bytes <= 512 ? 24 : bytes <= 2048 ? 12288 / bytes : 4;
 }
 
 LUTRA_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
@@ -65,11 +65,11 @@ LUTRA_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 template <class T>
 LUTRA_INLINE void prefetch_first(const RowTable<T>& t, const RowList& rows, int64_t dim) {
   constexpr int kLine = 64 / static_cast<int>(sizeof(*t.data));
-  const int block = static_cast<int>(dim < kMaxVectors * W ? dim : kMaxVectors * W);
-  const int64_t ahead = rows_ahead(block * static_cast<int>(sizeof(*t.data)));
+  const int64_t block = dim < 64 * kLine ? dim : 64 * kLine;
+  const int64_t ahead = rows_ahead(block * static_cast<int64_t>(sizeof(*t.data)));
   for (int64_t i = 0; i < ahead && i < rows.ahead; ++i) {
     const int64_t r = rows.index[i];
-    for (int c = 0; c < block; c += kLine) prefetch_far(t.data + r * t.ld + c);
+    for (int64_t c = 0; c < block; c += kLine) prefetch_far(t.data + r * t.ld + c);
     if (is_code<T>::value) {
       prefetch_far(t.scale + r);
       prefetch_far(t.minimum + r);
@@ -94,16 +94,17 @@ LUTRA_INLINE void store_part(typename T::type* p, vf v, int columns) {
 }
 
 // Reduce NV vectors of columns that begin at `first`; the last of them begins at `last`. With `part` > 0 (NV is 1)
-// the row has only that many columns. `start` is added first (may be nullptr), `factor` multiplies a sum.
+// the row has only that many columns. Of rows ahead, `reach` columns are prefetched. `start` is added first (may be nullptr), `factor` multiplies a sum.
 template <class T, Reduce R, int NV>
-static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, int last, int part,
+static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, int last, int part, int reach,
                          const typename result_of<T>::type::type* start, float factor,
                          typename result_of<T>::type::type* out) {
   typedef typename result_of<T>::type Out;
   constexpr int kLine = 64 / static_cast<int>(sizeof(*t.data));  // values in a cache line
   // Rows that do not begin at a cache line reach into one line more.
   const bool split = ((reinterpret_cast<uintptr_t>(t.data) | static_cast<uintptr_t>(t.ld * sizeof(*t.data))) & 63) != 0;
-  const int64_t far = split ? 24 : rows_ahead(NV * W * static_cast<int>(sizeof(*t.data)));
+  const int64_t bytes = (reach > NV * W ? reach : NV * W) * static_cast<int64_t>(sizeof(*t.data));
+  const int64_t far = split && bytes < 512 ? 24 : rows_ahead(bytes);
   vf acc[NV];
   float shift = 0;  // sum of weight * minimum, for 8-bit codes
   LUTRA_UNROLL
@@ -117,6 +118,7 @@ static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, i
       const auto* p = t.data + next * t.ld;
       LUTRA_UNROLL
       for (int c = 0; c < NV * W; c += kLine) prefetch_far(p + first + c);
+      for (int c = NV * W; c < reach; c += kLine) prefetch_far(p + first + c);
       if (split) prefetch_far(p + last + (part ? part : W) - 1);
       if (is_code<T>::value) {
         prefetch_far(t.scale + next);
@@ -155,7 +157,7 @@ static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, i
 }
 
 template <class T>
-using ReduceBlock = void (*)(const RowTable<T>&, const RowList&, int, int, int,
+using ReduceBlock = void (*)(const RowTable<T>&, const RowList&, int, int, int, int,
                              const typename result_of<T>::type::type*, float, typename result_of<T>::type::type*);
 
 template <class T, Reduce R>
@@ -172,14 +174,23 @@ LUTRA_INLINE void reduce_rows(const RowTable<T>& t, const RowList& rows, int64_t
                               const typename result_of<T>::type::type* start, float factor,
                               typename result_of<T>::type::type* out) {
   if (dim < W) {
-    if (dim > 0) reduce_block<T, R, 1>(t, rows, 0, 0, static_cast<int>(dim), start, factor, out);
+    if (dim > 0) reduce_block<T, R, 1>(t, rows, 0, 0, static_cast<int>(dim), 0, start, factor, out);
     return;
   }
-  const int64_t vectors = (dim + W - 1) / W;
+  const int64_t vectors = (dim + W - 1) / W, bytes = dim * static_cast<int64_t>(sizeof(*t.data));
+  // Rows of several blocks: the walk for the first block prefetches up to 4 KB of each row, as long as the whole
+  // list stays in the second-level cache until the last block has seen it.
+  const bool together = vectors > kMaxVectors && rows.n * bytes <= (1 << 19);
+  const int64_t most = 4096 / static_cast<int64_t>(sizeof(*t.data));
+  RowList list = rows;
   for (int64_t v = 0; v < vectors; v += kMaxVectors) {
     const int n = static_cast<int>(vectors - v < kMaxVectors ? vectors - v : kMaxVectors);
     const int64_t last = (v + n) * W <= dim ? (v + n - 1) * W : dim - W;
-    reduce_block_of<T, R>(n)(t, rows, static_cast<int>(v * W), static_cast<int>(last), 0, start, factor, out);
+    const int64_t reach = !together ? 0 : dim < most ? dim : most;
+    reduce_block_of<T, R>(n)(t, list, static_cast<int>(v * W), static_cast<int>(last), 0, static_cast<int>(reach), start,
+                             factor, out);
+    if (together && (v + n) * W >= reach) list.ahead = rows.ahead;
+    else if (together) list.ahead = 0;
   }
 }
 

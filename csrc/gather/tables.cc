@@ -1,114 +1,144 @@
 #include "gather/tables.h"
 
 #include "common/parallel.h"
-#include "gather/bag_ids.h"
 #include "gather/rows.h"
+#include "gather/tables_codes.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-// The position of the first code outside [0, entries), or -1.
-int64_t first_bad(const int32_t* codes, int64_t n, int64_t entries) {
-  const uint32_t limit = entries > INT32_MAX ? static_cast<uint32_t>(INT32_MAX) + 1u : static_cast<uint32_t>(entries);
-  const int64_t block = 1 << 14;
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t end = begin + block < n ? begin + block : n;
-    uint32_t outside = 0;
-    for (int64_t i = begin; i < end; ++i) outside |= static_cast<uint32_t>(codes[i]) >= limit;
-    if (!outside) continue;
-    int64_t i = begin;
-    while (static_cast<uint32_t>(codes[i]) < limit) ++i;
-    return i;
-  }
-  return -1;
-}
-
+// ---- few tokens: each output is a weighted sum of rows that lie anywhere. A task is a part of one token's columns,
+// so that even a single token keeps all threads busy.
 template <class T>
-void forward_tokens(const TablesArgs& a, int64_t t0, int64_t t1) {
+void few_tokens(const TablesArgs& a, int64_t t, int64_t c0, int64_t columns) {
   typedef typename T::type type;
   Buffer<int64_t> index(a.n_tables);
-  const RowTable<T> table{static_cast<const type*>(a.tables), a.dim, nullptr, nullptr};
-  for (int64_t t = t0; t < t1; ++t) {
-    const int32_t* codes = a.codes + t * a.n_tables;
-    for (int64_t k = 0; k < a.n_tables; ++k) index[k] = k * a.entries + codes[k];
-    const RowList rows{index.data, a.weights ? a.weights + t * a.n_tables : nullptr, a.n_tables, a.n_tables};
-    auto* out = static_cast<type*>(a.out) + t * a.dim;
-    const auto* bias = static_cast<const type*>(a.bias);
-    if (a.weights) reduce_rows<T, Reduce::weighted>(table, rows, a.dim, bias, 1.0f, out);
-    else reduce_rows<T, Reduce::sum>(table, rows, a.dim, bias, 1.0f, out);
-  }
+  const int32_t* codes = a.codes + t * a.n_tables;
+  for (int64_t k = 0; k < a.n_tables; ++k) index[k] = k * a.entries + codes[k];
+  const RowTable<T> table{static_cast<const type*>(a.tables) + c0, a.dim, nullptr, nullptr};
+  const RowList rows{index.data, a.weights ? a.weights + t * a.n_tables : nullptr, a.n_tables, a.n_tables};
+  prefetch_first(table, rows, columns);
+  auto* out = static_cast<type*>(a.out) + t * a.dim + c0;
+  const auto* bias = a.bias ? static_cast<const type*>(a.bias) + c0 : nullptr;
+  if (a.weights) reduce_rows<T, Reduce::weighted>(table, rows, columns, bias, 1.0f, out);
+  else reduce_rows<T, Reduce::sum>(table, rows, columns, bias, 1.0f, out);
 }
 
+// ---- many tokens: a slab of columns (256 bytes of each entry) of a few tables at a time lies in the second-level
+// cache while all tokens of a block take their rows from it; the next tables' slab is prefetched meanwhile. The
+// tables are read once for each block of tokens, instead of a row for every code.
 template <class T>
-void backward_tables(const TablesBackwardArgs& a, int64_t k0, int64_t k1) {
-  typedef typename T::type type;
-  Buffer<float> acc(a.entries * a.dim);
-  for (int64_t k = k0; k < k1; ++k) {
-    memset(acc.data, 0, static_cast<size_t>(a.entries * a.dim) * sizeof(float));
-    for (int64_t t = 0; t < a.tokens; ++t) {
-      const auto* g = static_cast<const type*>(a.grad_out) + t * a.dim;
-      const float w = a.weights ? a.weights[t * a.n_tables + k] : 1.0f;
-      float* row = acc.data + a.codes[t * a.n_tables + k] * a.dim;
-      for (int64_t j = 0; j < a.dim; ++j) row[j] += w * T::get(g + j);
-    }
-    auto* out = static_cast<type*>(a.grad_tables) + k * a.entries * a.dim;
-    for (int64_t i = 0; i < a.entries * a.dim; ++i) T::put(out + i, acc[i]);
-  }
-}
+constexpr int slab_vectors() { return W * sizeof(typename T::type) >= 64 ? 4 : 8; }
 
 template <class T>
-void backward_weights(const TablesBackwardArgs& a, int64_t t0, int64_t t1) {
-  typedef typename T::type type;
-  for (int64_t t = t0; t < t1; ++t) {
-    const auto* g = static_cast<const type*>(a.grad_out) + t * a.dim;
-    for (int64_t k = 0; k < a.n_tables; ++k) {
-      const auto* row = static_cast<const type*>(a.tables) + (k * a.entries + a.codes[t * a.n_tables + k]) * a.dim;
-      vf acc = {};
-      int64_t j = 0;
-      for (; j + W <= a.dim; j += W) acc += T::load(g + j) * T::load(row + j);
-      float rest = 0;
-      for (; j < a.dim; ++j) rest += T::get(g + j) * T::get(row + j);
-      a.grad_weights[t * a.n_tables + k] = reduce_add(acc) + rest;
+struct Slabs {
+  static constexpr int NV = slab_vectors<T>(), kColumns = NV * W;
+  static constexpr int64_t kBytes = kColumns * static_cast<int64_t>(sizeof(typename T::type));
+  static constexpr int64_t kCache = 1 << 18;  // bytes of slabs in use; as many again are on their way
+
+  static bool fits(const TablesArgs& a) {
+    return a.dim >= kColumns && a.entries * kBytes <= kCache && a.tokens * 2 >= a.entries && a.tokens >= 16;
+  }
+
+  // Columns [c0, c0 + kColumns) of the tokens [t0, t1); only those from c0 + skip on are written.
+  template <bool Weighted>
+  static void run(const TablesArgs& a, int64_t c0, int64_t skip, int64_t t0, int64_t t1) {
+    typedef typename T::type type;
+    const int64_t tokens = t1 - t0, K = a.n_tables, group = kCache / (a.entries * kBytes);
+    const int64_t G = group < 8 ? group : 8;
+    const type* base = static_cast<const type*>(a.tables) + c0;
+    Buffer<float> sums(tokens * kColumns);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const type* bias = static_cast<const type*>(a.bias);
+      for (int v = 0; v < NV; ++v)
+        store(sums.data + t * kColumns + v * W, bias ? T::load(bias + c0 + v * W) : (vf){});
+    }
+    const auto prefetch = [&](int64_t row) {
+      const auto* p = reinterpret_cast<const char*>(base + row * a.dim);
+      for (int64_t c = 0; c < kBytes; c += 64) prefetch_far(p + c);
+    };
+    for (int64_t r = 0, n = (G < K ? G : K) * a.entries; r < n; ++r) prefetch(r);
+    for (int64_t k0 = 0; k0 < K; k0 += G) {
+      const int64_t g = K - k0 < G ? K - k0 : G;
+      int64_t next = (k0 + g) * a.entries;  // rows of the next tables still to prefetch, a few with each token
+      const int64_t left = K - k0 - g < G ? K - k0 - g : G;
+      const int64_t next_end = next + left * a.entries, step = (left * a.entries + tokens - 1) / tokens;
+      const int32_t* codes = a.codes + t0 * K + k0;
+      const float* weights = a.weights + (Weighted ? t0 * K + k0 : 0);
+      for (int64_t t = 0; t < tokens; ++t, codes += K, weights += Weighted ? K : 0) {
+        float* sum = sums.data + t * kColumns;
+        __builtin_prefetch(codes + 8 * K);
+        if (Weighted) __builtin_prefetch(weights + 8 * K);
+        for (int64_t end = next + step < next_end ? next + step : next_end; next < end; ++next) prefetch(next);
+        vf acc[NV];
+        LUTRA_UNROLL
+        for (int v = 0; v < NV; ++v) acc[v] = load(sum + v * W);
+        for (int64_t k = 0; k < g; ++k) {
+          const type* row = base + ((k0 + k) * a.entries + codes[k]) * a.dim;
+          const float w = Weighted ? weights[k] : 1.0f;
+          LUTRA_UNROLL
+          for (int v = 0; v < NV; ++v) {
+            if (Weighted) acc[v] += T::load(row + v * W) * w;
+            else acc[v] += T::load(row + v * W);
+          }
+        }
+        LUTRA_UNROLL
+        for (int v = 0; v < NV; ++v) store(sum + v * W, acc[v]);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      type* out = static_cast<type*>(a.out) + (t0 + t) * a.dim + c0;
+      const float* sum = sums.data + t * kColumns;
+      if (skip == 0) {
+        for (int v = 0; v < NV; ++v) T::store(out + v * W, load(sum + v * W));
+      } else {
+        for (int64_t c = skip; c < kColumns; ++c) T::put(out + c, sum[c]);
+      }
     }
   }
-}
+};
 
 template <class T>
 void forward(const TablesArgs& a) {
-  const double each = static_cast<double>(a.n_tables) * static_cast<double>(a.dim) * 0.1;
-  parallel_ranges(a.tokens, 1 + static_cast<int64_t>(30e3 / (1 + each)), each * static_cast<double>(a.tokens),
-                  [&](int64_t t0, int64_t t1) { forward_tokens<T>(a, t0, t1); });
-}
-
-template <class T>
-void backward(const TablesBackwardArgs& a) {
-  const double cost = static_cast<double>(a.n_tables * a.dim) * static_cast<double>(a.tokens + a.entries) * 0.1;
-  if (a.grad_tables)
-    parallel_ranges(a.n_tables, 1, cost, [&](int64_t k0, int64_t k1) { backward_tables<T>(a, k0, k1); });
-  if (a.grad_weights)
-    parallel_ranges(a.tokens, 1, cost, [&](int64_t t0, int64_t t1) { backward_weights<T>(a, t0, t1); });
+  const int64_t size = static_cast<int64_t>(sizeof(typename T::type));
+  if (Slabs<T>::fits(a)) {
+    constexpr int64_t columns = Slabs<T>::kColumns;
+    const int64_t slabs = (a.dim + columns - 1) / columns;
+    int64_t block = a.tokens < 4096 ? a.tokens : 4096;
+    if (slabs < 8 && block > 512) block = block / 4;  // few slabs: cut the tokens, so that there is work for all
+    const int64_t blocks = (a.tokens + block - 1) / block;
+    parallel_for(slabs * blocks, 1e9, [&](int64_t i) {
+      const int64_t slab = i % slabs, b = i / slabs;
+      const int64_t skip = (slab + 1) * columns > a.dim ? (slab + 1) * columns - a.dim : 0;
+      const int64_t t0 = b * block, t1 = t0 + block < a.tokens ? t0 + block : a.tokens;
+      if (a.weights) Slabs<T>::template run<true>(a, slab * columns - skip, skip, t0, t1);
+      else Slabs<T>::template run<false>(a, slab * columns - skip, skip, t0, t1);
+    });
+    return;
+  }
+  const int64_t unit = kMaxVectors * W;  // columns that one walk sums
+  const double each = static_cast<double>(a.n_tables) * (4 + static_cast<double>(a.dim * size) / 16);
+  const double cost = each * static_cast<double>(a.tokens);
+  const int64_t units = (a.dim + unit - 1) / unit, want = a.tokens >= 8 ? 1 : 2 * num_threads();
+  const int64_t parts = cost < 20e3 ? 1 : units < want ? (units > 0 ? units : 1) : want;
+  const int64_t width = (units + parts - 1) / parts * unit;  // of a part
+  // 20 instead of 40 microseconds make a fork pay: the threads are wanted for the bandwidth of a single token
+  parallel_for(a.tokens * parts, cost * 2, [&](int64_t i) {
+    const int64_t c0 = i % parts * width;
+    if (c0 < a.dim) few_tokens<T>(a, i / parts, c0, a.dim - c0 < width ? a.dim - c0 : width);
+  });
 }
 
 }  // namespace
 
 void tables(const TablesArgs& a) {
-  *a.bad = first_bad(a.codes, a.tokens * a.n_tables, a.entries);
+  *a.bad = first_bad_code(a.codes, a.tokens * a.n_tables, a.entries);
   if (*a.bad != -1) return;
   switch (a.dtype) {
     case DType::f16: return forward<F16>(a);
     case DType::bf16: return forward<BF16>(a);
     default: return forward<F32>(a);
-  }
-}
-
-void tables_backward(const TablesBackwardArgs& a) {
-  *a.bad = first_bad(a.codes, a.tokens * a.n_tables, a.entries);
-  if (*a.bad != -1) return;
-  switch (a.dtype) {
-    case DType::f16: return backward<F16>(a);
-    case DType::bf16: return backward<BF16>(a);
-    default: return backward<F32>(a);
   }
 }
 

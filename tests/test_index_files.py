@@ -266,10 +266,20 @@ def test_paths_that_cannot_be_opened(tmp_path):
         load(tmp_path / "absent")
     with pytest.raises(IsADirectoryError):
         load(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"absent/x'$"):
         flat().save(tmp_path / "absent" / "x")
-    with pytest.raises(TypeError):
-        load(None)
+    for wrong in (None, 0, True):
+        with pytest.raises(TypeError):
+            load(wrong)
+        with pytest.raises(TypeError):
+            flat().save(wrong)
+
+
+def test_names_of_all_sorts(tmp_path):
+    for name in ("n" * 255, "with space\n", "\u00fcml\u00e4ut", os.fsencode("bytes")):
+        path = os.path.join(tmp_path, os.fsdecode(name))
+        flat().save(os.fsencode(path) if isinstance(name, bytes) else path)
+        assert len(load(os.fsencode(path))) == 30
 
 
 # ---- damaged and foreign files

@@ -6,7 +6,7 @@ import pytest
 import lutra
 from lutra.index import kmeans
 from lutra.index._home import HOST, Home
-from lutra.index._kmeans import _plus_plus, _random, _reseed
+from lutra.index._kmeans import _means, _plus_plus, _random, _reseed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* points for .* centroids")
 
@@ -81,10 +81,10 @@ def test_reseed_takes_the_farthest_points_of_the_largest():
     x = np.arange(12, dtype=np.float32)[:, None]
     codes = np.array([0] * 8 + [2] * 3 + [4])
     order = np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(5))
+    first = np.searchsorted(codes[order], np.arange(5))
     centroids = np.array([[3.5], [0], [9], [0], [11]], np.float32)
     gap = np.abs(x - centroids[codes])[:, 0]
-    _reseed(x, centroids, order, starts, gap)
+    _reseed(x, centroids, order, first, np.bincount(codes, minlength=5), gap)
     # cluster 0 (0..7) is the largest and gives its farthest, the later of two equals first; then it counts 4,
     # as much as the new cluster, and still is the first of the largest
     np.testing.assert_array_equal(centroids[:, 0], [3.5, 7, 9, 0, 11])
@@ -106,6 +106,24 @@ def test_starts():
     chosen = _plus_plus(HOST, x, 51, rng)
     assert len(np.unique(x[chosen], axis=0)) == 51
     assert len(_plus_plus(HOST, np.zeros((5, 2), np.float32), 4, rng)) == 4
+
+
+@pytest.mark.parametrize("home", ["numpy", "torch"])
+def test_means_of_large_clusters_keep_their_digits(home):
+    """A running float32 sum of 300,000 values near 100 is off by more than their whole spread."""
+    where = HOST
+    if home == "torch":
+        torch = pytest.importorskip("torch")
+        where = Home(lutra._arrays.torch_kind(False), torch.empty(0))
+    rng = np.random.default_rng(0)
+    x = rng.random((300_000, 3), dtype=np.float32) * np.float32(0.1) + 100
+    counts = np.array([0, 5, 250_000, 0, 0, 256, 257, 0, 1025, 300_000 - 251_543, 0, 0])
+    order = rng.permutation(len(x))
+    first = np.cumsum(counts) - counts
+    got = np.asarray(_means(where, where.bring(x), where.bring(order), first, counts))
+    for c, count in enumerate(counts):
+        want = x[order[first[c] : first[c] + count]].mean(0, dtype=np.float64) if count else 0
+        np.testing.assert_allclose(got[c], want, atol=1e-4)
 
 
 def test_spherical():

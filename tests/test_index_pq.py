@@ -262,8 +262,7 @@ def test_refine_pads_and_refuses():
 
 
 # ---- quality
-@pytest.mark.parametrize("m", [8, 16])
-@pytest.mark.parametrize("name", ["sift5k_5000x128_u8", "debian_docs_f16"])
+@pytest.mark.parametrize("name,m", [("sift5k_5000x128_u8", 16), ("debian_docs_f16", 8)])
 def test_quality_on_real_data_is_that_of_faiss(data_folder, name, m):
     faiss = pytest.importorskip("faiss")
     x = np.load(data_folder / f"{name}.npy").astype(np.float32)

@@ -67,11 +67,16 @@ def describe(kind: str, config: dict[str, Any]) -> dict[str, str]:
 # ---- writing
 def write(path: str | os.PathLike[str], tensors: Iterable[Tensor], metadata: dict[str, str]) -> None:
     """Write a file under a temporary name beside ``path``, sync it and rename it."""
-    target = os.path.realpath(os.fspath(path))  # through a link: the file behind it is replaced, not the link
-    directory, name = os.path.split(target)
-    temporary = os.path.join(directory, f".{name}.{secrets.token_hex(6)}.tmp")
+    path = os.fsdecode(path)
+    target = os.path.realpath(path)  # through a link: the file behind it is replaced, not the link
+    directory = os.path.dirname(target)
+    temporary = os.path.join(directory, f".lutra-{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-    descriptor = os.open(temporary, flags, _mode_of(target))
+    try:
+        descriptor = os.open(temporary, flags, _mode_of(target))
+    except OSError as error:
+        error.filename = path  # the name that the caller knows
+        raise
     try:
         with open(descriptor, "wb") as file:
             for part in _serialize(tensors, metadata):
@@ -132,7 +137,7 @@ class File:
     """
 
     def __init__(self, path: str | os.PathLike[str], file: Any) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         self._file = file
         self._header, self._start = self._read_header()
         self._validate()

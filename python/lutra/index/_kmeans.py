@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _checks, address, gather
+from .._arrays import F32
 from ._home import HOST, Home, check_matrix, deliver, home_of, to_float32
 from ._progress import Progress
 
+_PIECE = 256  # points that are summed one after another
 INITS = {"random": 0, "k-means++": 1}
 
 
@@ -143,25 +145,44 @@ def lloyd(
             break
         before = codes
         order = home.argsort(codes, k)
-        starts = xp.searchsorted(codes[order], every)
-        centroids = gather.bag(points, order, starts, mode="mean")
+        first = HOST.bring(xp.searchsorted(codes[order], every))
+        counts = np.diff(first, append=len(points))
+        centroids = _means(home, points, order, first, counts)
         if spherical:
             centroids = home.normalise(centroids)
-        _reseed(points, centroids, order, starts, scores if metric == "l2" else -scores)
+        if not counts.all():
+            _reseed(points, centroids, order, first, counts, scores if metric == "l2" else -scores)
         bar.tick()
     return centroids, np.array(objective)
 
 
-def _reseed(points: Any, centroids: Any, order: Any, starts: Any, distances: Any) -> None:
-    """Give each empty cluster the farthest points of the cluster that is the largest at its turn."""
-    first = HOST.bring(starts)
-    counts = np.diff(first, append=len(points))
-    empty = np.flatnonzero(counts == 0)
-    if len(empty) == 0:
-        return
+def _means(home: Home, points: Any, order: Any, first: np.ndarray, counts: np.ndarray) -> Any:
+    """Means of the clusters, whose members begin at ``first`` in ``order``; zeros for an empty one.
+
+    float32 sums of many terms lose digits (of a million points all of them, where the mean is large beside
+    the spread), so large clusters are summed in pieces, and the pieces in turn.
+    """
+    if counts.max() <= 4 * _PIECE:
+        return gather.bag(points, order, home.positions(first), mode="mean")
+    rows, lengths = points, counts
+    while lengths.max() > _PIECE:
+        n = int(lengths.sum())
+        pieces = np.union1d(first[first < n], np.arange(0, n, _PIECE))
+        rows = gather.bag(rows, order, home.positions(pieces), mode="sum")
+        first = np.searchsorted(pieces, first)
+        order = home.arange(len(pieces))
+        lengths = np.diff(first, append=len(pieces))
+    sums = gather.bag(rows, order, home.positions(first), mode="sum")
+    return sums / home.kind.cast(home.positions(np.maximum(counts, 1)), F32)[:, None]
+
+
+def _reseed(
+    points: Any, centroids: Any, order: Any, first: np.ndarray, counts: np.ndarray, distances: Any
+) -> None:
+    """Give each empty cluster the farthest point of the cluster that is the largest at its turn."""
     shares = counts.copy()  # what is left of each cluster after those that were split off
     members: dict[int, list[int]] = {}  # points that are left to choose, the farthest last
-    for cluster in empty.tolist():
+    for cluster in np.flatnonzero(counts == 0).tolist():
         largest = int(shares.argmax())
         if shares[largest] < 2:
             break

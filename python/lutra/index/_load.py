@@ -46,6 +46,7 @@ def load(path: str | os.PathLike[str], device: Any = None, *, mmap: bool = True)
     The sizes, dtypes, ids, codebooks and codes are checked; the values of vectors are not read. Nothing in a
     file is ever executed.
     """
+    path = os.fsdecode(path)  # a TypeError for what is no path, such as the number of an open file
     with open(path, "rb") as opened:
         file = File(path, opened)
         kind = _KINDS.get(file.kind)

@@ -66,11 +66,21 @@ struct Tree<Op, 1> {
 template <class Op>
 LUTRA_INLINE void join_chunks(const float* p, int bits, int m, float* out) {
   switch (bits) {
-    case 1: for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 1>::join(p + k)); return;
-    case 2: for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 2>::join(p + k * 2)); return;
-    case 4: for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 4>::join(p + k * 4)); return;
-    case 8: for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 8>::join(p + k * 8)); return;
-    case 16: for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 16>::join(p + k * 16)); return;
+    case 1:
+      for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 1>::join(p + k));
+      return;
+    case 2:
+      for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 2>::join(p + k * 2));
+      return;
+    case 4:
+      for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 4>::join(p + k * 4));
+      return;
+    case 8:
+      for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 8>::join(p + k * 8));
+      return;
+    case 16:
+      for (int k = 0; k < m; k += W) store(out + k, Tree<Op, 16>::join(p + k * 16));
+      return;
     default:
       for (int k = 0; k < m; ++k) {
         float total = Op::get(p + k * bits);
@@ -96,8 +106,7 @@ struct Block {
     const int group = bits * W;  // the last group of chunks is filled up with zeros
     const int end = (n + group - 1) / group * group;
     for (; i < end; ++i) b.value[i] = 0;
-    for (i = 0; i < end; i += W)
-      store(b.decay + i, 1.0f + exp_nonpositive(magnitude(load(b.value + i)) * scale));
+    for (i = 0; i < end; i += W) store(b.decay + i, 1.0f + exp_nonpositive(magnitude(load(b.value + i)) * scale));
     join_chunks<Product>(b.decay, bits, m, b.product);
     if (score == Score::scaled) join_chunks<Magnitudes>(b.value, bits, m, b.total);
   }
@@ -120,8 +129,7 @@ LUTRA_INLINE void read_codes(const uint32_t* words, int m, int32_t* codes) {
   for (; k + per_word <= m; k += per_word)
     for (int j = 0; j < per_word; ++j)
       codes[k + j] = static_cast<int32_t>(words[k / per_word] >> (j * N) & ((1u << N) - 1));
-  for (; k < m; ++k)
-    codes[k] = static_cast<int32_t>(words[k / per_word] >> (k % per_word * N) & ((1u << N) - 1));
+  for (; k < m; ++k) codes[k] = static_cast<int32_t>(words[k / per_word] >> (k % per_word * N) & ((1u << N) - 1));
 }
 
 LUTRA_INLINE void read_codes(const uint32_t* words, int bits, int m, int32_t* codes) {

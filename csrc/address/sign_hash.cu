@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The values are read twice, the second time from L1: keeping up to 16 of them would cost a register each.
 template <class T, int VEC>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const T* x, Shape s, float scale, float inverse_t,
-                                                            const float* grad_weights, T* grad_x) {
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const T* x, Shape s, float scale, float inverse_t, const float* grad_weights, T* grad_x) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= s.chunks) return;
   const T* z = x + s.begin(c);
@@ -113,8 +113,7 @@ void backward(const SignHashBackwardArgs& a, const Launch& l) {
   const float scale = -2.0f * kLog2e / a.temperature;
   const bool wide = fits(s, x, WIDE, sizeof(T)) && aligned(out, WIDE * sizeof(T));
   const auto kernel = wide ? backward_kernel<T, WIDE> : backward_kernel<T, 1>;
-  launch("sign_hash_backward", kernel, blocks, kThreads, 0, l, x, s, scale, 1.0f / a.temperature, a.grad_weights,
-         out);
+  launch("sign_hash_backward", kernel, blocks, kThreads, 0, l, x, s, scale, 1.0f / a.temperature, a.grad_weights, out);
 }
 
 }  // namespace

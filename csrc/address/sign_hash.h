@@ -25,8 +25,8 @@ struct SignHashArgs {
   int bits;
   Score score;
   float temperature;
-  int32_t* codes;   // (rows, tables)
-  float* weights;   // (rows, tables)
+  int32_t* codes;  // (rows, tables)
+  float* weights;  // (rows, tables)
 };
 
 struct SignHashBackwardArgs {

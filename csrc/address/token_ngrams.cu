@@ -30,7 +30,10 @@ __global__ void __launch_bounds__(kThreads) token_ngrams_kernel(TokenNgramsArgs 
   int64_t low = 0, high = a.texts;  // the last text that begins at or before p
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (a.offsets[middle] <= p) low = middle; else high = middle;
+    if (a.offsets[middle] <= p)
+      low = middle;
+    else
+      high = middle;
   }
   const int64_t begin = a.offsets[low], end = a.offsets[low + 1] < total ? a.offsets[low + 1] : total;
   const int64_t i = p - begin, length = end - begin;

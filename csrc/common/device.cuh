@@ -24,11 +24,17 @@ __device__ __forceinline__ float to_float(int8_t v) { return static_cast<float>(
 template <class T>
 __device__ __forceinline__ T from_float(float v);
 template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 __device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fc00000); }
 
@@ -36,15 +42,25 @@ __device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fc00000)
 template <int BYTES>
 struct Word;
 template <>
-struct Word<1> { using type = uint8_t; };
+struct Word<1> {
+  using type = uint8_t;
+};
 template <>
-struct Word<2> { using type = uint16_t; };
+struct Word<2> {
+  using type = uint16_t;
+};
 template <>
-struct Word<4> { using type = uint32_t; };
+struct Word<4> {
+  using type = uint32_t;
+};
 template <>
-struct Word<8> { using type = uint2; };
+struct Word<8> {
+  using type = uint2;
+};
 template <>
-struct Word<16> { using type = uint4; };
+struct Word<16> {
+  using type = uint4;
+};
 
 template <class T, int N>
 struct Pack {

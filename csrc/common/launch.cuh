@@ -79,7 +79,8 @@ void launch(const char* what, void (*kernel)(P...), dim3 grid, int block, size_t
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)), what);
+                               static_cast<int>(shared)),
+          what);
   kernel<<<grid, block, shared, stream_of(l)>>>(static_cast<P>(args)...);
   check(cudaGetLastError(), what);
 }

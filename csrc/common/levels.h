@@ -30,23 +30,23 @@ extern Level g_level;
   }
 
 #ifdef LUTRA_HAVE_v4
-#define LUTRA_KERNEL(name, Args)            \
-  LUTRA_DECLARE_AT(portable, name, Args)    \
-  LUTRA_DECLARE_AT(v3, name, Args)          \
-  LUTRA_DECLARE_AT(v4, name, Args)          \
-  namespace lutra {                         \
-  inline void name(const Args& a) {         \
-    switch (g_level) {                      \
-      case Level::v4: return v4::name(a);   \
-      case Level::v3: return v3::name(a);   \
-      default: return portable::name(a);    \
-    }                                       \
-  }                                         \
+#define LUTRA_KERNEL(name, Args)          \
+  LUTRA_DECLARE_AT(portable, name, Args)  \
+  LUTRA_DECLARE_AT(v3, name, Args)        \
+  LUTRA_DECLARE_AT(v4, name, Args)        \
+  namespace lutra {                       \
+  inline void name(const Args& a) {       \
+    switch (g_level) {                    \
+      case Level::v4: return v4::name(a); \
+      case Level::v3: return v3::name(a); \
+      default: return portable::name(a);  \
+    }                                     \
+  }                                       \
   }
 #elif defined(LUTRA_HAVE_portable)
-#define LUTRA_KERNEL(name, Args)            \
-  LUTRA_DECLARE_AT(portable, name, Args)    \
-  namespace lutra {                         \
+#define LUTRA_KERNEL(name, Args)                         \
+  LUTRA_DECLARE_AT(portable, name, Args)                 \
+  namespace lutra {                                      \
   inline void name(const Args& a) { portable::name(a); } \
   }
 #elif defined(LUTRA_LEVEL)
@@ -62,11 +62,11 @@ struct Launch {
   void* workspace = nullptr;  // device memory, aligned to 256 bytes
 };
 }  // namespace lutra
-#define LUTRA_KERNEL(name, Args)              \
-  namespace lutra {                           \
-  namespace cuda {                            \
-  void name(const Args&, const Launch&);      \
-  }                                           \
+#define LUTRA_KERNEL(name, Args)         \
+  namespace lutra {                      \
+  namespace cuda {                       \
+  void name(const Args&, const Launch&); \
+  }                                      \
   }
 #define LUTRA_CUDA_ENTRIES 1
 #endif

@@ -9,7 +9,7 @@ namespace LUTRA_NS {
 // x = n ln 2 + r with |r| <= ln 2 / 2; exp r by its Taylor polynomial of degree 7 (error 3e-9), 2^n by the exponent.
 LUTRA_INLINE vf exp_nonpositive(vf x) {
   const vf low = splat(-87.0f);
-  x = x < low ? low : x;  // NaN compares false and stays
+  x = x < low ? low : x;                // NaN compares false and stays
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const vf shifted = x * 1.44269504089f + magic;
   const vf n = shifted - magic;

@@ -1,9 +1,9 @@
 // The k best of a stream of scores, inside the kernel that computes them.
 //
 // A candidate is one 64-bit key: the score in the upper half, mapped to an unsigned integer that grows with it
-// (the sign bit and, below zero, all others flipped; NaN above everything), and ~id in the lower half. Keys of one query are
-// all different, a larger key is a better candidate, and equal scores go to the lower id: the k largest keys are
-// the answer whatever the order in which blocks and threads found them. Scores for which smaller is better are
+// (the sign bit and, below zero, all others flipped; NaN above everything), and ~id in the lower half. Keys of one
+// query are all different, a larger key is a better candidate, and equal scores go to the lower id: the k largest keys
+// are the answer whatever the order in which blocks and threads found them. Scores for which smaller is better are
 // negated first. ids < 2^32 - 1; the key 0 is below every candidate and marks an empty place.
 //
 // A block keeps, for each of its queries, a list of `capacity` keys of which the k best so far are always part,
@@ -141,12 +141,12 @@ __device__ inline Key warp_keep_best(Key* list, int count, int k, int* bins) {
 
 // The lists of one block of kThreads threads and `queries` queries, and their thresholds.
 struct Selector {
-  Key* lists;        // [queries][capacity], in shared memory (k <= kShortK) or in the workspace
-  Key* least;        // [queries] the threshold, 0 at first; shared memory, as the rest
+  Key* lists;          // [queries][capacity], in shared memory (k <= kShortK) or in the workspace
+  Key* least;          // [queries] the threshold, 0 at first; shared memory, as the rest
   float* least_score;  // [queries] its score; NaN at first, which lets every score pass to the test of the keys
-  int* counts;       // [queries] places taken; more than capacity means that the list is full
-  int* bins;         // [warps][256] where k > kShortK
-  int64_t pitch;     // from one query's list to the next
+  int* counts;         // [queries] places taken; more than capacity means that the list is full
+  int* bins;           // [warps][256] where k > kShortK
+  int64_t pitch;       // from one query's list to the next
   int queries, capacity, k;
 
   static __host__ __device__ size_t bytes(int queries, int k, int warps) {
@@ -154,9 +154,9 @@ struct Selector {
            (k <= kShortK ? 0 : warps * 1024);
   }
 
-  // Lays the arrays out, at fixed places but for the last from `shared` (8-byte aligned). `far` (and its pitch) are the lists where they do not fit.
-  __device__ __forceinline__ void init(void* shared, Key* far, int64_t far_pitch, int queries_, int capacity_,
-                                       int k_) {
+  // Lays the arrays out, at fixed places but for the last from `shared` (8-byte aligned). `far` (and its pitch) are the
+  // lists where they do not fit.
+  __device__ __forceinline__ void init(void* shared, Key* far, int64_t far_pitch, int queries_, int capacity_, int k_) {
     queries = queries_;
     capacity = capacity_;
     k = k_;
@@ -241,26 +241,26 @@ inline int parts_for(int64_t groups, int64_t tiles, int64_t slots, int64_t least
 
 // Where the lists of a scan lie in the workspace and how many queries are served by one launch.
 struct ListPlan {
-  int best;           // min(k, n)
+  int best;  // min(k, n)
   int capacity;
-  int64_t stride;     // places per list in the workspace
+  int64_t stride;  // places per list in the workspace
   int parts;
   int64_t tiles_per_part;
-  int64_t queries;    // per launch
+  int64_t queries;  // per launch
   int64_t bytes() const { return queries * parts * stride * static_cast<int64_t>(sizeof(Key)); }
 };
 
 // ---- the second launch: one list of k out of the blocks' lists
 
 struct Merge {
-  const Key* lists;       // [queries][parts][stride], of each list the first `per_part` places; 0 is empty
+  const Key* lists;  // [queries][parts][stride], of each list the first `per_part` places; 0 is empty
   int64_t queries;
   int parts, per_part;
   int64_t stride;
-  bool drop_duplicates;   // equal keys count once
-  int best, k;            // best = min(k, n) are looked for, the rest of k is padded
-  bool smaller_better;    // l2: scores were negated
-  float* scores;          // [queries][k]
+  bool drop_duplicates;  // equal keys count once
+  int best, k;           // best = min(k, n) are looked for, the rest of k is padded
+  bool smaller_better;   // l2: scores were negated
+  float* scores;         // [queries][k]
   int64_t* ids;
 };
 void merge_lists(const Merge& m, const char* what, const Launch& l);

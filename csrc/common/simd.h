@@ -190,16 +190,12 @@ LUTRA_INLINE vi widen_i8(const int8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
 struct U8 {
   typedef uint8_t type;
   LUTRA_INLINE float get(const type* p) { return static_cast<float>(*p); }
-  LUTRA_INLINE vf load(const type* p) {
-    return __builtin_convertvector(widen_u8(p), vf);
-  }
+  LUTRA_INLINE vf load(const type* p) { return __builtin_convertvector(widen_u8(p), vf); }
 };
 struct I8 {
   typedef int8_t type;
   LUTRA_INLINE float get(const type* p) { return static_cast<float>(*p); }
-  LUTRA_INLINE vf load(const type* p) {
-    return __builtin_convertvector(widen_i8(p), vf);
-  }
+  LUTRA_INLINE vf load(const type* p) { return __builtin_convertvector(widen_i8(p), vf); }
 };
 
 LUTRA_INLINE float reduce_add(vf v) {  // a fixed order: halves, then halves of halves

@@ -21,8 +21,7 @@ struct Entries {
   template <class Id>
   Entries(const BagArgs& a, const BagBounds& bounds, const Id* ids, int64_t b0, int64_t b1, BadFirst* bad)
       : compacted(a.bag.padding_idx >= 0),
-        copy(sizeof(Id) == 8 && !compacted ? 0 : bounds.begin(b1) - bounds.begin(b0)),
-        ends(compacted ? b1 - b0 : 0),
+        copy(sizeof(Id) == 8 && !compacted ? 0 : bounds.begin(b1) - bounds.begin(b0)), ends(compacted ? b1 - b0 : 0),
         weight_copy(compacted && a.weights ? bounds.begin(b1) - bounds.begin(b0) : 0) {
     const int64_t e0 = bounds.begin(b0), e1 = bounds.begin(b1);
     const uint64_t rows = static_cast<uint64_t>(a.rows);
@@ -116,8 +115,10 @@ void all_bags(const BagArgs& a, const BagBounds& bounds, BadFirst* bad) {
   const double pieces = cost / 60e3;  // of that many nanoseconds
   const int64_t grain = pieces <= 1 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / pieces) + 1;
   parallel_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
-    if (a.bag.id_type == DType::i32) bags<T, int32_t>(a, bounds, b0, b1, bad);
-    else bags<T, int64_t>(a, bounds, b0, b1, bad);
+    if (a.bag.id_type == DType::i32)
+      bags<T, int32_t>(a, bounds, b0, b1, bad);
+    else
+      bags<T, int64_t>(a, bounds, b0, b1, bad);
   });
 }
 

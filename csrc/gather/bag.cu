@@ -29,11 +29,17 @@ struct Table {
 };
 
 template <class T>
-struct Out { using type = T; };
+struct Out {
+  using type = T;
+};
 template <>
-struct Out<uint8_t> { using type = float; };
+struct Out<uint8_t> {
+  using type = float;
+};
 template <>
-struct Out<int8_t> { using type = float; };
+struct Out<int8_t> {
+  using type = float;
+};
 
 struct Plan {
   int log_lanes, log_parts;  // threads per group, groups per bag
@@ -68,9 +74,8 @@ struct State {
 };
 
 template <class T, int VEC, bool MAX>
-__global__ void __launch_bounds__(kThreads)
-    bag_kernel(BagView b, Table t, const float* weights, bool mean, typename Out<T>::type* out, int64_t* argmax,
-               Plan plan) {
+__global__ void __launch_bounds__(kThreads) bag_kernel(BagView b, Table t, const float* weights, bool mean,
+                                                       typename Out<T>::type* out, int64_t* argmax, Plan plan) {
   const int lanes = 1 << plan.log_lanes, parts = 1 << plan.log_parts;
   const int lane = threadIdx.x & (lanes - 1), part = (threadIdx.x >> plan.log_lanes) & (parts - 1);
   const int slot = threadIdx.x >> (plan.log_lanes + plan.log_parts);
@@ -117,17 +122,19 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < VEC; ++j) {
           float v = quiet_nan();
           if (here[u]) v = kCodes ? fmaf(scale[u], row[u][j], minimum[u]) : row[u][j];
-          if (MAX) s.take(j, v, here[u] ? id[u] : -1, first);
-          else s.add(j, v, weight[u]);
+          if (MAX)
+            s.take(j, v, here[u] ? id[u] : -1, first);
+          else
+            s.add(j, v, weight[u]);
         }
       }
     }
   }
 
-  if (parts > 1) {  // combine the stretches in order
-    float* values = dynamic_shared<float>();                          // [VEC][kThreads]
-    int* counts = reinterpret_cast<int*>(values + VEC * kThreads);    // [kThreads]
-    auto* froms = reinterpret_cast<int64_t*>(counts + kThreads);      // [VEC][kThreads], max only
+  if (parts > 1) {                                                  // combine the stretches in order
+    float* values = dynamic_shared<float>();                        // [VEC][kThreads]
+    int* counts = reinterpret_cast<int*>(values + VEC * kThreads);  // [kThreads]
+    auto* froms = reinterpret_cast<int64_t*>(counts + kThreads);    // [VEC][kThreads], max only
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
       values[j * kThreads + threadIdx.x] = s.value[j];
@@ -143,8 +150,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
           const float v = values[j * kThreads + other];
-          if (MAX) s.take(j, v, froms[j * kThreads + other], s.count == 0);
-          else s.value[j] += v;
+          if (MAX)
+            s.take(j, v, froms[j * kThreads + other], s.count == 0);
+          else
+            s.value[j] += v;
         }
         s.count += count;
       }
@@ -187,7 +196,10 @@ void run(const BagArgs& a, const Launch& l) {
 
 template <class T, int VEC>
 void by_mode(const BagArgs& a, const Launch& l) {
-  if (a.bag.mode == Mode::max) run<T, VEC, true>(a, l); else run<T, VEC, false>(a, l);
+  if (a.bag.mode == Mode::max)
+    run<T, VEC, true>(a, l);
+  else
+    run<T, VEC, false>(a, l);
 }
 
 template <class T, int WIDE>

@@ -28,7 +28,7 @@ namespace lutra {
 
 struct BagIds {  // which rows each bag takes
   const void* ids;
-  DType id_type;        // i32 or i64
+  DType id_type;  // i32 or i64
   int64_t n_ids;
   const void* offsets;  // nullptr: fixed length
   bool last_offset;

@@ -35,8 +35,10 @@ void sum_block(const BagBackwardArgs& a, int64_t k0, int64_t k1, int first, int 
     LUTRA_UNROLL
     for (int v = 0; v < NV; ++v) {
       const int at = v == NV - 1 ? last : first + v * W;
-      if (NV == 1 && part) store_part<T>(to + at, acc[v], part);
-      else T::store(to + at, acc[v]);
+      if (NV == 1 && part)
+        store_part<T>(to + at, acc[v], part);
+      else
+        T::store(to + at, acc[v]);
     }
   }
 }
@@ -95,8 +97,10 @@ int64_t lower_bound(const int64_t* touched, int64_t count, int64_t row) {
   int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (touched[middle] < row) low = middle + 1;
-    else high = middle;
+    if (touched[middle] < row)
+      low = middle + 1;
+    else
+      high = middle;
   }
   return low;
 }

@@ -135,9 +135,9 @@ void bag_backward(const BagBackwardArgs& a, const Launch& l) {
   const size_t size = a.grad_dtype == DType::f32 ? 4 : 2;
   if (a.dense) fill_zero("bag_backward", a.grad_table, static_cast<size_t>(a.rows * a.dim) * size, l);
   const bool mean = a.bag.mode == Mode::mean, max = a.bag.mode == Mode::max;
-  add_segments(SegmentSum{a.order, a.starts, a.touched, a.bag_of, a.count, a.bag.n_ids, a.dim, a.grad_out,
-                          a.grad_dtype, a.weights, mean ? a.bag_scale : nullptr, max ? a.argmax : nullptr, a.dense,
-                          a.grad_table, static_cast<float*>(l.workspace)},
+  add_segments(SegmentSum{a.order, a.starts, a.touched, a.bag_of, a.count, a.bag.n_ids, a.dim, a.grad_out, a.grad_dtype,
+                          a.weights, mean ? a.bag_scale : nullptr, max ? a.argmax : nullptr, a.dense, a.grad_table,
+                          static_cast<float*>(l.workspace)},
                "bag_backward", l);
 }
 

@@ -31,7 +31,10 @@ struct BagView {
     int64_t low = -1, high = bags;  // the last bag that begins at or before i (empty bags before it do too)
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      if (offsets[middle] <= i) low = middle; else high = middle;
+      if (offsets[middle] <= i)
+        low = middle;
+      else
+        high = middle;
     }
     int64_t begin, end;
     return low >= 0 && range(low, &begin, &end) && begin <= i && i < end ? low : -1;
@@ -39,8 +42,13 @@ struct BagView {
 };
 
 inline BagView view_of(const BagIds& b) {
-  return BagView{{b.ids, b.id_type == DType::i64}, {b.offsets, b.id_type == DType::i64},
-                 b.n_ids, b.bags, b.length, b.padding_idx, b.last_offset};
+  return BagView{{b.ids, b.id_type == DType::i64},
+                 {b.offsets, b.id_type == DType::i64},
+                 b.n_ids,
+                 b.bags,
+                 b.length,
+                 b.padding_idx,
+                 b.last_offset};
 }
 
 }  // namespace cuda

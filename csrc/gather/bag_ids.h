@@ -28,10 +28,8 @@ struct BagBounds {
 
   explicit BagBounds(const BagIds& a)
       : o32(a.offsets && a.id_type == DType::i32 ? static_cast<const int32_t*>(a.offsets) : nullptr),
-        o64(a.offsets && a.id_type == DType::i64 ? static_cast<const int64_t*>(a.offsets) : nullptr),
-        length(a.length),
-        given(a.bags + a.last_offset),
-        n_ids(a.n_ids) {}
+        o64(a.offsets && a.id_type == DType::i64 ? static_cast<const int64_t*>(a.offsets) : nullptr), length(a.length),
+        given(a.bags + a.last_offset), n_ids(a.n_ids) {}
 
   int64_t begin(int64_t b) const {
     if (o64) return b < given ? o64[b] : n_ids;
@@ -57,8 +55,10 @@ struct BagBounds {
     int64_t low = 0, high = bags;
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
-      if (begin(middle) <= p) low = middle;
-      else high = middle;
+      if (begin(middle) <= p)
+        low = middle;
+      else
+        high = middle;
     }
     return low;
   }

@@ -32,11 +32,11 @@ struct Sort {
   const BagSortArgs& a;
   BagBounds bounds;
   int threads;
-  int64_t first, n;          // entries [first, first + n) belong to bags
+  int64_t first, n;  // entries [first, first + n) belong to bags
   int position_bits, passes, digit;
   uint64_t* keys[2];
-  int32_t* bag_at;           // the bag of each entry; fixed lengths divide instead
-  int64_t* histogram;        // (threads, kBuckets)
+  int32_t* bag_at;     // the bag of each entry; fixed lengths divide instead
+  int64_t* histogram;  // (threads, kBuckets)
   int64_t kept[kMaxThreads], heads[kMaxThreads];
   BadFirst bad;
 
@@ -149,8 +149,7 @@ struct Sort {
       const int64_t position = static_cast<int64_t>(key & position_mask);
       a.order[e] = first + position;
       // (position + 1/2) / length cannot be rounded across an integer below 2^50
-      a.bag_of[e] = bag_at ? bag_at[position]
-                           : static_cast<int32_t>((static_cast<double>(position) + 0.5) * per_bag);
+      a.bag_of[e] = bag_at ? bag_at[position] : static_cast<int32_t>((static_cast<double>(position) + 0.5) * per_bag);
       if (e == 0 || row != before) {
         a.touched[k] = static_cast<int64_t>(row);
         a.starts[k++] = e;
@@ -164,8 +163,10 @@ struct Sort {
   }
 
   void run(int thread) {
-    if (a.bag.id_type == DType::i32) make_keys<int32_t>(thread);
-    else make_keys<int64_t>(thread);
+    if (a.bag.id_type == DType::i32)
+      make_keys<int32_t>(thread);
+    else
+      make_keys<int64_t>(thread);
     name_bags(thread);
     barrier();
     if (bad.position != kNoBad) return;  // all threads see the same after the barrier
@@ -183,8 +184,8 @@ void bag_sort(const BagSortArgs& a) {
   *a.count = 0;
   *a.bad = bounds.check();
   if (*a.bad != -1) return;
-  Sort s{a, bounds, 1, bounds.begin(0), bounds.begin(a.bag.bags) - bounds.begin(0), 0, 0, 0, {}, nullptr, nullptr,
-         {}, {}, {}};
+  Sort s{a,  bounds, 1, bounds.begin(0), bounds.begin(a.bag.bags) - bounds.begin(0), 0, 0, 0, {}, nullptr, nullptr,
+         {}, {},     {}};
   if (s.n <= 0) {
     a.starts[0] = 0;
     if (a.bag_scale)

@@ -39,8 +39,8 @@ void weight_grads(const BagWeightGradArgs& a, const BagBounds& bounds, int64_t b
       for (int64_t j = 0; j < a.dim; ++j) total += g[j];
     for (int64_t e = bounds.begin(b), end = bounds.begin(b + 1); e < end; ++e) {
       if (e + kAhead < last) {  // an id that is out of range is only prefetched, which cannot fault
-        const auto* next = reinterpret_cast<const char*>(table) +
-                           static_cast<uint64_t>(ids[e + kAhead]) * a.ld * sizeof(*table);
+        const auto* next =
+            reinterpret_cast<const char*>(table) + static_cast<uint64_t>(ids[e + kAhead]) * a.ld * sizeof(*table);
         for (int64_t c = 0; c < row_bytes && c < 1024; c += 64) __builtin_prefetch(next + c);
       }
       const int64_t id = ids[e];
@@ -67,8 +67,10 @@ void of_types(const BagWeightGradArgs& a, const BagBounds& bounds, BadFirst* bad
   for (int64_t e = 0; e < first && e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
   for (int64_t e = last; e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
   parallel_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
-    if (a.bag.id_type == DType::i32) weight_grads<T, G, int32_t>(a, bounds, b0, b1, bad);
-    else weight_grads<T, G, int64_t>(a, bounds, b0, b1, bad);
+    if (a.bag.id_type == DType::i32)
+      weight_grads<T, G, int32_t>(a, bounds, b0, b1, bad);
+    else
+      weight_grads<T, G, int64_t>(a, bounds, b0, b1, bad);
   });
 }
 

@@ -24,19 +24,31 @@ constexpr int kMaxVectors = 8;
 #define LUTRA_UNROLL _Pragma("GCC unroll 8")
 
 template <class T>
-struct is_code { static constexpr bool value = false; };
+struct is_code {
+  static constexpr bool value = false;
+};
 template <>
-struct is_code<U8> { static constexpr bool value = true; };
+struct is_code<U8> {
+  static constexpr bool value = true;
+};
 template <>
-struct is_code<I8> { static constexpr bool value = true; };
+struct is_code<I8> {
+  static constexpr bool value = true;
+};
 
 // What a result is stored as: the type of the rows, f32 for 8-bit codes.
 template <class T>
-struct result_of { typedef T type; };
+struct result_of {
+  typedef T type;
+};
 template <>
-struct result_of<U8> { typedef F32 type; };
+struct result_of<U8> {
+  typedef F32 type;
+};
 template <>
-struct result_of<I8> { typedef F32 type; };
+struct result_of<I8> {
+  typedef F32 type;
+};
 
 // A list of rows to reduce. index[i] for i in [0, n) is worked on; those up to index[ahead - 1] are prefetched.
 struct RowList {
@@ -94,7 +106,8 @@ LUTRA_INLINE void store_part(typename T::type* p, vf v, int columns) {
 }
 
 // Reduce NV vectors of columns that begin at `first`; the last of them begins at `last`. With `part` > 0 (NV is 1)
-// the row has only that many columns. Of rows ahead, `reach` columns are prefetched. `start` is added first (may be nullptr), `factor` multiplies a sum.
+// the row has only that many columns. Of rows ahead, `reach` columns are prefetched. `start` is added first (may be
+// nullptr), `factor` multiplies a sum.
 template <class T, Reduce R, int NV>
 static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, int last, int part, int reach,
                          const typename result_of<T>::type::type* start, float factor,
@@ -129,8 +142,10 @@ static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, i
     const auto* p = t.data + r * t.ld;
     float w = R == Reduce::weighted ? rows.weights[i] : 1.0f, low = 0;
     if (is_code<T>::value) {
-      if (R == Reduce::max) low = t.minimum[r];
-      else shift += w * t.minimum[r];
+      if (R == Reduce::max)
+        low = t.minimum[r];
+      else
+        shift += w * t.minimum[r];
       w *= t.scale[r];
     }
     LUTRA_UNROLL
@@ -151,8 +166,10 @@ static void reduce_block(const RowTable<T>& t, const RowList& rows, int first, i
   for (int v = 0; v < NV; ++v) {
     const int at = v == NV - 1 ? last : first + v * W;
     if (R != Reduce::max) acc[v] = is_code<T>::value ? (acc[v] + shift) * factor : acc[v] * factor;
-    if (NV == 1 && part) store_part<Out>(out + at, acc[v], part);
-    else Out::store(out + at, acc[v]);
+    if (NV == 1 && part)
+      store_part<Out>(out + at, acc[v], part);
+    else
+      Out::store(out + at, acc[v]);
   }
 }
 
@@ -162,9 +179,9 @@ using ReduceBlock = void (*)(const RowTable<T>&, const RowList&, int, int, int, 
 
 template <class T, Reduce R>
 static ReduceBlock<T> reduce_block_of(int vectors) {
-  static const ReduceBlock<T> all[kMaxVectors] = {
-      reduce_block<T, R, 1>, reduce_block<T, R, 2>, reduce_block<T, R, 3>, reduce_block<T, R, 4>,
-      reduce_block<T, R, 5>, reduce_block<T, R, 6>, reduce_block<T, R, 7>, reduce_block<T, R, 8>};
+  static const ReduceBlock<T> all[kMaxVectors] = {reduce_block<T, R, 1>, reduce_block<T, R, 2>, reduce_block<T, R, 3>,
+                                                  reduce_block<T, R, 4>, reduce_block<T, R, 5>, reduce_block<T, R, 6>,
+                                                  reduce_block<T, R, 7>, reduce_block<T, R, 8>};
   return all[vectors - 1];
 }
 
@@ -187,10 +204,12 @@ LUTRA_INLINE void reduce_rows(const RowTable<T>& t, const RowList& rows, int64_t
     const int n = static_cast<int>(vectors - v < kMaxVectors ? vectors - v : kMaxVectors);
     const int64_t last = (v + n) * W <= dim ? (v + n - 1) * W : dim - W;
     const int64_t reach = !together ? 0 : dim < most ? dim : most;
-    reduce_block_of<T, R>(n)(t, list, static_cast<int>(v * W), static_cast<int>(last), 0, static_cast<int>(reach), start,
-                             factor, out);
-    if (together && (v + n) * W >= reach) list.ahead = rows.ahead;
-    else if (together) list.ahead = 0;
+    reduce_block_of<T, R>(n)(t, list, static_cast<int>(v * W), static_cast<int>(last), 0, static_cast<int>(reach),
+                             start, factor, out);
+    if (together && (v + n) * W >= reach)
+      list.ahead = rows.ahead;
+    else if (together)
+      list.ahead = 0;
   }
 }
 

@@ -49,7 +49,10 @@ __device__ __forceinline__ int64_t segment_at(const int64_t* starts, int64_t cou
   int64_t low = 0, high = count;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (starts[middle] <= p) low = middle; else high = middle;
+    if (starts[middle] <= p)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
@@ -91,8 +94,10 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(SegmentSum a, int log_l
     for (int u = 0; u < kInFlight; ++u) {
       if (p + u >= end) continue;
       if (p + u == next) {  // the segment ended before this position
-        if (first < begin) store_pack<float, VEC>(partial, sum);
-        else store_pack<T, VEC>(grad + (a.dense ? a.touched[current] : current) * a.dim, sum);
+        if (first < begin)
+          store_pack<float, VEC>(partial, sum);
+        else
+          store_pack<T, VEC>(grad + (a.dense ? a.touched[current] : current) * a.dim, sum);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) sum[j] = 0;
         ++current;
@@ -113,8 +118,10 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(SegmentSum a, int log_l
       }
     }
   }
-  if (first < begin || next > end) store_pack<float, VEC>(partial + (first < begin ? 0 : a.dim), sum);
-  else store_pack<T, VEC>(grad + (a.dense ? a.touched[current] : current) * a.dim, sum);
+  if (first < begin || next > end)
+    store_pack<float, VEC>(partial + (first < begin ? 0 : a.dim), sum);
+  else
+    store_pack<T, VEC>(grad + (a.dense ? a.touched[current] : current) * a.dim, sum);
 }
 
 // Adds up the segments that cross a border of tiles: the group of the tile in which one begins does it.
@@ -152,15 +159,17 @@ void run(const SegmentSum& a, const char* what, const Launch& l) {
   const int64_t tiles = div_up(a.n, kTile);
   const dim3 grid(grid_x(div_up(tiles, kThreads / lanes)), static_cast<unsigned>(slabs));
   const int log_lanes = log2_of(lanes);
-  launch(what, a.argmax ? tiles_kernel<T, VEC, true> : tiles_kernel<T, VEC, false>, grid, kThreads, 0, l, a,
-         log_lanes);
+  launch(what, a.argmax ? tiles_kernel<T, VEC, true> : tiles_kernel<T, VEC, false>, grid, kThreads, 0, l, a, log_lanes);
   launch(what, borders_kernel<T, VEC>, grid, kThreads, 0, l, a, log_lanes);
 }
 
 template <class T>
 void by_width(const SegmentSum& a, const char* what, const Launch& l) {
   const bool wide = a.dim % 4 == 0 && aligned(a.source, 4 * sizeof(T)) && aligned(a.grad, 4 * sizeof(T));
-  if (wide) run<T, 4>(a, what, l); else run<T, 1>(a, what, l);
+  if (wide)
+    run<T, 4>(a, what, l);
+  else
+    run<T, 1>(a, what, l);
 }
 
 int64_t temporary_bytes(int64_t n) {
@@ -168,7 +177,8 @@ int64_t temporary_bytes(int64_t n) {
   const uint32_t* keys = nullptr;
   const int32_t* values = nullptr;
   check(cub::DeviceRadixSort::SortPairs(nullptr, sort, keys, static_cast<uint32_t*>(nullptr), values,
-                                  static_cast<int32_t*>(nullptr), static_cast<int>(n)), "sort by row");
+                                        static_cast<int32_t*>(nullptr), static_cast<int>(n)),
+        "sort by row");
   check(cub::DeviceScan::InclusiveSum(nullptr, scan, values, static_cast<int32_t*>(nullptr), static_cast<int>(n)),
         "sort by row");
   return static_cast<int64_t>(sort > scan ? sort : scan);
@@ -210,12 +220,13 @@ void sort_positions(const SortArrays& s, const Segments& out, int64_t n64, int64
   size_t bytes = static_cast<size_t>(s.temporary_bytes);
   check(cub::DeviceRadixSort::SortPairs(s.temporary, bytes, static_cast<const uint32_t*>(s.keys_in), s.keys,
                                         static_cast<const int32_t*>(s.positions_in), s.positions, n, 0, bits,
-                                        stream_of(l)), what);
+                                        stream_of(l)),
+        what);
   int32_t* head = s.positions_in;  // not needed any more
   launch(what, heads_kernel, blocks, kThreads, 0, l, s.keys, head, n);
   bytes = static_cast<size_t>(s.temporary_bytes);
-  check(cub::DeviceScan::InclusiveSum(s.temporary, bytes, static_cast<const int32_t*>(head), s.number, n,
-                                      stream_of(l)), what);
+  check(cub::DeviceScan::InclusiveSum(s.temporary, bytes, static_cast<const int32_t*>(head), s.number, n, stream_of(l)),
+        what);
   launch(what, number_kernel, blocks, kThreads, 0, l, s, out, n, length);
 }
 

@@ -40,15 +40,14 @@ struct SortArrays {
 SortArrays sort_arrays(void* workspace, int64_t n, int64_t* bytes);
 
 // length > 0: position p lies in bag p / length; else in bag_in[p].
-void sort_positions(const SortArrays& s, const Segments& out, int64_t n, int64_t rows, int64_t length,
-                    const Launch& l);
+void sort_positions(const SortArrays& s, const Segments& out, int64_t n, int64_t rows, int64_t length, const Launch& l);
 
 struct SegmentSum {
-  const int64_t* order;     // as in Segments
+  const int64_t* order;  // as in Segments
   const int64_t* starts;
   const int64_t* touched;
   const int32_t* bag;
-  const int64_t* count;     // on the device
+  const int64_t* count;  // on the device
   int64_t n, dim;
   const void* source;       // (bags, dim)
   DType dtype;              // of source and of grad
@@ -57,7 +56,7 @@ struct SegmentSum {
   const int64_t* argmax;    // (bags, dim) or null: take a position's part only where argmax is its key, once a bag
   bool dense;               // grad (rows, dim), cleared by the caller; else one row per segment
   void* grad;
-  float* partial;           // partial_floats(n, dim)
+  float* partial;  // partial_floats(n, dim)
 };
 int64_t partial_floats(int64_t n, int64_t dim);
 void add_segments(const SegmentSum& a, const char* what, const Launch& l);

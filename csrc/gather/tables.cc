@@ -21,15 +21,19 @@ void few_tokens(const TablesArgs& a, int64_t t, int64_t c0, int64_t columns) {
   prefetch_first(table, rows, columns);
   auto* out = static_cast<type*>(a.out) + t * a.dim + c0;
   const auto* bias = a.bias ? static_cast<const type*>(a.bias) + c0 : nullptr;
-  if (a.weights) reduce_rows<T, Reduce::weighted>(table, rows, columns, bias, 1.0f, out);
-  else reduce_rows<T, Reduce::sum>(table, rows, columns, bias, 1.0f, out);
+  if (a.weights)
+    reduce_rows<T, Reduce::weighted>(table, rows, columns, bias, 1.0f, out);
+  else
+    reduce_rows<T, Reduce::sum>(table, rows, columns, bias, 1.0f, out);
 }
 
 // ---- many tokens: a slab of columns (256 bytes of each entry) of a few tables at a time lies in the second-level
 // cache while all tokens of a block take their rows from it; the next tables' slab is prefetched meanwhile. The
 // tables are read once for each block of tokens, instead of a row for every code.
 template <class T>
-constexpr int slab_vectors() { return W * sizeof(typename T::type) >= 64 ? 4 : 8; }
+constexpr int slab_vectors() {
+  return W * sizeof(typename T::type) >= 64 ? 4 : 8;
+}
 
 template <class T>
 struct Slabs {
@@ -51,8 +55,7 @@ struct Slabs {
     Buffer<float> sums(tokens * kColumns);
     for (int64_t t = 0; t < tokens; ++t) {
       const type* bias = static_cast<const type*>(a.bias);
-      for (int v = 0; v < NV; ++v)
-        store(sums.data + t * kColumns + v * W, bias ? T::load(bias + c0 + v * W) : (vf){});
+      for (int v = 0; v < NV; ++v) store(sums.data + t * kColumns + v * W, bias ? T::load(bias + c0 + v * W) : (vf){});
     }
     const auto prefetch = [&](int64_t row) {
       const auto* p = reinterpret_cast<const char*>(base + row * a.dim);
@@ -79,8 +82,10 @@ struct Slabs {
           const float w = Weighted ? weights[k] : 1.0f;
           LUTRA_UNROLL
           for (int v = 0; v < NV; ++v) {
-            if (Weighted) acc[v] += T::load(row + v * W) * w;
-            else acc[v] += T::load(row + v * W);
+            if (Weighted)
+              acc[v] += T::load(row + v * W) * w;
+            else
+              acc[v] += T::load(row + v * W);
           }
         }
         LUTRA_UNROLL
@@ -112,8 +117,10 @@ void forward(const TablesArgs& a) {
       const int64_t slab = i % slabs, b = i / slabs;
       const int64_t skip = (slab + 1) * columns > a.dim ? (slab + 1) * columns - a.dim : 0;
       const int64_t t0 = b * block, t1 = t0 + block < a.tokens ? t0 + block : a.tokens;
-      if (a.weights) Slabs<T>::template run<true>(a, slab * columns - skip, skip, t0, t1);
-      else Slabs<T>::template run<false>(a, slab * columns - skip, skip, t0, t1);
+      if (a.weights)
+        Slabs<T>::template run<true>(a, slab * columns - skip, skip, t0, t1);
+      else
+        Slabs<T>::template run<false>(a, slab * columns - skip, skip, t0, t1);
     });
     return;
   }

@@ -101,7 +101,10 @@ template <class T, int WIDE>
 void by_width(const TablesArgs& a, const Launch& l) {
   const size_t bytes = WIDE * sizeof(T);
   const bool wide = a.dim % WIDE == 0 && aligned(a.tables, bytes) && aligned(a.out, bytes) && aligned(a.bias, bytes);
-  if (wide) run<T, WIDE>(a, l); else run<T, 1>(a, l);
+  if (wide)
+    run<T, WIDE>(a, l);
+  else
+    run<T, 1>(a, l);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -190,8 +193,8 @@ void tables_backward(const TablesBackwardArgs& a, const Launch& l) {
     const size_t size = a.dtype == DType::f32 ? 4 : 2;
     fill_zero("tables_backward", a.grad_tables, static_cast<size_t>(rows * a.dim) * size, l);
     if (n > 0) {
-      launch("tables_backward", table_keys_kernel, grid_x(div_up(n, kThreads)), kThreads, 0, l, a.codes, n,
-             a.n_tables, a.entries, s.sort.keys_in);
+      launch("tables_backward", table_keys_kernel, grid_x(div_up(n, kThreads)), kThreads, 0, l, a.codes, n, a.n_tables,
+             a.entries, s.sort.keys_in);
       const Segments& g = s.segments;
       sort_positions(s.sort, g, n, rows, a.n_tables, l);
       add_segments(SegmentSum{g.order, g.starts, g.touched, g.bag, g.count, n, a.dim, a.grad_out, a.dtype, a.weights,

@@ -30,8 +30,8 @@ constexpr int64_t kBlockBytes = 192 << 10;  // of rows: with the query panel, in
 // ------------------------------------------------------------------------------------------ queries in lanes
 // One tile: R rows from x, V vectors of queries from the panel (d, V * W). `first` is the first query's number.
 template <Metric M, int V, int R>
-void tile(const float* panel, const float* x, int64_t ldx, int64_t d, const float* inverse, int64_t row,
-          int64_t first, int64_t queries, const float* ahead, Selection* s) {
+void tile(const float* panel, const float* x, int64_t ldx, int64_t d, const float* inverse, int64_t row, int64_t first,
+          int64_t queries, const float* ahead, Selection* s) {
   vf sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = (vf){};

@@ -38,8 +38,8 @@ struct ScanArgs {
 
 // Starts the copies of 16 columns of ROWS rows from `base`; rows past `end` and columns past d become zeros.
 template <int ROWS>
-__device__ __forceinline__ void copy_rows(float* to, const float* base, int64_t ld, int64_t row0, int64_t end,
-                                          int k0, int d, bool wide) {
+__device__ __forceinline__ void copy_rows(float* to, const float* base, int64_t ld, int64_t row0, int64_t end, int k0,
+                                          int d, bool wide) {
 #pragma unroll 1  // unrolled, the addresses would take the registers of the scores
   for (int c0 = 0; c0 < ROWS * 4; c0 += kThreads) {
     const int c = c0 + threadIdx.x;
@@ -76,7 +76,9 @@ __device__ __forceinline__ float inverse_norm(float squares, const float* v, int
 }
 
 template <int BQ, int BN>
-constexpr size_t tile_bytes() { return static_cast<size_t>(kStages) * (BQ + BN) * LD * sizeof(float); }
+constexpr size_t tile_bytes() {
+  return static_cast<size_t>(kStages) * (BQ + BN) * LD * sizeof(float);
+}
 
 template <int BQ, int BN, int TQ, int TN, int BLOCKS, bool L2>
 __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
@@ -92,8 +94,8 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
   float* stages = dynamic_shared<float>();
   float* x_norm = stages + kStages * kStage;
   Selector select;
-  select.init(x_norm + BN, a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride,
-              a.lists.parts * a.lists.stride, BQ, a.lists.capacity, a.lists.best);
+  select.init(x_norm + BN, a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride, a.lists.parts * a.lists.stride,
+              BQ, a.lists.capacity, a.lists.best);
 
   const int64_t row_begin = blockIdx.y * a.lists.tiles_per_part * BN;
   const int64_t row_stop = row_begin + a.lists.tiles_per_part * BN;
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
     const float* qs = stages + stage * kStage;
     const float* xs = qs + BQ * LD;
     stage = stage == kStages - 1 ? 0 : stage + 1;
-#pragma unroll(TQ * TN == 64 ? 1 : 2)
+#pragma unroll(TQ* TN == 64 ? 1 : 2)
     for (int k = 0; k < BK; k += KV) {
       Pack<float, KV> x[TN];
 #pragma unroll
@@ -207,8 +209,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) scan_kernel(ScanArgs a) {
     row0 += BN;
     k0 = 0;
   }
-  select.finish(a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride, a.lists.parts * a.lists.stride,
-                a.nq - q0);
+  select.finish(a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride, a.lists.parts * a.lists.stride, a.nq - q0);
 }
 
 // ---- shapes: BQ, BN, TQ, TN, blocks that share a multiprocessor
@@ -270,8 +271,8 @@ KnnPlan plan_for(int64_t nq, int64_t n, int64_t d, int64_t k, Metric metric, int
 template <int SHAPE, int TQ, int TN, bool L2>
 void scan(const ScanArgs& a, const Launch& l) {
   constexpr Shape s = kShapes[SHAPE];
-  const size_t shared = tile_bytes<s.queries, s.rows>() + s.rows * sizeof(float) +
-                        Selector::bytes(s.queries, a.lists.best, kWarps);
+  const size_t shared =
+      tile_bytes<s.queries, s.rows>() + s.rows * sizeof(float) + Selector::bytes(s.queries, a.lists.best, kWarps);
   const dim3 grid(grid_x(div_up(a.nq, s.queries)), static_cast<unsigned>(a.lists.parts));
   launch("knn", scan_kernel<s.queries, s.rows, TQ, TN, s.blocks, L2>, grid, kThreads, shared, l, a);
 }
@@ -368,8 +369,10 @@ void knn(const KnnArgs& a, const Launch& l) {
     }
     const ScanArgs scan{q, a.x, count, a.n, a.d, ldq, a.ldx, wide(q, ldq, a.x, a.ldx, a.d), cosine, s, keys};
     if (s.best > 0) {
-      if (a.metric == Metric::l2) scan_shape<true>(plan.shape, scan, l);
-      else scan_shape<false>(plan.shape, scan, l);
+      if (a.metric == Metric::l2)
+        scan_shape<true>(plan.shape, scan, l);
+      else
+        scan_shape<false>(plan.shape, scan, l);
     }
     merge_lists(Merge{keys, count, s.parts, s.best, s.stride, false, s.best, static_cast<int>(a.k),
                       a.metric == Metric::l2, a.scores + first * a.k, a.ids + first * a.k},
@@ -395,8 +398,8 @@ void rescore(const RescoreArgs& a, const Launch& l) {
     part.q += first * a.ldq;
     part.cand += first * a.c;
     const bool vectors = wide(part.q, a.ldq, a.x, a.ldx, a.d);
-    launch("rescore", vectors ? rescore_kernel<4> : rescore_kernel<1>, grid_x(div_up(part.nq * a.c, kWarps)),
-           kThreads, 0, l, part, keys);
+    launch("rescore", vectors ? rescore_kernel<4> : rescore_kernel<1>, grid_x(div_up(part.nq * a.c, kWarps)), kThreads,
+           0, l, part, keys);
     const int c = static_cast<int>(a.c), best = static_cast<int>(a.k < a.c ? a.k : a.c);
     merge_lists(Merge{keys, part.nq, 1, c, c, true, best, static_cast<int>(a.k), a.metric == Metric::l2,
                       a.scores + first * a.k, a.ids + first * a.k},

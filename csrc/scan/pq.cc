@@ -17,9 +17,9 @@ namespace LUTRA_NS {
 namespace {
 
 constexpr int64_t kEntries = 256;
-constexpr int kGroup = 16;                 // rows whose scores are compared at once (few queries)
+constexpr int kGroup = 16;                  // rows whose scores are compared at once (few queries)
 constexpr int64_t kTableBytes = 320 << 10;  // of a group of sub-quantizers' interleaved tables
-constexpr int64_t kRowBlock = 512;         // rows whose sums are kept between groups
+constexpr int64_t kRowBlock = 512;          // rows whose sums are kept between groups
 
 // ------------------------------------------------------------------------------------------ few queries
 template <Metric M>
@@ -136,15 +136,13 @@ void pass(const PqArgs& a, int64_t first, int64_t queries, int threads) {
   Buffer<float> tables(table_size * (single ? queries : vectors));
   Buffer<float> sums(threads * kRowBlock * W);
   if (single) {
-    for (int64_t i = 0; i < queries; ++i)
-      single_table<M>(a, a.q + (first + i) * a.ldq, tables.data + i * table_size);
+    for (int64_t i = 0; i < queries; ++i) single_table<M>(a, a.q + (first + i) * a.ldq, tables.data + i * table_size);
   } else {
     parallel_for(vectors, vectors * table_size * a.dsub * 0.1, [&](int64_t v) {
       Buffer<float> lanes(d * W);
       for (int64_t i = 0; i < W; ++i) {
         const int64_t query = v * W + i;
-        for (int64_t j = 0; j < d; ++j)
-          lanes[j * W + i] = query < queries ? a.q[(first + query) * a.ldq + j] : 0.0f;
+        for (int64_t j = 0; j < d; ++j) lanes[j * W + i] = query < queries ? a.q[(first + query) * a.ldq + j] : 0.0f;
       }
       lane_tables<M>(a, lanes.data, tables.data + v * table_size);
     });

@@ -25,7 +25,7 @@ struct PqScan {
   const float* tables;  // [groups][m][256][W]
   int64_t nq, n;
   int m;
-  float sign;           // -1 where smaller is better
+  float sign;  // -1 where smaller is better
   ListPlan lists;
   Key* keys;
 };
@@ -127,14 +127,13 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
       pending = refused;
     }
   }
-  select.finish(a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride, a.lists.parts * a.lists.stride,
-                a.nq - q0);
+  select.finish(a.keys + (q0 * a.lists.parts + blockIdx.y) * a.lists.stride, a.lists.parts * a.lists.stride, a.nq - q0);
 }
 
 constexpr int64_t kListBytes = int64_t{128} << 20, kTableBytes = int64_t{64} << 20;  // of the workspace, about
 
 struct PqPlan {
-  int width;      // queries per block
+  int width;  // queries per block
   bool far;
   size_t shared;
   ListPlan lists;
@@ -159,8 +158,7 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
   p.far = shared_for(p.width, false) > limit;
   p.shared = shared_for(p.width, p.far);
   const int64_t per_processor = static_cast<int64_t>(limit / (p.shared + 1024));
-  const int64_t slots =
-      (per_processor < 1 ? 1 : per_processor > 6 ? 6 : per_processor) * multiprocessors(device);
+  const int64_t slots = (per_processor < 1 ? 1 : per_processor > 6 ? 6 : per_processor) * multiprocessors(device);
   const int64_t tiles = div_up(n, kThreads * (p.width == 1 ? 4 : 2));
   int64_t groups = div_up(nq > 0 ? nq : 1, p.width);
   s.parts = parts_for(groups, tiles, slots, 2);
@@ -190,13 +188,16 @@ Arrays arrays(const PqPlan& p, int64_t m, void* workspace, int64_t* bytes) {
 template <int W>
 void scan(const PqArgs& a, const PqPlan& p, const PqScan& s, const float* q, float* tables, const Launch& l) {
   const int64_t groups = div_up(s.nq, W);
-  launch("pq", a.metric == Metric::l2 ? tables_kernel<W, true> : tables_kernel<W, false>, grid_x(groups * a.m), 256,
-         0, l, q, s.nq, a.ldq, a.codebooks, s.m, static_cast<int>(a.ksub), a.dsub, tables);
+  launch("pq", a.metric == Metric::l2 ? tables_kernel<W, true> : tables_kernel<W, false>, grid_x(groups * a.m), 256, 0,
+         l, q, s.nq, a.ldq, a.codebooks, s.m, static_cast<int>(a.ksub), a.dsub, tables);
   const dim3 grid(grid_x(groups), static_cast<unsigned>(p.lists.parts));
   auto kernel = scan_kernel<W, 1, false>;
-  if (p.far) kernel = scan_kernel<1, 1, true>;
-  else if (a.m % 16 == 0 && aligned(a.codes, 16)) kernel = scan_kernel<W, 16, false>;
-  else if (a.m % 4 == 0 && aligned(a.codes, 4)) kernel = scan_kernel<W, 4, false>;
+  if (p.far)
+    kernel = scan_kernel<1, 1, true>;
+  else if (a.m % 16 == 0 && aligned(a.codes, 16))
+    kernel = scan_kernel<W, 16, false>;
+  else if (a.m % 4 == 0 && aligned(a.codes, 4))
+    kernel = scan_kernel<W, 4, false>;
   launch("pq", kernel, grid, kThreads, p.shared, l, s);
 }
 
@@ -220,10 +221,13 @@ void pq(const PqArgs& a, const Launch& l) {
     if (lists.best > 0) {
       const PqScan s{a.codes, w.tables, count, a.n, static_cast<int>(a.m), l2 ? -1.0f : 1.0f, lists, w.keys};
       const float* q = a.q + first * a.ldq;
-      if (p.width == 4) scan<4>(a, p, s, q, w.tables, l); else scan<1>(a, p, s, q, w.tables, l);
+      if (p.width == 4)
+        scan<4>(a, p, s, q, w.tables, l);
+      else
+        scan<1>(a, p, s, q, w.tables, l);
     }
-    merge_lists(Merge{w.keys, count, lists.parts, lists.best, lists.stride, false, lists.best,
-                      static_cast<int>(a.k), l2, a.scores + first * a.k, a.ids + first * a.k},
+    merge_lists(Merge{w.keys, count, lists.parts, lists.best, lists.stride, false, lists.best, static_cast<int>(a.k),
+                      l2, a.scores + first * a.k, a.ids + first * a.k},
                 "pq", l);
   }
 }

@@ -32,7 +32,8 @@ void sort_ids(int64_t* ids, int64_t c, int64_t* scratch) {
       const int64_t middle = begin + width < c ? begin + width : c;
       const int64_t end = begin + 2 * width < c ? begin + 2 * width : c;
       int64_t a = begin, b = middle;
-      for (int64_t o = begin; o < end; ++o) to[o] = a < middle && (b >= end || from[a] <= from[b]) ? from[a++] : from[b++];
+      for (int64_t o = begin; o < end; ++o)
+        to[o] = a < middle && (b >= end || from[a] <= from[b]) ? from[a++] : from[b++];
     }
     int64_t* swap = from;
     from = to;

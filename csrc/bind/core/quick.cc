@@ -129,8 +129,8 @@ bool Quick::take(py::handle object, View* out) {
     out->library = library_ = View::numpy;
     return take_numpy(object.ptr(), out);
   }
-  if (g_torch.api && (reinterpret_cast<PyObject*>(type) == g_torch.tensor ||
-                      reinterpret_cast<PyObject*>(type) == g_torch.parameter)) {
+  if (g_torch.api &&
+      (reinterpret_cast<PyObject*>(type) == g_torch.tensor || reinterpret_cast<PyObject*>(type) == g_torch.parameter)) {
     if (library_ == View::numpy || (library_ == View::none && !torch_is_plain())) return false;
     out->library = library_ = View::torch;
     return take_torch(object.ptr(), out);
@@ -148,9 +148,9 @@ py::object Quick::make(DType dtype, std::initializer_list<int64_t> shape, void**
     }
     Py_INCREF(descriptors[t]);  // stolen below
     auto& api = py::detail::npy_api::get();
-    PyObject* array = api.PyArray_NewFromDescr_(
-        api.PyArray_Type_, descriptors[t], static_cast<int>(shape.size()),
-        reinterpret_cast<const Py_intptr_t*>(shape.begin()), nullptr, nullptr, 0, nullptr);
+    PyObject* array =
+        api.PyArray_NewFromDescr_(api.PyArray_Type_, descriptors[t], static_cast<int>(shape.size()),
+                                  reinterpret_cast<const Py_intptr_t*>(shape.begin()), nullptr, nullptr, 0, nullptr);
     if (!array) throw py::error_already_set();
     *data = py::detail::array_proxy(array)->data;
     return py::reinterpret_steal<py::object>(array);
@@ -207,8 +207,8 @@ bool use_torch(py::object torch, py::object forward_ad) {
   g_torch.parameter = keep(torch.attr("nn").attr("Parameter"));
   // FloatTensor(2, 3): uninitialised, on the CPU whatever torch.set_default_device says, and 0.3 microseconds faster
   // than torch.empty(2, 3, dtype=..., device=...), whose keywords are parsed.
-  static const char* const names[] = {"FloatTensor", "HalfTensor", "BFloat16Tensor", "CharTensor", "ByteTensor",
-                                      "IntTensor", "LongTensor"};
+  static const char* const names[] = {"FloatTensor", "HalfTensor", "BFloat16Tensor", "CharTensor",
+                                      "ByteTensor",  "IntTensor",  "LongTensor"};
   for (int i = 0; i < 7; ++i) g_torch.make[i] = keep(torch.attr(names[i]));
   g_torch.modes = keep(c.attr("_len_torch_dispatch_stack"));
   g_torch.functorch = keep(c.attr("_functorch").attr("peek_interpreter_stack"));

@@ -15,7 +15,9 @@ namespace py = pybind11;
 struct Address {
   void* p = nullptr;
   template <class T>
-  T* as() const { return static_cast<T*>(p); }
+  T* as() const {
+    return static_cast<T*>(p);
+  }
 };
 
 void register_address(py::module_& m);

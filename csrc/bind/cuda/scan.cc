@@ -11,8 +11,8 @@ void register_scan(py::module_& m) {
   });
   m.def("knn", [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k,
                   int metric, Address scores, Address ids, Address workspace, int device, Address stream) {
-    KnnArgs a{q.as<float>(), x.as<float>(), nq, n, d, ldq, ldx, k, static_cast<Metric>(metric), scores.as<float>(),
-              ids.as<int64_t>(), nullptr};
+    KnnArgs a{q.as<float>(),      x.as<float>(),     nq,     n, d, ldq, ldx, k, static_cast<Metric>(metric),
+              scores.as<float>(), ids.as<int64_t>(), nullptr};
     cuda::knn(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
@@ -22,8 +22,20 @@ void register_scan(py::module_& m) {
   m.def("rescore", [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d,
                       Address candidates, int64_t c, int64_t k, int metric, Address scores, Address ids,
                       Address workspace, int device, Address stream) {
-    RescoreArgs a{q.as<float>(), x.as<float>(), nq, n, d, ldq, ldx, candidates.as<int64_t>(), c, k,
-                  static_cast<Metric>(metric), scores.as<float>(), ids.as<int64_t>(), nullptr};
+    RescoreArgs a{q.as<float>(),
+                  x.as<float>(),
+                  nq,
+                  n,
+                  d,
+                  ldq,
+                  ldx,
+                  candidates.as<int64_t>(),
+                  c,
+                  k,
+                  static_cast<Metric>(metric),
+                  scores.as<float>(),
+                  ids.as<int64_t>(),
+                  nullptr};
     cuda::rescore(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
@@ -33,8 +45,20 @@ void register_scan(py::module_& m) {
   m.def("pq", [](Address q, int64_t ldq, Address codes, Address codebooks, int64_t nq, int64_t n, int64_t m_,
                  int64_t ksub, int64_t dsub, int64_t k, int metric, Address scores, Address ids, Address workspace,
                  int device, Address stream) {
-    PqArgs a{q.as<float>(), codes.as<uint8_t>(), codebooks.as<float>(), nq, n, ldq, k, m_, ksub, dsub,
-             static_cast<Metric>(metric), scores.as<float>(), ids.as<int64_t>(), nullptr};
+    PqArgs a{q.as<float>(),
+             codes.as<uint8_t>(),
+             codebooks.as<float>(),
+             nq,
+             n,
+             ldq,
+             k,
+             m_,
+             ksub,
+             dsub,
+             static_cast<Metric>(metric),
+             scores.as<float>(),
+             ids.as<int64_t>(),
+             nullptr};
     cuda::pq(a, Launch{device, stream.p, workspace.p});
     return -1;
   });

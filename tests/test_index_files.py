@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -240,6 +243,33 @@ def test_an_interrupt_leaves_the_old_file(tmp_path, monkeypatch):
             flat(50).save(tmp_path / "x")
     assert os.listdir(tmp_path) == ["x"]
     same(old, load(tmp_path / "x"))
+
+
+def test_a_killed_process_leaves_a_whole_file(tmp_path):
+    """Two indexes are saved in turns until the process is killed: one of them is there, whole."""
+    path = tmp_path / "x"
+    flat(n=20_000, d=16).save(path)
+    script = (
+        "import sys\nfrom lutra.index import load\n"
+        "a, b = load(sys.argv[1]), load(sys.argv[1])\n"
+        "b.remove_ids(b.ids[::2])\nprint('ready', flush=True)\n"
+        "while True:\n    a.save(sys.argv[1])\n    b.save(sys.argv[1])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for wait in (0.0, 0.003, 0.011, 0.025):
+        flat(n=20_000, d=16).save(path)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, path], stdout=subprocess.PIPE, env=environment
+        )
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+        index = load(path, mmap=False)
+        assert len(index) in (20_000, 10_000)
+        step = 20_000 // len(index)
+        want = vectors(20_000, 16)[step - 1 :: step]
+        np.testing.assert_array_equal(index.reconstruct(index.ids), want)
 
 
 def test_the_order_of_syncs(tmp_path, monkeypatch):

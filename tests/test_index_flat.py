@@ -1,7 +1,10 @@
 """lutra.index.Flat: search, ids, adding and removing, array libraries, bad input."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -250,6 +253,21 @@ def test_copies():
         other.remove_ids(4)
         assert len(index) == 4 and len(other) == 3
         np.testing.assert_array_equal(other.search(vectors(4, 3)[1:], 1).ids[:, 0], [2, 9, 0])
+
+
+def test_works_without_torch_cupy_and_tqdm():
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'cupy', 'tqdm'): sys.modules[name] = None\n"
+        "import numpy as np, lutra\n"
+        "index = lutra.index.PQ(4, 2, 2)\n"
+        "index.train(np.eye(4, dtype=np.float32).repeat(40, 0))\n"
+        "index.add(np.eye(4, dtype=np.float32))\n"
+        "print(index.search(np.eye(4, dtype=np.float32), 1).ids.ravel().tolist())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "[0, 1, 2, 3]\n"), done.stderr
 
 
 def test_describes_itself():

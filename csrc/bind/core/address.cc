@@ -17,8 +17,9 @@ py::object quick_sign_hash(py::handle x, py::handle bits_, py::handle score, py:
   int64_t bits;
   double temperature;
   const int s = option(score, {"prob", "scaled"});
-  if (s < 0 || !integer(bits_, &bits) || !number(temperature_, &temperature) || bits < 1 || bits > 16 || !(temperature > 0 && temperature < 3e38) || !call.take(x, &a) ||
-      !a.floating() || a.ndim < 1 || a.ndim > 3 || a.shape[a.ndim - 1] % bits)
+  if (s < 0 || !integer(bits_, &bits) || !number(temperature_, &temperature) || bits < 1 || bits > 16 ||
+      !(temperature > 0 && temperature < 3e38) || !call.take(x, &a) || !a.floating() || a.ndim < 1 || a.ndim > 3 ||
+      a.shape[a.ndim - 1] % bits)
     return py::none();
   const int64_t d = a.shape[a.ndim - 1], tables = d / bits;
   const int64_t n0 = a.ndim > 1 ? a.shape[0] : 1, n1 = a.ndim > 2 ? a.shape[1] : 1;
@@ -29,8 +30,16 @@ py::object quick_sign_hash(py::handle x, py::handle bits_, py::handle score, py:
                          : call.make(t, {n0, n1, tables}, data);
   };
   py::object c = make(DType::i32, &codes), w = make(DType::f32, &weights);
-  SignHashArgs args{a.data, a.dtype, n0 * n1, tables, d, static_cast<int>(bits), static_cast<Score>(s),
-                    static_cast<float>(temperature), static_cast<int32_t*>(codes), static_cast<float*>(weights)};
+  SignHashArgs args{a.data,
+                    a.dtype,
+                    n0 * n1,
+                    tables,
+                    d,
+                    static_cast<int>(bits),
+                    static_cast<Score>(s),
+                    static_cast<float>(temperature),
+                    static_cast<int32_t*>(codes),
+                    static_cast<float*>(weights)};
   run(&sign_hash, args, n0 * n1 * d * 1.0);
   return py::make_tuple(std::move(c), std::move(w));
 }
@@ -63,8 +72,8 @@ py::object quick_token_ngrams(py::handle tokens, py::handle offsets, py::handle 
   void *ids, *first_ids;
   py::object result = call.make(DType::i64, {out[texts]}, &ids), where = call.make(DType::i64, {texts}, &first_ids);
   if (texts) std::memcpy(first_ids, out.data(), texts * sizeof(int64_t));
-  TokenNgramsArgs args{values, starts.data(), out.data(), texts, order, first, buckets, unigrams,
-                       static_cast<int64_t*>(ids)};
+  TokenNgramsArgs args{
+      values, starts.data(), out.data(), texts, order, first, buckets, unigrams, static_cast<int64_t*>(ids)};
   run(&token_ngrams, args, out[texts] * 2.0);
   return py::make_tuple(std::move(result), std::move(where));
 }
@@ -78,16 +87,32 @@ void register_address(py::module_& m) {
                         Ptr codes, Ptr weights) {
     const auto t = static_cast<DType>(dtype);
     const int64_t d = tables * bits;
-    SignHashArgs a{x.raw(rows * d, t), t, rows, tables, d, bits, static_cast<Score>(score), temperature,
-                   codes.as<int32_t>(rows * tables), weights.as<float>(rows * tables)};
+    SignHashArgs a{x.raw(rows * d, t),
+                   t,
+                   rows,
+                   tables,
+                   d,
+                   bits,
+                   static_cast<Score>(score),
+                   temperature,
+                   codes.as<int32_t>(rows * tables),
+                   weights.as<float>(rows * tables)};
     run(&sign_hash, a, rows * d * 1.0);
   });
-  m.def("sign_hash_backward", [](Ptr x, int dtype, int64_t rows, int64_t tables, int bits, int score,
-                                 float temperature, Ptr grad_weights, Ptr grad_x) {
+  m.def("sign_hash_backward", [](Ptr x, int dtype, int64_t rows, int64_t tables, int bits, int score, float temperature,
+                                 Ptr grad_weights, Ptr grad_x) {
     const auto t = static_cast<DType>(dtype);
     const int64_t d = tables * bits;
-    SignHashBackwardArgs a{x.raw(rows * d, t), t, rows, tables, d, bits, static_cast<Score>(score), temperature,
-                           grad_weights.as<float>(rows * tables), grad_x.raw(rows * d, t)};
+    SignHashBackwardArgs a{x.raw(rows * d, t),
+                           t,
+                           rows,
+                           tables,
+                           d,
+                           bits,
+                           static_cast<Score>(score),
+                           temperature,
+                           grad_weights.as<float>(rows * tables),
+                           grad_x.raw(rows * d, t)};
     run(&sign_hash_backward, a, rows * d * 2.0);
   });
   m.def("token_ngrams", [](Ptr tokens, int64_t total, Ptr offsets, Ptr out_offsets, int64_t texts, int64_t order,
@@ -103,8 +128,14 @@ void register_address(py::module_& m) {
       }
       offsets = Ptr{starts.data(), (texts + 1) * 8};
     }
-    TokenNgramsArgs a{tokens.as<int64_t>(total), offsets.as<int64_t>(texts + 1),
-                      out_offsets.as<int64_t>(texts + 1), texts, order, first_bucket, buckets, unigrams,
+    TokenNgramsArgs a{tokens.as<int64_t>(total),
+                      offsets.as<int64_t>(texts + 1),
+                      out_offsets.as<int64_t>(texts + 1),
+                      texts,
+                      order,
+                      first_bucket,
+                      buckets,
+                      unigrams,
                       ids.as<int64_t>(n_ids)};
     run(&token_ngrams, a, n_ids * 2.0);
   });

@@ -22,9 +22,7 @@ uint32_t hash_bytes(const Byte* p, int64_t n) {
 }
 
 // FNV-1a leaves its low bits poorly mixed for short words; the upper half of a product is better.
-size_t slot_of(uint32_t hash, size_t mask) {
-  return static_cast<size_t>((hash * 0x9e3779b97f4a7c15ull) >> 32) & mask;
-}
+size_t slot_of(uint32_t hash, size_t mask) { return static_cast<size_t>((hash * 0x9e3779b97f4a7c15ull) >> 32) & mask; }
 
 // Whether a byte belongs to a token: 0 or 1, without a branch, so that loops over it become vectors.
 template <bool whitespace>
@@ -110,7 +108,7 @@ const Byte* bytes_of(const Text& t, Scratch* s) {
 template <bool spans>
 int64_t hash_tokens(const Byte* p, int64_t n, const ByteSet& bytes, Scratch* s) {
   uint32_t* __restrict hash = s->hash.get();
-  int64_t *__restrict begin = s->begin.get(), *__restrict end = s->end.get();
+  int64_t* __restrict begin = s->begin.get(), * __restrict end = s->end.get();
   uint32_t h = kFnvStart;
   int64_t count = 0, first = 0;
   bool inside = false;
@@ -235,8 +233,8 @@ void for_texts(int64_t n, int threads, int64_t grain, bool short_work, const Fn&
 }
 
 // (ids, offsets), or the position of the first text that cannot be read (the caller says why).
-py::object text_ngrams(const py::tuple& texts, int64_t buckets, int64_t word_ngrams, int64_t char_min,
-                       int64_t char_max, const WordTable* words, bool whitespace, bool lower) {
+py::object text_ngrams(const py::tuple& texts, int64_t buckets, int64_t word_ngrams, int64_t char_min, int64_t char_max,
+                       const WordTable* words, bool whitespace, bool lower) {
   const int64_t n = static_cast<int64_t>(texts.size());
   if (buckets < 1 || word_ngrams < 0 || char_min < 1 || char_max < 0)
     throw py::value_error("lutra: text_ngrams got an option out of range");
@@ -259,18 +257,16 @@ py::object text_ngrams(const py::tuple& texts, int64_t buckets, int64_t word_ngr
   py::array_t<int64_t> offsets(n);
   int64_t* starts = offsets.mutable_data();
   int64_t total = 0;
-  for_texts(n, threads, grain, bytes < 2048, [&](int64_t i, int thread) {
-    counts[i] = count_text(text[i], options, &scratch[thread]);
-  });
+  for_texts(n, threads, grain, bytes < 2048,
+            [&](int64_t i, int thread) { counts[i] = count_text(text[i], options, &scratch[thread]); });
   for (int64_t i = 0; i < n; ++i) {
     starts[i] = total;
     total += counts[i].ids;
   }
   py::array_t<int64_t> result(total);
   int64_t* ids = result.mutable_data();
-  for_texts(n, threads, grain, bytes < 2048, [&](int64_t i, int thread) {
-    fill_text(text[i], options, counts[i], &scratch[thread], ids + starts[i]);
-  });
+  for_texts(n, threads, grain, bytes < 2048,
+            [&](int64_t i, int thread) { fill_text(text[i], options, counts[i], &scratch[thread], ids + starts[i]); });
   return py::make_tuple(result, offsets);
 }
 

@@ -80,10 +80,17 @@ def _ngrams(quick: bool) -> Prepared:
         expect.equal(got[0], want[0], what="ids")
         expect.equal(got[1], want[1], what="offsets")
 
+    peers = {"numpy": lambda: reference.address.ngrams(texts)}
+    if data.installed("sklearn") is not None:
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        # words and pairs too; it also counts them
+        vectorizer = HashingVectorizer(ngram_range=(1, 2), n_features=2**21, norm=None, alternate_sign=False)
+        peers["scikit-learn"] = lambda: vectorizer.transform(texts)
     return Prepared(
         ours=lambda: address.ngrams(texts),
         check=check,
-        peers={"numpy": lambda: reference.address.ngrams(texts)},
+        peers=peers,
         bytes=float(size),
         work=size,
         unit="B",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -166,18 +168,26 @@ def competitors(collection: Collection, k: int) -> dict[str, Callable[[np.ndarra
 
 
 # ---------------------------------------------------------------- printing
-def hits_table(question: str, hits: Sequence[Hit]) -> Table:
+def _console() -> Console:
+    """The terminal; a pipe or a file has no width of its own and gets whole lines."""
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console() if wide else Console(width=120)
+
+
+def hits_table(question: str, hits: Sequence[Hit], width: int = 120) -> Table:
     table = Table(title=f"[bold]{escape(question)}[/]", title_justify="left")
     table.add_column("score", justify="right")
     table.add_column("name", style="bold cyan", overflow="fold")
     table.add_column("what it says", ratio=2)
-    table.add_column("also there", style="dim", ratio=1)
+    if width >= 110:
+        table.add_column("also there", style="dim", ratio=1)
     for hit in hits:
         best, *others = hit.texts
         summary = " ".join(paragraphs(best.doc)[0].split())
         summary = summary if len(summary) <= 160 else f"{summary[:157]}..."
         also = ", ".join(text.title.removeprefix(f"{hit.module}.") for text in others)
-        table.add_row(f"{hit.score:.1f}", escape(best.title), escape(summary), escape(also))
+        cells = (f"{hit.score:.1f}", escape(best.title), escape(summary), escape(also))
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 
@@ -233,7 +243,7 @@ def show(question: str, top: int = 10) -> None:
     if not question.strip():
         raise SystemExit('lutra demo: the question is empty; ask for example: lutra demo "compress a file"')
     started = time.perf_counter()
-    console = Console()
+    console = _console()
     columns = (
         TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
@@ -253,7 +263,7 @@ def show(question: str, top: int = 10) -> None:
     hits = ask(collection, question, top)
     compressed = {hit.module for hit in ask(collection, question, top, compressed=True)}
     if hits:
-        table = hits_table(question, hits)
+        table = hits_table(question, hits, console.width)
         same = sum(hit.module in compressed for hit in hits)
         table.caption_justify = "left"
         table.caption = f"PQ with refinement finds {same} of these {len(hits)} modules too"

@@ -1,9 +1,14 @@
 // Tables on CUDA; the formula is in tables.h.
 //
-// Forward: a group of 8 or 32 lanes holds 32 or 128 columns (16 bytes a lane in fp32) of one token's output and adds up
-// rows, four in flight. One token alone (a decoding step) is split over up to 32 groups of a block, each taking
-// a stretch of the tables, combined in order. Blocks run over the tokens first and over the columns last: at any
-// time the tokens read the same few columns of all tables, a slab that stays in L2 however large the tables are.
+// Forward, few tokens: a group of 8 or 32 lanes holds 32 or 128 columns (16 bytes a lane in fp32) of one token's
+// output and adds up rows, four in flight. One token alone (a decoding step) is split over up to 32 groups of a
+// block, each taking a stretch of the tables, combined in order. Blocks run over the tokens first and over the
+// columns last, so that those that run together read the same columns.
+//
+// Forward, many tokens: each row is read by several tokens, and reading it from L2 every time is the limit
+// (34 GB for 4096 tokens and 512 tables of 4096 columns). So a block takes 1024 tokens and 128 bytes of the columns,
+// keeps its sums in registers, and walks the tables: the slab of a table (256 entries are 32 KB) is copied to shared
+// memory once, while the one before is in use, and every token finds its row there.
 //
 // Backward: (token, table) is a position with key table * entries + code, so the tables' gradient is the segment
 // sum of gather/segments.cuh, and needs its workspace; the weights' gradient is a warp per (token, table).
@@ -82,6 +87,103 @@ __global__ void __launch_bounds__(kThreads) tables_kernel(TablesArgs a, int log_
   if (active && part == 0) store_pack<T, VEC>(static_cast<T*>(a.out) + token * a.dim + column, sum);
 }
 
+constexpr int kSlabThreads = 512, kSlabLanes = 8, kSlabGroups = kSlabThreads / kSlabLanes;
+constexpr int kPairs = 8;               // tables whose codes are fetched at once: 32 bytes of a token's codes
+constexpr int kPairPitch = kPairs + 1;  // the four tokens of a warp fall into different banks
+
+template <class T>
+struct Slab {
+  static constexpr int kVec = 16 / sizeof(T), kColumns = kSlabLanes * kVec;
+  static constexpr int kEach = 64 / kVec;  // tokens of a group: 64 sums a thread
+  static constexpr int kTokens = kSlabGroups * kEach;
+  static size_t bytes(int64_t entries) {
+    return static_cast<size_t>(entries) * 128 * 2 + sizeof(int2) * kTokens * kPairPitch;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kSlabThreads, 1) slab_kernel(TablesArgs a) {
+  using S = Slab<T>;
+  constexpr int VEC = S::kVec;
+  const int lane = threadIdx.x % kSlabLanes, group = threadIdx.x / kSlabLanes;
+  const int entries = static_cast<int>(a.entries), slab_values = entries * S::kColumns;
+  T* slabs = dynamic_shared<T>();                                  // [2][entries][kColumns]
+  auto* pairs = reinterpret_cast<int2*>(slabs + 2 * slab_values);  // [kTokens][kPairPitch]: offset, weight
+  const int64_t token0 = static_cast<int64_t>(blockIdx.x) * S::kTokens;
+  const int64_t column0 = static_cast<int64_t>(blockIdx.y) * S::kColumns, column = column0 + lane * VEC;
+
+  const auto start_copies = [&](int64_t k) {
+    if (k < a.n_tables) {
+      const T* from = static_cast<const T*>(a.tables) + k * a.entries * a.dim;
+      T* to = slabs + (k & 1) * slab_values;
+#pragma unroll 2  // more would take registers from the sums
+      for (int c = threadIdx.x; c < entries * kSlabLanes; c += kSlabThreads) {
+        const int64_t at = column0 + c % kSlabLanes * VEC;
+        const bool here = at < a.dim;
+        copy_async_16(to + c * VEC, here ? from + c / kSlabLanes * a.dim + at : from, here);
+      }
+    }
+    copy_commit();
+  };
+
+  float sum[S::kEach][VEC];
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) {
+    const float b = a.bias && column < a.dim ? to_float(static_cast<const T*>(a.bias)[column + j]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < S::kEach; ++i) sum[i][j] = b;
+  }
+  start_copies(0);
+  for (int64_t k = 0; k < a.n_tables; ++k) {
+    copy_wait<0>();
+    __syncthreads();  // table k is here, and nobody reads the slab of table k - 1 any more
+    start_copies(k + 1);
+    if (k % kPairs == 0) {
+#pragma unroll 2
+      for (int p = threadIdx.x; p < S::kTokens * kPairs; p += kSlabThreads) {
+        const int64_t token = token0 + p / kPairs, table = k + p % kPairs;
+        int code = 0;
+        float weight = 0;
+        if (token < a.tokens && table < a.n_tables) {
+          code = a.codes[token * a.n_tables + table];
+          weight = a.weights ? a.weights[token * a.n_tables + table] : 1.0f;
+          if (code < 0 || code >= entries) code = 0, weight = quiet_nan();
+        }
+        pairs[p / kPairs * kPairPitch + p % kPairs] = make_int2(code * S::kColumns, __float_as_int(weight));
+      }
+      __syncthreads();
+    }
+    const T* slab = slabs + (k & 1) * slab_values + lane * VEC;
+    const int2* mine = pairs + group * kPairPitch + k % kPairs;
+#pragma unroll
+    for (int i = 0; i < S::kEach; ++i) {
+      const int2 pair = mine[i * kSlabGroups * kPairPitch];
+      const auto row = load_pack<T, VEC>(slab + pair.x);
+      const float weight = __int_as_float(pair.y);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) sum[i][j] = fmaf(weight, row[j], sum[i][j]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < S::kEach; ++i) {
+    const int64_t token = token0 + group + i * kSlabGroups;
+    if (token < a.tokens && column < a.dim) store_pack<T, VEC>(static_cast<T*>(a.out) + token * a.dim + column, sum[i]);
+  }
+}
+
+// Whether the tokens share rows enough to fill the machine with slabs; runs it if so.
+template <class T>
+bool run_slabs(const TablesArgs& a, const Launch& l) {
+  using S = Slab<T>;
+  const int64_t blocks = div_up(a.tokens, S::kTokens), slabs = div_up(a.dim, S::kColumns);
+  if (a.tokens < 2 * a.entries || a.n_tables == 0 || slabs > 65535) return false;
+  if (blocks * slabs * 4 < 3 * multiprocessors(l.device)) return false;
+  if (S::bytes(a.entries) > static_cast<size_t>(shared_limit(l.device))) return false;
+  launch("tables", slab_kernel<T>, dim3(grid_x(blocks), static_cast<unsigned>(slabs)), kSlabThreads,
+         S::bytes(a.entries), l, a);
+  return true;
+}
+
 template <class T, int VEC>
 void run(const TablesArgs& a, const Launch& l) {
   // Narrow groups where tokens are few: more blocks share the columns.
@@ -101,6 +203,7 @@ template <class T, int WIDE>
 void by_width(const TablesArgs& a, const Launch& l) {
   const size_t bytes = WIDE * sizeof(T);
   const bool wide = a.dim % WIDE == 0 && aligned(a.tables, bytes) && aligned(a.out, bytes) && aligned(a.bias, bytes);
+  if (wide && run_slabs<T>(a, l)) return;
   if (wide)
     run<T, WIDE>(a, l);
   else

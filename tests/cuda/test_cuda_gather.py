@@ -263,6 +263,26 @@ def test_tables(gpu, dtype):
             close(gpu.get(plain), reference.tables(t, codes), dtype, 4)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tables_with_many_tokens(gpu, dtype):
+    """Enough tokens and columns that tables go through shared memory; ragged at both ends."""
+    rng = np.random.default_rng(0)
+    for tokens, n_tables, entries, dim in ((1100, 9, 16, 4104), (2100, 17, 256, 3208), (600, 3, 200, 8200)):
+        t = rounded(rng.standard_normal((n_tables, entries, dim)).astype(np.float32), dtype)
+        codes = rng.integers(0, entries, (tokens, n_tables)).astype(np.int32)
+        weights = rng.standard_normal((tokens, n_tables)).astype(np.float32)
+        bias = rounded(rng.standard_normal(dim).astype(np.float32), dtype)
+        bad = codes.copy()
+        bad[5, 2], bad[tokens - 1, 0] = entries, -1
+        for w, b in ((weights, bias), (None, None)):
+            arrays = (gpu.put(bad), gpu.put(w), gpu.put(b, dtype))
+            out = gpu.get(lutra.gather.tables(gpu.put(t, dtype), *arrays))
+            assert np.isnan(out[[5, tokens - 1]]).all()
+            rest = np.setdiff1d(np.arange(tokens), [5, tokens - 1])
+            want = reference.tables(t, codes[rest], None if w is None else w[rest], b)
+            close(out[rest], want, dtype, 4)
+
+
 def test_a_code_outside_its_table_makes_the_token_nan(gpu):
     t, codes = np.ones((3, 4, 9), np.float32), np.zeros((5, 3), np.int32)
     codes[1, 2], codes[3, 0] = 4, -1

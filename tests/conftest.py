@@ -59,7 +59,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     runs, reason = _backend.cuda_status()
-    no_cuda = pytest.mark.skip(reason=f"no CUDA device: {reason}")
+    no_cuda = pytest.mark.skip(reason=f"needs CUDA: {reason}")
     not_now = pytest.mark.skip(reason="slow: only with --slow")
     slow = config.getoption("--slow")
     for item in items:

@@ -22,7 +22,7 @@ class Prepared:
     bytes : float
         Bytes that must at least come from memory in one call: 0 where everything stays in a cache.
     flops : float
-        fp32 additions and multiplications of one call.
+        fp32 operations of one call that are multiply-adds, 2 for each.
     work : float
         How many units (queries, bytes of text) one call does, for `unit`.
     unit : str

@@ -31,7 +31,7 @@ def _nearest(quick: bool) -> Prepared:
         check=lambda: expect.neighbours(address.nearest(x, c), x, c, 1, "l2", most=200),
         peers=peers,
         bytes=4.0 * n * d,
-        flops=3.0 * n * d * centroids,
+        flops=2.0 * n * d * centroids,
         work=n,
         unit="vectors",
     )

@@ -23,8 +23,9 @@ def test_sign_hash(gpu, dtype, bits, score):
             x = rng.standard_normal((rows, chunks * bits)).astype(np.float32) * 3
             x[rng.random(x.shape) < 0.1] = 0
             x = rounded(x, dtype)
+            on_gpu = gpu.put(x, dtype)
             with gpu.no_sync():
-                codes, weights = lutra.address.sign_hash(gpu.put(x, dtype), bits, score, 0.7)
+                codes, weights = lutra.address.sign_hash(on_gpu, bits, score, 0.7)
             want_codes, want_weights = reference.sign_hash(x, bits, score, 0.7)
             assert gpu.owns(codes) and gpu.owns(weights)
             np.testing.assert_array_equal(gpu.get(codes), want_codes)
@@ -98,8 +99,9 @@ def test_token_ngrams(gpu, dtype, order, unigrams):
     options = {"order": order, "buckets": 997, "first_bucket": 500, "unigrams": unigrams}
     for length in (0, 1, 2, 5, 33):
         tokens = rng.integers(0, 500, (7, length)).astype(dtype)
+        on_gpu = gpu.put(tokens)
         with gpu.no_sync():
-            got = lutra.address.token_ngrams(gpu.put(tokens), **options)
+            got = lutra.address.token_ngrams(on_gpu, **options)
         want = ngrams.token_ngrams(tokens, None, **options)
         np.testing.assert_array_equal(gpu.get(got.ids), want[0])
         np.testing.assert_array_equal(gpu.get(got.offsets), want[1])
@@ -127,8 +129,9 @@ def test_nearest(gpu, metric, k):
     x = rng.standard_normal((1000, 24)).astype(np.float32)
     for c in (1, 2, 100, 256):
         centroids = rng.standard_normal((c, 24)).astype(np.float32)
+        a, b = gpu.put(x), gpu.put(centroids)
         with gpu.no_sync():
-            scores, ids = lutra.address.nearest(gpu.put(x), gpu.put(centroids), k, metric)
+            scores, ids = lutra.address.nearest(a, b, k, metric)
         want_scores, want_ids = reference.nearest(x, centroids, k, metric)
         assert (gpu.get(ids) == want_ids).mean() > 0.999  # sums in another order may swap near ties
         close(gpu.get(scores), want_scores)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 
 from .. import address, reference
@@ -82,10 +84,10 @@ def _ngrams(quick: bool) -> Prepared:
 
     peers = {"numpy": lambda: reference.address.ngrams(texts)}
     if data.installed("sklearn") is not None:
-        from sklearn.feature_extraction.text import HashingVectorizer
-
-        # words and pairs too; it also counts them
-        vectorizer = HashingVectorizer(ngram_range=(1, 2), n_features=2**21, norm=None, alternate_sign=False)
+        extraction = importlib.import_module("sklearn.feature_extraction.text")
+        vectorizer = extraction.HashingVectorizer(  # words and pairs too; it also counts them
+            ngram_range=(1, 2), n_features=2**21, norm=None, alternate_sign=False
+        )
         peers["scikit-learn"] = lambda: vectorizer.transform(texts)
     return Prepared(
         ours=lambda: address.ngrams(texts),

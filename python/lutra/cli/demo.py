@@ -23,8 +23,8 @@ from . import stdlib_texts
 from .embedding import Fields, HashedText, split_identifier
 from .stdlib_texts import Text
 
-DIM = 512
-SUBVECTORS = 64  # of 8 dimensions: 64 bytes a text instead of 2048
+DIM, REFERENCE_DIM = 512, 256  # on the NumPy reference half of it: a little less sharp, half the wait
+SUBVECTOR = 8  # dimensions to a byte of PQ: 64 bytes a text instead of 2048
 REFINE = 4
 K = 10
 PROBES = 200  # questions for recall and times
@@ -77,9 +77,10 @@ def as_fields(texts: Sequence[Text]) -> list[Fields]:
 
 
 def build(
-    texts: Sequence[Text], bar: Callable[[str, int], Callable[[int], object]], dim: int = DIM
+    texts: Sequence[Text], bar: Callable[[str, int], Callable[[int], object]], dim: int | None = None
 ) -> Collection:
     """Embed texts and index them; ``bar(description, total)`` gives a function that is told of progress."""
+    dim = dim or (REFERENCE_DIM if _backend.core is None else DIM)
     done = bar("hashing n-grams", 1)
     encoder = HashedText(dim)
     bags = encoder.fit(as_fields(texts), [MODULE_BOOST if t.kind == "module" else 1.0 for t in texts])
@@ -91,7 +92,7 @@ def build(
     done(len(texts))
     done = bar("PQ index", 2)
     bits = 8 if len(texts) >= 256 else max(1, len(texts).bit_length() - 1)
-    pq = index.PQ(dim, SUBVECTORS, bits, "ip", refine="float32")
+    pq = index.PQ(dim, dim // SUBVECTOR, bits, "ip", refine="float32")
     # NumPy takes seconds a round: fewer rounds, fewer texts
     rounds, per_centroid = (10, 256) if _backend.core is not None else (3, 4)
     with warnings.catch_warnings():

@@ -43,9 +43,15 @@ def q(x):
 
 
 @pytest.fixture(scope="module")
-def trained(x):
+def sample(x, full):
+    """What PQ is trained on: in full 256 points for each centroid are taken from it."""
+    return x if full else x[:20_000]
+
+
+@pytest.fixture(scope="module")
+def trained(sample):
     index = PQ(D, M, refine="float16")
-    index.train(x, progress=False)
+    index.train(sample, progress=False)
     return index
 
 
@@ -63,9 +69,9 @@ def faiss():
 
 
 @pytest.fixture(scope="module")
-def faiss_pq(faiss, x):
+def faiss_pq(faiss, x, sample):
     index = faiss.IndexPQ(D, M, 8)
-    index.train(x)
+    index.train(sample)
     index.add(x)
     return index
 
@@ -151,28 +157,27 @@ def test_flat_search(measure, x, q, faiss, batch):
     )
 
 
-def test_pq_train(measure, x, faiss):
-    """k-means in 16 sub-spaces of 8 dimensions, 256 centroids, 256 points for each, 25 iterations."""
+def test_pq_train(measure, sample, faiss):
+    """k-means in 16 sub-spaces of 8 dimensions, 256 centroids, up to 256 points for each, 25 iterations."""
 
     def ours():
         index = PQ(D, M)
-        index.train(x, progress=False)
+        index.train(sample, progress=False)
         return index
 
     def theirs():
         index = faiss.IndexPQ(D, M, 8)
-        index.train(x)
+        index.train(sample)
         return index
 
-    sample = x[:: max(1, len(x) // 20_000)]
+    some = sample[:: len(sample) // 20_000]
 
     def check():
-        other = theirs()
-        gap = np.square(other.sa_decode(other.sa_encode(sample)) - sample).sum(1).mean()
-        index = ours()
-        assert np.square(index.decode(index.encode(sample)) - sample).sum(1).mean() < 1.01 * gap
+        other, index = theirs(), ours()
+        gap = np.square(other.sa_decode(other.sa_encode(some)) - some).sum(1).mean()
+        assert np.square(index.decode(index.encode(some)) - some).sum(1).mean() < 1.01 * gap
 
-    measure(Prepared(ours, check, {"faiss": theirs}, flops=2.0 * D * 256 * 25 * min(len(x), 65536)))
+    measure(Prepared(ours, check, {"faiss": theirs}, flops=2.0 * D * 256 * 25 * min(len(sample), 65536)))
 
 
 def test_pq_encode(measure, x, trained, faiss_pq):
@@ -203,10 +208,11 @@ def test_pq_search(measure, x, q, filled, faiss, faiss_pq, batch, refine):
         peers = {"faiss": lambda: wrapped.search(part, 10)}
 
     def check():
-        exact = lutra.scan.knn(q[:100], x, 10, "l2").ids
-        ours = recall(filled.search(q[:100], 10, refine=refine).ids, exact)
+        some = q[::2]
+        exact = lutra.scan.knn(some, x, 10, "l2").ids
+        ours = recall(filled.search(some, 10, refine=refine).ids, exact)
         other = wrapped if refine else faiss_pq
-        assert ours > recall(other.search(q[:100], 10)[1], exact) - 0.02
+        assert ours > recall(other.search(some, 10)[1], exact) - 0.03  # seeds differ
 
     # a look-up table of 256 floats a sub-space, then one addition a code
     measure(

@@ -236,6 +236,8 @@ def to_float32(home: Home, part: Any, name: str, rows: Any = 0, *, finite: bool 
 
 def check_ids(ids: Any, name: str = "ids") -> np.ndarray:
     """User ids as a 1-d (or 0-d) int64 NumPy array, which may be the caller's own memory."""
+    if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.ndim <= 1:
+        return ids
     if is_native(ids) or hasattr(ids, "__dlpack__"):
         native = adopt(ids, name)
         a = kind_of(native, name).to_numpy(native)

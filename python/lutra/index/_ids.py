@@ -59,12 +59,13 @@ class Ids:
             raise ValueError(f"ids has shape {new.shape}; x has {count} rows, one id is needed for each")
         if count == 0:
             return new
-        if int(new.min()) < 0:
+        low, high = int(new.min()), int(new.max())
+        if low < 0:
             where = int((new < 0).argmax())
             raise ValueError(f"ids[{where}] is {int(new[where])}; ids must be >= 0")
-        if int(new.max()) == _MAX:
+        if high == _MAX:
             raise ValueError(f"ids holds {_MAX}; ids must be less than 2**63 - 1")
-        if not _increase(new):
+        if count > 1 and not _increase(new):
             order = np.argsort(new, kind="stable")
             again = np.flatnonzero(new[order][1:] == new[order][:-1])
             if len(again):
@@ -72,9 +73,10 @@ class Ids:
                 raise ValueError(
                     f"ids[{first}] and ids[{second}] are both {int(new[first])}; ids must be unique"
                 )
-        if int(new.min()) < self.next:
-            known = np.flatnonzero(self.positions(new) >= 0)
-            if len(known):
+        if low < self.next:
+            known = self.positions(new) >= 0
+            if known.any():
+                known = np.flatnonzero(known)
                 raise ValueError(
                     f"ids[{known[0]}] is {int(new[known[0]])}, which is in the index; remove_ids it first"
                 )
@@ -95,7 +97,7 @@ class Ids:
         if new is None:
             new = np.arange(self.next, self.next + count)
         last = int(self._array[self.n - 1]) if self.n else -1
-        increasing = self._increasing and int(new[0]) > last and _increase(new)
+        increasing = self._increasing and int(new[0]) > last and (count == 1 or _increase(new))
         if self.n + count > len(self._array):
             grown = np.empty(max(self.n + count, self.n + self.n // 2), np.int64)
             grown[: self.n] = self._array[: self.n]

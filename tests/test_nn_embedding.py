@@ -60,6 +60,39 @@ def assert_same(ours, theirs, ids):
     torch.testing.assert_close(ga.to_dense(), gb.to_dense(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("padding_idx", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_frequency", [False, True])
+def test_dense_gradient_of_a_large_table(dtype, padding_idx, by_frequency):
+    """Few rows of many: only they are written."""
+    options = {"dtype": dtype, "padding_idx": padding_idx, "scale_grad_by_freq": by_frequency}
+    ours, theirs = pair(40_000, 64, **options)
+    for n in (0, 1, 50, 9_999, 10_001):  # the last one writes the whole gradient
+        ids = ids_of(n, rows=40_000 if n > 50 else 9)
+        assert_same(ours, theirs, ids)
+        assert ours.weight.grad.is_contiguous()
+    assert_same(ours, theirs, ids_of(3, 4, rows=9))
+    ours(ids_of(5)).sum().backward()  # added to what is there
+    theirs(ids_of(5)).sum().backward()
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+    step = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9)
+    step.step()
+    ours.weight.grad.zero_()
+    assert not ours.weight.grad.any()
+
+
+def test_second_derivative_of_a_large_table():
+    ours, theirs = pair(40_000, 64, padding_idx=3)
+    found = []
+    for layer in (ours, theirs):
+        scale = torch.ones(6, 1, requires_grad=True)
+        (g,) = torch.autograd.grad(
+            (layer(torch.tensor([1, 3, 1, 5, 2, 9])) * scale).sum(), layer.weight, create_graph=True
+        )
+        found.append(torch.autograd.grad(g.square().sum(), scale)[0])
+    torch.testing.assert_close(*found)
+
+
 def ids_of(*shape, rows=13, dtype=torch.int64, seed=0):
     return torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

@@ -162,6 +162,18 @@ def test_scale_grad_by_freq(mode, sparse, id_dtype):
             torch.testing.assert_close(ours.weight.grad.to_dense(), rows.weight.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_gradient_of_a_large_table(mode, dtype):
+    """Few rows of many: only they are written."""
+    torch.manual_seed(0)
+    ours = nn.EmbeddingBag(40_000, 64, mode=mode, dtype=dtype)
+    theirs = torch.nn.EmbeddingBag(40_000, 64, mode=mode, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict())
+    for n in (0, 1, 50, 3_000):
+        assert_same(ours, theirs, torch.randint(0, 40_000, (n, 3)))
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "SparseAdam", "Adagrad"])
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_optimizers_take_the_sparse_gradient(optimizer, mode):

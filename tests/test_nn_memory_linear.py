@@ -78,6 +78,15 @@ def test_equals_plain_torch(bits, score, bias):
         assert_same(layer, x, torch.randn(tokens, out_features))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 64, 65])
+def test_gradient_of_large_tables(tokens, dtype):
+    """Few tokens: only the touched rows of the gradient are written."""
+    torch.manual_seed(0)
+    layer = nn.MemoryLinear(16, 4096, 8, dtype=dtype)
+    assert_same(layer, torch.randn(tokens, 16).to(dtype), torch.randn(tokens, 4096).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (2, 3, 24), (2, 1, 3, 24)])
 def test_every_dtype_and_leading_shape(dtype, shape):

@@ -9,6 +9,7 @@ from numpy import ndarray
 from .. import _checks
 from .._arrays import BF16, F16, F32, F64, FLOATS, I8, I32, I64, NAMES, NUMPY, U8, call, eager, quick
 from ..reference import gather as reference
+from ._spread import spread, worth_spreading
 
 _tuple = tuple.__new__
 _quick = quick("bag")
@@ -425,6 +426,8 @@ def _backward(
     bad = kind.kernels.bag_sort(*where, *plan, ptr(workspace), bytes_needed, *kind.launch(grad))
     if bad != -1 and not kind.cuda:
         _explain(kind, ids, offsets, rows, include_last_offset)
+    few = not sparse and worth_spreading(kind, n_ids, rows, dim * grad.dtype.itemsize)
+    sparse = sparse or few
     height = int(count[0]) if sparse else rows  # on CUDA this waits for the device, as any sparse result must
     result = kind.empty((height, dim), code, grad)
     scratch = kind.scratch("bag_backward", grad, n_ids, dim)
@@ -432,6 +435,8 @@ def _backward(
         *where, dim, *plan, ptr(grad), code, _ptr(kind, weights), _ptr(kind, argmax), not sparse, ptr(result),
         *kind.launch(grad, scratch),
     )  # fmt: skip
+    if few:
+        return spread(kind, touched[:height], result, rows)
     return (touched[:height], result) if sparse else result
 
 

@@ -12,6 +12,8 @@ import torch
 
 from .._arrays import F32, FLOATS, I32
 from ..address._sign_hash import _sign_hash, _sign_hash_backward, _sign_hash_shape
+from ..gather._bag import _bag_backward
+from ..gather._spread import worth_spreading
 from ..gather._tables import _tables, _tables_backward
 from ..torch_ops.library import gradient, register
 
@@ -64,7 +66,24 @@ def memory_linear(kind, x, tables, bias=None, bits=8, score="prob", temperature=
 
 def _backward_op(kind, grad, x, tables, codes, weights, bits, score, temperature, need_x, need_tables):
     """Gradients of x and of the tables; empty where not needed."""
-    to_tables, to_weights = _tables_backward(kind, grad, tables, codes, weights, need_tables, need_x)
+    n_tables, entries, dim = tables.shape
+    code, tokens = kind.code(tables), prod(codes.shape[:-1])
+    few = need_tables and kind.kernels is not None and code in FLOATS
+    if few and worth_spreading(kind, tokens, entries, n_tables * dim * tables.dtype.itemsize):
+        # Few tokens touch few rows: sum those as a bag over all tables, and leave the rest of the gradient alone.
+        ids = codes.reshape(tokens, n_tables) + torch.arange(n_tables, dtype=torch.int64) * entries
+        to_tables = _bag_backward(
+            kind,
+            grad.reshape(tokens, dim),
+            ids,
+            None,
+            weights.reshape(tokens, n_tables),
+            None,
+            n_tables * entries,
+        ).view(n_tables, entries, dim)
+        _, to_weights = _tables_backward(kind, grad, tables, codes, weights, False, need_x)
+    else:
+        to_tables, to_weights = _tables_backward(kind, grad, tables, codes, weights, need_tables, need_x)
     if not need_x:
         return x.new_empty(0), to_tables
     to_x = _sign_hash_backward(kind, to_weights.to(weights.dtype), x, bits, score, temperature)

@@ -1,0 +1,37 @@
+"""A dense array that is zero but for a few rows, without writing the zeros."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from .._arrays import NUMPY, Kind
+
+#: Below this many bytes writing the zeros is as cheap.
+_WORTH = 1 << 22
+_PRIVATE = getattr(mmap, "MAP_PRIVATE", None)
+
+
+def worth_spreading(kind: Kind, entries: int, rows: int, row_bytes: int) -> bool:
+    """Whether a gradient with at most ``entries`` rows that are not zero is better spread than written whole.
+
+    Memory fresh from the system is zero, and a page of it costs nothing until it is touched: a gradient of
+    134 MB with 128 rows set takes 0.3 ms instead of 60. (numpy.zeros is no use: it asks for huge pages, and
+    then nearly all of them are touched.)
+    """
+    return not kind.cuda and _PRIVATE is not None and entries * 4 <= rows and rows * row_bytes >= _WORTH
+
+
+def spread(kind: Kind, touched: Any, values: Any, rows: int) -> Any:
+    """Zeros, (rows, dim), with ``values`` in the rows ``touched`` (each at most once)."""
+    dim = values.shape[1]
+    pages = mmap.mmap(-1, rows * dim * values.dtype.itemsize, flags=_PRIVATE | mmap.MAP_ANONYMOUS)
+    if kind is NUMPY:
+        import numpy as np
+
+        out = np.frombuffer(pages, dtype=values.dtype).reshape(rows, dim)
+        out[touched] = values
+        return out
+    torch = kind.torch  # type: ignore[attr-defined]
+    out = torch.frombuffer(pages, dtype=values.dtype).view(rows, dim)
+    return out.index_copy_(0, touched, values)

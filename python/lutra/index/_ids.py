@@ -74,9 +74,8 @@ class Ids:
                     f"ids[{first}] and ids[{second}] are both {int(new[first])}; ids must be unique"
                 )
         if low < self.next:
-            known = self.positions(new) >= 0
-            if known.any():
-                known = np.flatnonzero(known)
+            known = np.flatnonzero(self.positions(new) >= 0)
+            if len(known):
                 raise ValueError(
                     f"ids[{known[0]}] is {int(new[known[0]])}, which is in the index; remove_ids it first"
                 )

@@ -24,6 +24,7 @@ def worth_spreading(kind: Kind, entries: int, rows: int, row_bytes: int) -> bool
 
 def spread(kind: Kind, touched: Any, values: Any, rows: int) -> Any:
     """Zeros, (rows, dim), with ``values`` in the rows ``touched`` (each at most once)."""
+    assert _PRIVATE is not None  # `worth_spreading` has seen to it
     dim = values.shape[1]
     pages = mmap.mmap(-1, rows * dim * values.dtype.itemsize, flags=_PRIVATE | mmap.MAP_ANONYMOUS)
     if kind is NUMPY:

@@ -70,7 +70,7 @@ def _backward_op(kind, grad, x, tables, codes, weights, bits, score, temperature
     code, tokens = kind.code(tables), prod(codes.shape[:-1])
     few = need_tables and kind.kernels is not None and code in FLOATS
     if few and worth_spreading(kind, tokens, entries, n_tables * dim * tables.dtype.itemsize):
-        # Few tokens touch few rows: sum those as a bag over all tables, and leave the rest of the gradient alone.
+        # Few tokens touch few rows: sum those as a bag over all tables, and leave the rest alone.
         ids = codes.reshape(tokens, n_tables) + torch.arange(n_tables, dtype=torch.int64) * entries
         to_tables = _bag_backward(
             kind,

@@ -9,6 +9,29 @@ namespace {
 
 enum class Factor : int { one, weight, bag };
 
+// Stores past the caches, for results that are larger than these: a plain store first reads the line that it will
+// overwrite. `p` is aligned to a vector.
+template <class T>
+LUTRA_INLINE void stream(typename T::type* p, vf v) {
+  T::store(p, v);
+}
+#if defined(LUTRA_LEVEL_v4)
+template <>
+inline __attribute__((always_inline)) void stream<F32>(float* p, vf v) {
+  _mm512_stream_ps(p, (__m512)v);
+}
+#elif defined(LUTRA_LEVEL_v3)
+template <>
+inline __attribute__((always_inline)) void stream<F32>(float* p, vf v) {
+  _mm256_stream_ps(p, (__m256)v);
+}
+#endif
+LUTRA_INLINE void end_of_stream() {
+#if defined(LUTRA_LEVEL_v4) || defined(LUTRA_LEVEL_v3)
+  _mm_sfence();
+#endif
+}
+
 // NV vectors of columns, the first at `first`, the last at `last` (see rows.h), of the touched rows [k0, k1);
 // out is where row k0 goes when the gradient is sparse, the table's first row when it is dense.
 template <class T, Factor F, int NV>
@@ -16,6 +39,8 @@ void sum_block(const BagBackwardArgs& a, int64_t k0, int64_t k1, int first, int 
   typedef typename T::type type;
   const auto* grad = static_cast<const type*>(a.grad_out);
   auto* out = static_cast<type*>(a.grad_table);
+  const int64_t bytes = (a.dense ? a.rows : *a.count) * a.dim * static_cast<int64_t>(sizeof(type));
+  const bool past = a.dim % W == 0 && reinterpret_cast<uintptr_t>(out) % (W * sizeof(type)) == 0 && bytes > (4 << 20);
   for (int64_t k = k0; k < k1; ++k) {
     vf acc[NV];
     LUTRA_UNROLL
@@ -37,10 +62,13 @@ void sum_block(const BagBackwardArgs& a, int64_t k0, int64_t k1, int first, int 
       const int at = v == NV - 1 ? last : first + v * W;
       if (NV == 1 && part)
         store_part<T>(to + at, acc[v], part);
+      else if (past)
+        stream<T>(to + at, acc[v]);
       else
         T::store(to + at, acc[v]);
     }
   }
+  if (past) end_of_stream();
 }
 
 typedef void (*SumBlock)(const BagBackwardArgs&, int64_t, int64_t, int, int, int);

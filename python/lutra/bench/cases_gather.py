@@ -134,7 +134,11 @@ def _bag_training(quick: bool) -> Prepared:
     return Prepared(
         ours=lambda: step(ours, mine()),
         check=check,
-        peers={"torch": lambda: step(peer, theirs())},
+        # torch's gradient repeats a row for each look-up; ours is coalesced, which optimizers do first
+        peers={
+            "torch": lambda: step(peer, theirs()),
+            "torch, coalesced": lambda: step(peer, theirs()).coalesce(),
+        },
         bytes=2.0 * 4 * bags * DIM * LENGTH,  # the rows are read, their gradients written
         flops=2.0 * bags * DIM * LENGTH,
     )

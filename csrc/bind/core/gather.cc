@@ -89,7 +89,11 @@ py::object quick_tables(py::handle tables_, py::handle codes, py::handle weights
 
 }  // namespace
 
+py::object quick_memory_linear(py::handle x, py::handle tables, py::handle bias, py::handle bits, py::handle score,
+                               py::handle temperature);
+
 void register_gather(py::module_& m) {
+  m.def("quick_memory_linear", &quick_memory_linear);
   m.def("quick_bag", &quick_bag);
   m.def("quick_tables", &quick_tables);
   m.def("bag", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags, int64_t length,

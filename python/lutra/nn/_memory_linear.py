@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._arrays import torch_kind, type_name
+from .._arrays import eager, quick, torch_kind, type_name
 from ..address._sign_hash import SCORES
 from ..torch_ops import ops, plain
 from ._memory_ops import memory_linear
 
+_quick = quick("memory_linear")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -126,6 +127,10 @@ class MemoryLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, shape (..., out_features) for ``x`` of shape (..., in_features)."""
         tables, bias = self.tables, self.bias
+        if eager(x) and not torch.is_autocast_enabled("cpu"):
+            out = _quick(x, tables, bias, self.bits, self.score, self.temperature)
+            if out is not None:
+                return out
         if x.dtype is not tables.dtype:
             x = self._of_one_precision(x, tables)
         if plain(x, tables, bias):

@@ -30,8 +30,16 @@ py::object quick_memory_linear(py::handle x_, py::handle tables_, py::handle bia
   const std::unique_ptr<int32_t[]> codes(new int32_t[tokens * chunks + 1]);
   const std::unique_ptr<float[]> weights(new float[tokens * chunks + 1]);
   int64_t bad = -1;
-  const SignHashArgs hash{x.data, x.dtype, tokens, chunks, d, static_cast<int>(bits), static_cast<Score>(s),
-                          static_cast<float>(temperature), codes.get(), weights.get()};
+  const SignHashArgs hash{x.data,
+                          x.dtype,
+                          tokens,
+                          chunks,
+                          d,
+                          static_cast<int>(bits),
+                          static_cast<Score>(s),
+                          static_cast<float>(temperature),
+                          codes.get(),
+                          weights.get()};
   const TablesArgs sum{t.data, t.dtype, chunks, entries, dim, codes.get(), weights.get(), b.data, tokens, out, &bad};
   const auto both = [&] {
     sign_hash(hash);

@@ -9,6 +9,7 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return x if x.dtype == np.float64 else x.astype(np.float32)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # NaN scores are reported, infinite ones are scores
 def pairwise(queries, rows, metric="ip"):
     """Scores of every query (nq, d) with every row: (n, d), or (nq, n, d) for rows of each query's own."""
     q, x = _wide(queries)[:, None], _wide(rows)

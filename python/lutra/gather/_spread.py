@@ -15,9 +15,9 @@ _PRIVATE = getattr(mmap, "MAP_PRIVATE", None)
 def worth_spreading(kind: Kind, entries: int, rows: int, row_bytes: int) -> bool:
     """Whether a gradient with at most ``entries`` rows that are not zero is better spread than written whole.
 
-    Memory fresh from the system is zero, and a page of it costs nothing until it is touched: a gradient of
-    134 MB with 128 rows set takes 0.3 ms instead of 60. (numpy.zeros is no use: it asks for huge pages, and
-    then nearly all of them are touched.)
+    Memory fresh from the system is zero, and a page of it costs nothing until it is touched: a training step
+    of an embedding of 10^6 x 64 with 64 ids takes 0.8 ms instead of 52. (numpy.zeros is no use: it asks for
+    huge pages, and then nearly all of them are touched.)
     """
     return not kind.cuda and _PRIVATE is not None and entries * 4 <= rows and rows * row_bytes >= _WORTH
 

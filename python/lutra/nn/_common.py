@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .._arrays import torch_kind
-from .._backend import _CHOICE
 from ._embedding_ops import sparse_rows
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -16,13 +15,12 @@ IDS = (torch.int64, torch.int32)
 def has_kernel(weight: Tensor) -> bool:
     """Whether lutra computes with this table; if not, the layer leaves the call to torch.
 
-    float64 has no kernel, and torch's own is faster than lutra's reference; so it is on a device without a
-    compiled module, unless ``LUTRA_BACKEND=reference`` asks for the reference.
+    float64 has no kernel. A pure-Python install computes with the reference: it behaves like any other.
     """
     if weight.dtype not in _FLOATS:
         return False
     if weight.is_cpu or weight.is_meta:
-        return torch_kind(False).kernels is not None or _CHOICE == "reference"
+        return True
     return weight.is_cuda and torch_kind(True).kernels is not None
 
 

@@ -22,7 +22,7 @@ class Embedding(torch.nn.Embedding):
 
     - dense, of a table of 4 MB or more of which a call reads at most every fourth row (CPU): only the touched
       rows are written, the rest is fresh memory of the system, which is zero. On 10^6 rows of 64 floats that
-      is 0.5 ms instead of 70 for 64 ids;
+      is 0.8 ms instead of 52 for 64 ids, forward and backward;
     - with ``sparse=True`` and at least 4,096 ids in a call: each touched row once, in increasing order, its
       contributions summed in the order of the ids in float32. torch's holds one row per id, which optimizers
       such as ``SparseAdam`` sort and add up first.

@@ -19,7 +19,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
     - an id out of range is an IndexError that names its position;
     - ``scale_grad_by_freq`` divides by the row's own count (torch 2.13's CPU kernel takes another row's), and
       goes with ``sparse`` too;
-    - float64 tables, and devices for which lutra was not built, are left to torch.
+    - float64 tables, and CUDA where lutra was built without it, are left to torch.
 
     Parameters
     ----------

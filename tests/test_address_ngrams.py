@@ -37,25 +37,6 @@ def equal(a, b):
     np.testing.assert_array_equal(a[1], b[1])
 
 
-def levels() -> list[str]:
-    """SIMD levels of this machine."""
-    if _backend.core is None:
-        return ["none"]
-    names = ["portable", "avx2", "avx512"]
-    return names[: names.index(_backend.core.best_simd_level()) + 1]
-
-
-@pytest.fixture(params=levels())
-def level(request):
-    if _backend.core is None:
-        yield request.param
-        return
-    before = _backend.core.simd_level()
-    _backend.core.set_simd_level(request.param)
-    yield request.param
-    _backend.core.set_simd_level(before)
-
-
 # ---------------------------------------------------------------- known values
 def test_fnv1a_has_its_published_values():
     # the test vectors of the FNV reference code
@@ -303,7 +284,7 @@ def ragged(rng, texts, high=1000, dtype=np.int64):
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("order", [1, 2, 3, 7])
 @pytest.mark.parametrize("unigrams", [True, False])
-def test_tokens_equal_the_reference(level, n, order, unigrams):
+def test_tokens_equal_the_reference(simd_level, n, order, unigrams):
     rng = np.random.default_rng(n)
     for first in (0, 1000):
         options = {"order": order, "buckets": 4099, "first_bucket": first, "unigrams": unigrams}

@@ -22,25 +22,6 @@ SCORES = ("prob", "scaled")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def levels():
-    """Every SIMD level of this machine; one 'reference' where the CPU module is missing."""
-    if _backend.core is None:
-        return ["reference"]
-    names = ["portable", "avx2", "avx512"]
-    return names[: names.index(_backend.core.best_simd_level()) + 1]
-
-
-@pytest.fixture(params=levels())
-def level(request):
-    if request.param == "reference":
-        yield request.param
-        return
-    before = _backend.core.simd_level()
-    _backend.core.set_simd_level(request.param)
-    yield request.param
-    _backend.core.set_simd_level(before)
-
-
 def values(*shape, dtype="float32", seed=0):
     """Normal values with zeros of both signs among them, as a torch tensor."""
     x = np.random.default_rng(seed).standard_normal(shape)
@@ -67,7 +48,7 @@ def check(got, x, bits, score, temperature=1.0):
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("bits", range(1, 17))
-def test_equals_the_reference_at_odd_sizes(level, bits, score):
+def test_equals_the_reference_at_odd_sizes(simd_level, bits, score):
     for tables in SIZES:
         for rows in (1, 3):
             x = values(rows, tables * bits, seed=tables)
@@ -77,7 +58,7 @@ def test_equals_the_reference_at_odd_sizes(level, bits, score):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [1, 3, 8, 16])
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 3.5])
-def test_every_dtype(level, dtype, bits, temperature):
+def test_every_dtype(simd_level, dtype, bits, temperature):
     for tables in (1, 17, 65):
         x = values(2, 3, tables * bits, dtype=dtype, seed=tables)
         for score in SCORES:
@@ -93,7 +74,7 @@ def test_every_dtype(level, dtype, bits, temperature):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 8, 11, 16])
-def test_gradient_equals_the_reference(level, dtype, score, bits):
+def test_gradient_equals_the_reference(simd_level, dtype, score, bits):
     for tables in (1, 3, 16, 33):
         x = values(3, tables * bits, dtype=dtype, seed=bits).requires_grad_()
         grad = values(3, tables, dtype="float64" if dtype == "float64" else "float32", seed=9)
@@ -120,7 +101,7 @@ def test_the_reference_gradient_is_the_derivative(score):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [3, 8])
-def test_special_values(level, dtype, bits):
+def test_special_values(simd_level, dtype, bits):
     """NaN: a zero bit and a NaN weight, of its own chunk only. Infinities and -0.0 are ordinary."""
     x = values(1, 40 * bits, dtype=dtype)
     x[0, 5 * bits + 1] = float("nan")
@@ -140,7 +121,7 @@ def test_special_values(level, dtype, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_not_contiguous(level, bits):
+def test_not_contiguous(simd_level, bits):
     base = values(7, 4, 6 * bits)
     for x in (
         base[::2],
@@ -161,7 +142,7 @@ def test_not_contiguous(level, bits):
     check(lutra.address.sign_hash(readonly, bits), base, bits, "prob")
 
 
-def test_the_gradient_of_a_view_reaches_the_base(level):
+def test_the_gradient_of_a_view_reaches_the_base(simd_level):
     base = values(6, 16).requires_grad_()
     lutra.address.sign_hash(base[::2, :8], 4).weights.sum().backward()
     expected = reference.sign_hash_backward(np.ones((3, 2), np.float32), base.detach().numpy()[::2, :8], 4)
@@ -170,7 +151,7 @@ def test_the_gradient_of_a_view_reaches_the_base(level):
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (3, 0), (2, 0, 16), (0, 0)])
-def test_empty(level, shape):
+def test_empty(simd_level, shape):
     got = lutra.address.sign_hash(np.zeros(shape, np.float32), 8)
     assert got.codes.shape == got.weights.shape == (*shape[:-1], shape[-1] // 8)
     x = torch.zeros(shape, requires_grad=True)

@@ -56,7 +56,7 @@ INDEXES = {
 def same(a, b):
     assert type(a) is type(b) and repr(a) == repr(b)
     np.testing.assert_array_equal(a.ids, b.ids)
-    if a.is_trained:
+    if a.ntotal:
         q = vectors(5, a.d, 3)
         for x, y in zip(a.search(q, 7), b.search(q, 7)):
             np.testing.assert_array_equal(x, y)

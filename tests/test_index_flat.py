@@ -55,12 +55,17 @@ def test_search_is_brute_force(metric, n, d, k):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_empty_index(metric):
-    scores, ids = Flat(5, metric).search(vectors(2, 5), 3)
-    assert (ids == -1).all() and (scores == (np.inf if metric == "l2" else -np.inf)).all()
     index = Flat(5, metric)
-    index.add(np.empty((0, 5), np.float32))
-    assert len(index) == index.ntotal == 0
+    for _ in range(2):
+        assert len(index) == index.ntotal == 0
+        with pytest.raises(ValueError, match=r"this Flat is empty: add\(x\) first"):
+            index.search(vectors(2, 5), 3)
+        index.add(np.empty((0, 5), np.float32))
+    index.add(vectors(1, 5))
     assert index.search(np.empty((0, 5), np.float32), 3).ids.shape == (0, 3)
+    scores, ids = index.search(vectors(2, 5), 3)
+    assert (ids == [0, -1, -1]).all()
+    assert (scores[:, 1:] == (np.inf if metric == "l2" else -np.inf)).all()
 
 
 def test_default_ids_follow_the_largest():
@@ -121,7 +126,9 @@ def test_remove():
     assert index.remove_ids(0) == 1
     assert index.remove_ids([]) == 0
     assert index.remove_ids(np.arange(50)) == 47
-    assert len(index) == 0 and (index.search(x[:1], 2).ids == -1).all()
+    with pytest.raises(ValueError, match="is empty"):
+        index.search(x[:1], 2)
+    assert len(index) == 0
     index.add(x[:2])
     np.testing.assert_array_equal(index.ids, [50, 51])
 

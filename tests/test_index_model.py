@@ -100,6 +100,10 @@ class Model(RuleBasedStateMachine):
                 return sum((a - b) ** 2 for a, b in zip(q, vector))
             return -sum(a * b for a, b in zip(q, vector))
 
+        if not self.rows:
+            with pytest.raises(ValueError, match="is empty"):
+                self.index.search(np.array([q], np.float32), k)
+            return
         found = sorted(((key(v), place, i) for place, (i, v) in enumerate(self.rows.items())))[:k]
         found += [(np.inf, 0, -1)] * (k - len(found))
         scores, ids = self.index.search(np.array([q], np.float32), k)

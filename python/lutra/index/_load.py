@@ -8,14 +8,10 @@ from typing import Any
 from ._files import File
 from ._home import HOST
 from ._ids import Ids
-from .base import Index
-from .flat import Flat
-from .pq import PQ
-
-_KINDS: dict[str, type[Index]] = {"Flat": Flat, "PQ": PQ}
+from .base import KINDS, Index
 
 
-def load(path: str | os.PathLike[str], device: Any = None, *, mmap: bool = True) -> Flat | PQ:
+def load(path: str | os.PathLike[str], device: Any = None, *, mmap: bool = True) -> Any:
     """Load an index that was saved with ``index.save(path)``.
 
     Parameters
@@ -31,7 +27,8 @@ def load(path: str | os.PathLike[str], device: Any = None, *, mmap: bool = True)
 
     Returns
     -------
-    Flat or PQ
+    Index
+        Of the kind that was saved.
 
     Raises
     ------
@@ -49,9 +46,9 @@ def load(path: str | os.PathLike[str], device: Any = None, *, mmap: bool = True)
     path = os.fsdecode(path)  # a TypeError for what is no path, such as the number of an open file
     with open(path, "rb") as opened:
         file = File(path, opened)
-        kind = _KINDS.get(file.kind)
+        kind = KINDS.get(file.kind)
         if kind is None:
-            file.fail(f"an index of kind {file.kind!r}; this lutra knows {', '.join(_KINDS)}")
+            file.fail(f"an index of kind {file.kind!r}; this lutra knows {', '.join(sorted(KINDS))}")
         n, following = file.integer("n"), file.integer("next_id")
         index = _construct(kind, file)
         index._restore(file, n, mmap)
@@ -71,6 +68,6 @@ def _construct(kind: type[Index], file: File) -> Any:
         name: value for name, value in file.config.items() if name not in ("n", "next_id", "trained")
     }
     try:
-        return kind(**arguments)
-    except (TypeError, ValueError) as error:
+        return kind._from_config(arguments)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         file.fail(f"the metadata do not describe an index: {error}", error)

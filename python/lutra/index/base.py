@@ -1,9 +1,9 @@
-"""What all indexes share: ids, adding, removing, moving, saving."""
+"""What all indexes share: ids, locking, filters, adding, removing, moving, saving."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,16 +13,28 @@ from .._results import Neighbors
 from . import _files
 from ._home import HOST, Home, check_ids, check_matrix, deliver, home_of, home_on, to_float32
 from ._ids import Ids
+from ._lock import ReadWriteLock
 from ._rows import Rows
 
 _METRICS = {"ip": 0, "l2": 1, "cosine": 2}
 _PART = 1 << 24  # bytes of float32 vectors that are converted or encoded at a time
 
+#: The classes that `load` knows, by their names.
+KINDS: dict[str, type[Index]] = {}
+_Kind = TypeVar("_Kind", bound="type[Index]")
+
+
+def register(kind: _Kind) -> _Kind:
+    """Class decorator: let `load` open the files of this kind."""
+    KINDS[kind.__name__] = kind
+    return kind
+
 
 class Index:
     """Base class of the indexes: a collection of vectors of one dimension, each with an id.
 
-    Searching from several threads at once is safe; adding and removing need the index to themselves.
+    Any number of threads may search at once. What changes an index (`train`, `add`, `remove_ids`, `to`) waits
+    for the searches that run, holds back new ones, and has the index to itself.
 
     Attributes
     ----------
@@ -33,13 +45,19 @@ class Index:
 
     d: int
     metric: str
+    #: Whether this kind lives on the CPU only; queries from elsewhere are copied there.
+    _host_only = False
+    #: The metrics that this kind takes.
+    _metrics: dict[str, int] = _METRICS
 
     def __init__(self, d: int, metric: str) -> None:
         self.d = _checks.integer("d", d, 1, 2**31 - 1)
-        _checks.choice("metric", metric, _METRICS)
+        _checks.choice("metric", metric, self._metrics)
         self.metric = metric
-        self._home: Home | None = None  # decided by the first array
+        self._home: Home | None = HOST if self._host_only else None  # else decided by the first array
         self._ids = Ids()
+        self._lock = ReadWriteLock()
+        self._rows = {}
 
     # ---- what a kind of index defines
     #: Attributes that hold `Rows`, by the name of their tensor in a file.
@@ -51,11 +69,26 @@ class Index:
         return True
 
     def _encode(self, x: Any, out: dict[str, Any], first: int) -> None:
-        """Write float32 vectors, number ``first`` of the addition and on, to their rows."""
+        """Write float32 vectors, number ``first`` of the addition and on, to their rows.
+
+        It may still raise, and the index must then be as it was.
+        """
         raise NotImplementedError
 
-    def _search(self, q: Any, k: int, *options: Any) -> tuple[Any, Any]:
-        """Scores and positions for checked float32 queries of the home."""
+    def _begin(self, count: int) -> None:
+        """``count`` vectors are about to be encoded; those of an addition that failed may be forgotten."""
+
+    def _added(self, first: int, count: int) -> None:
+        """The rows of positions ``first`` to ``first + count`` are in place: take them into the structure."""
+
+    def _removed(self, keep: np.ndarray, before: int) -> None:
+        """Of ``before`` rows those at the increasing positions ``keep`` are left, now 0, 1, 2, ..."""
+
+    def _search(self, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        """``(q, k, keep, **options)``: scores and positions for checked float32 queries of the home.
+
+        ``keep``: packed bits (uint8, little order) over positions, those that may be found; None: all.
+        """
         raise NotImplementedError
 
     def _reconstruct(self, positions: Any) -> Any:
@@ -64,6 +97,15 @@ class Index:
 
     def _config(self) -> dict[str, Any]:
         """Arguments of the constructor, as JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any]) -> Index:
+        """An empty index by what `_config` gave; TypeError or ValueError where it is not sound."""
+        return cls(**config)
+
+    def _restore(self, file: _files.File, n: int, mmap: bool) -> None:
+        """Take over the ``n`` vectors of a file, which is checked while it is read."""
         raise NotImplementedError
 
     # ---- the collection
@@ -124,22 +166,33 @@ class Index:
         Cost: one copy, in parts (and the encoding, for compressed indexes). The memory grows by half when it
         is full, so that many small additions cost linear time in all.
         """
+        native = check_matrix(x, "x", self.d)
+        with self._lock.writing():
+            self._add(native, ids)
+
+    def _add(self, native: Any, ids: Any) -> None:
         if not self.is_trained:
             raise ValueError(f"this {type(self).__name__} is not trained: call train(x) with a sample first")
-        native = check_matrix(x, "x", self.d)
         count = native.shape[0]
         new = self._ids.check_new(ids, count)
         home = self._settle(native)
         step = max(1, _PART // (4 * self.d))
         room = {name: rows.room(count) for name, rows in self._rows.items()}
+        self._begin(count)
         for i in range(0, count, step):
             part = to_float32(home, native[i : i + step], "x", i)
             self._encode(part, {name: rows[i : i + step] for name, rows in room.items()}, i)
-        self._ids.add(new, count)
         for rows in self._rows.values():
             rows.grow(count)
+        try:
+            self._added(self._ids.n, count)
+        except BaseException:
+            for rows in self._rows.values():
+                rows.grow(-count)
+            raise
+        self._ids.add(new, count)
 
-    def search(self, q: Any, k: int = 10) -> Neighbors:
+    def search(self, q: Any, k: int = 10, *, filter: Any = None) -> Neighbors:
         """The k best vectors for each query.
 
         Parameters
@@ -148,35 +201,69 @@ class Index:
             Of any library and on any device; it is moved to the index where it lies elsewhere.
         k : int, default 10
             May exceed the number of vectors.
+        filter : optional
+            Which ids may be found: a list or array of ids; bools, one for each id from 0 on, or the same as
+            packed bits (``np.packbits(..., bitorder="little")``); or a function that takes all ids (int64)
+            and gives bools, called once. Default: all.
 
         Returns
         -------
         scores : array, shape (nq, k), float32, of the kind and on the device of ``q``
             Best first: inner products or cosines descending, squared distances ascending; where k exceeds
-            the collection -inf (ip, cosine) or +inf (l2).
+            what may be found -inf (ip, cosine) or +inf (l2).
         ids : array, shape (nq, k), int64, likewise
-            Ids as they were added; -1 where k exceeds the collection. Among equal scores the vector that was
-            added first comes first.
+            Ids as they were added; -1 where k exceeds what may be found. Among equal scores the vector that
+            was added first comes first.
 
         Raises
         ------
         TypeError
             ``q`` is no array or has another dtype.
         ValueError
-            A shape that does not fit, k < 1, NaN or infinities (the row is named). Queries on a GPU are not
-            looked into, for that would mean to wait for it: there a NaN gives NaN scores.
-        """
-        return self._answer(q, k)
+            A shape that does not fit, k < 1, NaN or infinities (the row is named), an index that is empty or
+            not trained. Queries on a GPU are not looked into, for that would mean to wait for it: there a NaN
+            gives NaN scores.
 
-    def _answer(self, q: Any, k: Any, *options: Any) -> Neighbors:
-        native = check_matrix(q, "q", self.d)
-        k = _checks.integer("k", k, 1)
-        home = self._home or home_of(native, "q")
-        part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
+        Notes
+        -----
+        Any number of threads may search at once; the interpreter lock is released meanwhile. Searches wait
+        for changes of the index, and changes for searches.
+        """
+        return self._answer(q, k, filter)
+
+    def _answer(self, q: Any, k: Any, filter: Any = None, **options: Any) -> Neighbors:
+        lock = self._lock
+        lock.acquire_read()
+        try:
+            native = check_matrix(q, "q", self.d)
+            if type(k) is not int or k < 1:
+                k = _checks.integer("k", k, 1)
+            home = self._home or home_of(native, "q")
+            part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
+            if not self._ids.n:
+                self._nothing()
+            keep = None if filter is None else self._keep(home, filter)
+            scores, positions = self._search(part, k, keep, **options)
+            return Neighbors(*deliver(home, (scores, self._ids.of(home, positions)), q))
+        finally:
+            lock.release_read()
+
+    def _nothing(self) -> None:
+        """Why there is nothing to search."""
+        name = type(self).__name__
         if not self.is_trained:
-            raise ValueError(f"this {type(self).__name__} is not trained: call train(x), then add(x)")
-        scores, positions = self._search(part, k, *options)
-        return Neighbors(*deliver(home, (scores, self._ids.of(home, positions)), q))
+            raise ValueError(f"this {name} is not trained: call train(x), then add(x)")
+        raise ValueError(f"this {name} is empty: add(x) first")
+
+    def _keep(self, home: Home, filter: Any) -> np.ndarray:
+        """A filter of ids as packed bits over positions."""
+        if home is not HOST:
+            raise NotImplementedError(
+                f"filters are for indexes on the CPU; this one is on {home.device}: index.to('cpu') moves it"
+            )
+        from .. import _filters
+
+        return _filters.resolve(filter, self._ids.n, None if self._ids.are_positions else self._ids.array)
 
     def reconstruct(self, ids: Any) -> Any:
         """The stored vectors of some ids.
@@ -196,6 +283,15 @@ class Index:
             An id that is not in the index.
         """
         wanted = check_ids(ids)
+        with self._lock.reading():
+            home, vectors = self._vectors(wanted)
+        if not hasattr(ids, "__dlpack__"):
+            result = HOST.bring(vectors)
+        else:
+            (result,) = deliver(home, (vectors,), ids)
+        return result if wanted.ndim else result[0]
+
+    def _vectors(self, wanted: np.ndarray) -> tuple[Home, Any]:
         positions = self._ids.positions(np.atleast_1d(wanted))
         missing = np.flatnonzero(positions < 0)
         if len(missing):
@@ -204,12 +300,7 @@ class Index:
                 f"ids{where} is {int(np.atleast_1d(wanted)[missing[0]])}, which is not in the index"
             )
         home = self._home or HOST
-        vectors = self._reconstruct(home.positions(positions))
-        if not hasattr(ids, "__dlpack__"):
-            result = HOST.bring(vectors)
-        else:
-            (result,) = deliver(home, (vectors,), ids)
-        return result if wanted.ndim else result[0]
+        return home, self._reconstruct(home.positions(positions))
 
     def remove_ids(self, ids: Any) -> int:
         """Remove vectors.
@@ -230,16 +321,19 @@ class Index:
         never used twice. Cost: the vectors behind the first that is removed move up, so remove many at once
         rather than one by one.
         """
-        positions = self._ids.positions(np.atleast_1d(check_ids(ids)))
-        stay = np.ones(self._ids.n, bool)
-        stay[positions[positions >= 0]] = False
-        keep = np.flatnonzero(stay)
-        removed = self._ids.n - len(keep)
-        if removed:
-            for rows in self._rows.values():
-                rows.keep(keep)
-            self._ids.keep(keep)
-        return removed
+        wanted = np.atleast_1d(check_ids(ids))
+        with self._lock.writing():
+            positions = self._ids.positions(wanted)
+            before = self._ids.n
+            stay = np.ones(before, bool)
+            stay[positions[positions >= 0]] = False
+            keep = np.flatnonzero(stay)
+            if len(keep) < before:
+                for rows in self._rows.values():
+                    rows.keep(keep)
+                self._ids.keep(keep)
+                self._removed(keep, before)
+            return before - len(keep)
 
     # ---- where it lives
     def _settle(self, native: Any) -> Home:
@@ -269,8 +363,11 @@ class Index:
             The index itself.
         """
         home = home_on(device)
-        if self._home is None or self._home.device != home.device:
-            self._move(home)
+        if self._host_only and home is not HOST:
+            raise NotImplementedError(f"{type(self).__name__} is for the CPU; it cannot move to {device!r}")
+        with self._lock.writing():
+            if self._home is None or self._home.device != home.device:
+                self._move(home)
         return self
 
     # ---- files
@@ -286,7 +383,8 @@ class Index:
         OSError
             The file cannot be written; what ``path`` held before is still there.
         """
-        _files.write(path, *self._contents())
+        with self._lock.reading():
+            _files.write(path, *self._contents())
 
     def _contents(self) -> tuple[list[_files.Tensor], dict[str, str]]:
         tensors = [_files.Tensor.of_rows(name, rows) for name, rows in self._rows.items()]

@@ -9,9 +9,10 @@ from .._arrays import F32
 from ._files import File
 from ._home import HOST, check_matrix
 from ._rows import Rows
-from .base import Index
+from .base import Index, register
 
 
+@register
 class Flat(Index):
     """A collection that is searched exactly.
 
@@ -49,8 +50,11 @@ class Flat(Index):
     def _encode(self, x, out, first):
         out["vectors"][:] = x
 
-    def _search(self, q, k):
-        return scan.knn(q, self._rows["vectors"].view, k, self.metric)
+    def _search(self, q, k, keep):
+        if keep is None:
+            return scan.knn(q, self._rows["vectors"].view, k, self.metric)
+        options: dict[str, Any] = {"filter": keep}
+        return scan.knn(q, self._rows["vectors"].view, k, self.metric, **options)
 
     def _reconstruct(self, positions):
         return self._rows["vectors"].view[positions]

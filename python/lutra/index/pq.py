@@ -16,13 +16,14 @@ from ._kmeans import INITS, lloyd, sample
 from ._progress import Progress
 from ._refine import refine as refine_candidates
 from ._rows import Rows
-from .base import Index
+from .base import Index, register
 
 _KEPT = {"float32": F32, "float16": F16}
 _ENCODE = 1 << 14  # rows that are encoded at a time: their sub-vectors stay in the caches
 _REFINE = 4
 
 
+@register
 class PQ(Index):
     """A collection compressed by product quantization.
 
@@ -149,26 +150,27 @@ class PQ(Index):
         Cost: 2 d 2**bits n_iter flops for each of at most 2**bits * max_points_per_centroid vectors. The same
         seed, vectors and backend give the same codebooks, whatever the number of threads.
         """
-        if self.ntotal:
-            raise ValueError(
-                f"the index holds {self.ntotal} vectors coded with its codebooks; train a new one"
-            )
-        native = check_matrix(x, "x", self.d)
-        n_iter = _checks.integer("n_iter", n_iter, 1)
-        _checks.choice("init", init, INITS)
-        home = self._home or home_of(native)
-        rng = np.random.default_rng(self.seed)
-        points = sample(home, native, self.ksub, max_points_per_centroid, rng)
-        if self.metric == "cosine":
-            points = home.normalise(points)
-        codebooks = home.empty((self.m, self.ksub, self.dsub), F32)
-        with Progress(self.m * n_iter, "PQ training", progress) as bar:
-            for j in range(self.m):
-                part = home.kind.dense(points[:, j * self.dsub : (j + 1) * self.dsub])
-                rng = np.random.default_rng((self.seed, j))
-                codebooks[j], _ = lloyd(home, part, self.ksub, n_iter, init, False, rng, bar)
-        self._move(home)
-        self._codebooks = codebooks
+        with self._lock.writing():
+            if self.ntotal:
+                raise ValueError(
+                    f"the index holds {self.ntotal} vectors coded with its codebooks; train a new one"
+                )
+            native = check_matrix(x, "x", self.d)
+            n_iter = _checks.integer("n_iter", n_iter, 1)
+            _checks.choice("init", init, INITS)
+            home = self._home or home_of(native)
+            rng = np.random.default_rng(self.seed)
+            points = sample(home, native, self.ksub, max_points_per_centroid, rng)
+            if self.metric == "cosine":
+                points = home.normalise(points)
+            codebooks = home.empty((self.m, self.ksub, self.dsub), F32)
+            with Progress(self.m * n_iter, "PQ training", progress) as bar:
+                for j in range(self.m):
+                    part = home.kind.dense(points[:, j * self.dsub : (j + 1) * self.dsub])
+                    rng = np.random.default_rng((self.seed, j))
+                    codebooks[j], _ = lloyd(home, part, self.ksub, n_iter, init, False, rng, bar)
+                self._move(home)
+                self._codebooks = codebooks
 
     # ---- codes
     def encode(self, x: Any) -> Any:
@@ -230,12 +232,12 @@ class PQ(Index):
         return vectors.reshape(-1, self.d)
 
     # ---- searching
-    def search(self, q: Any, k: int = 10, refine: int | None = None) -> Neighbors:
+    def search(self, q: Any, k: int = 10, refine: int | None = None, *, filter: Any = None) -> Neighbors:
         """The k best vectors for each query.
 
         Parameters
         ----------
-        q, k
+        q, k, filter
             As in `Flat.search`.
         refine : int, optional
             Score the best ``k * refine`` by their codes again, with the vectors that the index keeps, and
@@ -265,9 +267,11 @@ class PQ(Index):
                 f"refine is {refine}, but the index keeps no vectors: "
                 "make it with refine='float32' or 'float16'"
             )
-        return self._answer(q, k, refine)
+        return self._answer(q, k, filter, refine=refine)
 
-    def _search(self, q, k, refine):
+    def _search(self, q, k, keep, refine):
+        if keep is not None:
+            raise NotImplementedError("PQ takes no filter yet")
         metric, coded = self.metric, q
         if metric == "cosine":
             metric, coded = "ip", self._here.normalise(q)

@@ -6,7 +6,7 @@
 namespace lutra {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, i8 = 3, u8 = 4, i32 = 5, i64 = 6 };
-enum class Metric : int { ip = 0, l2 = 1, cosine = 2 };
+enum class Metric : int { ip = 0, l2 = 1, cosine = 2, l1 = 3, linf = 4, poincare = 5 };
 enum class Score : int { prob = 0, scaled = 1 };
 enum class Mode : int { sum = 0, mean = 1, max = 2 };
 

@@ -243,6 +243,7 @@ void knn(const KnnArgs& a) {
     case Metric::ip: return search<Metric::ip>(a);
     case Metric::l2: return search<Metric::l2>(a);
     case Metric::cosine: return search<Metric::cosine>(a);
+    default: return;
   }
 }
 

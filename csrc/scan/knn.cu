@@ -341,16 +341,25 @@ bool wide(const float* q, int64_t ldq, const float* x, int64_t ldx, int64_t d) {
   return d % 4 == 0 && ldq % 4 == 0 && ldx % 4 == 0 && aligned(q, 16) && aligned(x, 16);
 }
 
+// The metrics that have CUDA kernels.
+void check_metric(Metric metric) {
+  if (metric != Metric::ip && metric != Metric::l2 && metric != Metric::cosine)
+    throw std::invalid_argument(
+        "lutra: on CUDA metric must be ip, l2 or cosine; move the arrays to the CPU for others");
+}
+
 }  // namespace
 
 int max_k() { return kMaxK; }
 
 int64_t knn_workspace(int64_t nq, int64_t n, int64_t d, int64_t k, Metric metric, const Launch& l) {
+  check_metric(metric);
   const DeviceGuard guard(l.device);
   return plan_for(nq, n, d, k, metric, l.device).bytes();
 }
 
 void knn(const KnnArgs& a, const Launch& l) {
+  check_metric(a.metric);
   const DeviceGuard guard(l.device);
   const KnnPlan plan = plan_for(a.nq, a.n, a.d, a.k, a.metric, l.device);
   const ListPlan& s = plan.lists;
@@ -385,6 +394,7 @@ int64_t rescore_workspace(int64_t nq, int64_t c, const Launch&) {
 }
 
 void rescore(const RescoreArgs& a, const Launch& l) {
+  check_metric(a.metric);
   if (a.k > kMaxK && a.c > kMaxK)
     throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
   if (a.n > kMaxRows) throw std::length_error("lutra: rescore on CUDA takes fewer than 2^32 - 1 rows");

@@ -102,6 +102,7 @@ void rescore(const RescoreArgs& a) {
     case Metric::ip: return all_queries<Metric::ip>(a);
     case Metric::l2: return all_queries<Metric::l2>(a);
     case Metric::cosine: return all_queries<Metric::cosine>(a);
+    default: return;
   }
 }
 

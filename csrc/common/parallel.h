@@ -1,9 +1,9 @@
 // parallel_for at a SIMD level. Chunks are independent, so the number of threads never changes a result.
 #pragma once
 #include "common/levels.h"
+#include "common/pool.h"
 #include "common/threads.h"
 
-#include <omp.h>
 #include <stdlib.h>
 
 #include <cstdint>
@@ -11,8 +11,19 @@
 namespace lutra {
 namespace LUTRA_NS {
 
+template <class Fn>
+static inline void call_slot(void* fn, int slot, int64_t chunk) {
+  (*static_cast<const Fn*>(fn))(slot, chunk);
+}
+
+// fn(slot, chunk) for chunk in [0, chunks), on at most `threads` threads, which are the slots.
+template <class Fn>
+static inline void parallel_slots(int64_t chunks, int threads, const Fn& fn) {
+  pool_run(chunks, threads, &call_slot<Fn>, const_cast<Fn*>(&fn));
+}
+
 // fn(chunk) for chunk in [0, chunks), on at most `num_threads()` threads; on the caller's alone when the whole
-// work (in rough nanoseconds) would not pay for the 13 microseconds of a fork and join.
+// work (in rough nanoseconds) would not pay for waking another.
 template <class Fn>
 static inline void parallel_for(int64_t chunks, double nanoseconds, const Fn& fn) {
   int threads = nanoseconds < 40e3 ? 1 : num_threads();
@@ -21,8 +32,7 @@ static inline void parallel_for(int64_t chunks, double nanoseconds, const Fn& fn
     for (int64_t i = 0; i < chunks; ++i) fn(i);
     return;
   }
-#pragma omp parallel for schedule(monotonic : dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < chunks; ++i) fn(i);
+  parallel_slots(chunks, threads, [&](int, int64_t i) { fn(i); });
 }
 
 // fn(begin, end) over [0, n) cut into pieces of about `grain`.

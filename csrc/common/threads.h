@@ -5,9 +5,7 @@
 namespace lutra {
 
 // OpenMP's number (torch.set_num_threads and OMP_NUM_THREADS set it), unless set_num_threads gave one.
-// 1 in a forked child: libgomp's pool does not survive fork, and a parallel region there would hang.
 int num_threads();
 void set_num_threads(int n);  // 0: follow OpenMP
-void install_fork_handler();
 
 }  // namespace lutra

@@ -40,10 +40,10 @@ struct Sort {
   int64_t kept[kMaxThreads], heads[kMaxThreads];
   BadFirst bad;
 
-  void barrier() const {
-    if (threads > 1) {
-#pragma omp barrier
-    }
+  // fn(share) for every share of the work, all of them done when it returns.
+  template <class Fn>
+  void phase(const Fn& fn) const {
+    parallel_slots(threads, threads, [&](int, int64_t share) { fn(static_cast<int>(share)); });
   }
 
   // Keys of this thread's entries, padding left out; they are written at the place they have without padding, and
@@ -105,18 +105,29 @@ struct Sort {
 
   // One pass. The list lies in parts: thread t's part has kept[t] keys at part_of(n, t).begin; after the first pass
   // it is dense and parts are even.
-  void sort_pass(int pass, int thread, int64_t total) {
+  Part part_of_pass(int pass, int thread, int64_t total) const {
+    Part part = part_of(pass == 0 ? n : total, thread, threads);
+    if (pass == 0) part.end = part.begin + kept[thread];
+    return part;
+  }
+
+  void count_digits(int pass, int thread, int64_t total) {
+    const uint64_t* from = keys[pass & 1];
+    const int shift = position_bits + pass * digit, buckets = 1 << digit;
+    const uint64_t mask = static_cast<uint64_t>(buckets - 1);
+    const Part part = part_of_pass(pass, thread, total);
+    int64_t* mine = histogram + static_cast<int64_t>(thread) * kBuckets;
+    for (int i = 0; i < buckets; ++i) mine[i] = 0;
+    for (int64_t e = part.begin; e < part.end; ++e) ++mine[from[e] >> shift & mask];
+  }
+
+  void move_keys(int pass, int thread, int64_t total) {
     const uint64_t* from = keys[pass & 1];
     uint64_t* to = keys[(pass + 1) & 1];
     const int shift = position_bits + pass * digit, buckets = 1 << digit;
     const uint64_t mask = static_cast<uint64_t>(buckets - 1);
-    Part part = part_of(pass == 0 ? n : total, thread, threads);
-    if (pass == 0) part.end = part.begin + kept[thread];
-    int64_t* mine = histogram + static_cast<int64_t>(thread) * kBuckets;
-    for (int i = 0; i < buckets; ++i) mine[i] = 0;
-    for (int64_t e = part.begin; e < part.end; ++e) ++mine[from[e] >> shift & mask];
-    barrier();
-    int64_t place = 0;  // every thread adds up all histograms: cheaper than a barrier more
+    const Part part = part_of_pass(pass, thread, total);
+    int64_t place = 0;  // every share adds up all histograms: cheaper than a phase more
     int64_t next[kBuckets];
     for (int i = 0; i < buckets; ++i) {
       for (int t = 0; t < threads; ++t) {
@@ -128,18 +139,21 @@ struct Sort {
       const uint64_t key = from[e];
       to[next[key >> shift & mask]++] = key;
     }
-    barrier();
+  }
+
+  void count_heads(int thread, int64_t total) {
+    const uint64_t* sorted = keys[passes & 1];
+    const Part part = part_of(total, thread, threads);
+    int64_t here = 0;
+    for (int64_t e = part.begin; e < part.end; ++e)
+      here += e == 0 || sorted[e] >> position_bits != sorted[e - 1] >> position_bits;
+    heads[thread] = here;
   }
 
   void write_plan(int thread, int64_t total) {
     const uint64_t* sorted = keys[passes & 1];
     const uint64_t position_mask = (uint64_t{1} << position_bits) - 1;
     const Part part = part_of(total, thread, threads);
-    int64_t here = 0;
-    for (int64_t e = part.begin; e < part.end; ++e)
-      here += e == 0 || sorted[e] >> position_bits != sorted[e - 1] >> position_bits;
-    heads[thread] = here;
-    barrier();
     int64_t k = 0;
     for (int t = 0; t < thread; ++t) k += heads[t];
     const double per_bag = 1.0 / static_cast<double>(a.bag.length > 0 ? a.bag.length : 1);
@@ -162,18 +176,23 @@ struct Sort {
     }
   }
 
-  void run(int thread) {
-    if (a.bag.id_type == DType::i32)
-      make_keys<int32_t>(thread);
-    else
-      make_keys<int64_t>(thread);
-    name_bags(thread);
-    barrier();
-    if (bad.position != kNoBad) return;  // all threads see the same after the barrier
+  void run() {
+    phase([&](int t) {
+      if (a.bag.id_type == DType::i32)
+        make_keys<int32_t>(t);
+      else
+        make_keys<int64_t>(t);
+      name_bags(t);
+    });
+    if (bad.position != kNoBad) return;
     int64_t total = 0;
     for (int t = 0; t < threads; ++t) total += kept[t];
-    for (int pass = 0; pass < passes; ++pass) sort_pass(pass, thread, total);
-    write_plan(thread, total);
+    for (int pass = 0; pass < passes; ++pass) {
+      phase([&](int t) { count_digits(pass, t, total); });
+      phase([&](int t) { move_keys(pass, t, total); });
+    }
+    phase([&](int t) { count_heads(t, total); });
+    phase([&](int t) { write_plan(t, total); });
   }
 };
 
@@ -203,16 +222,7 @@ void bag_sort(const BagSortArgs& a) {
   if (a.bag.offsets) s.bag_at = reinterpret_cast<int32_t*>(s.keys[1] + s.n);
   Buffer<int64_t> histogram(static_cast<int64_t>(s.threads) * kBuckets);
   s.histogram = histogram.data;
-  if (s.threads == 1) {
-    s.run(0);
-  } else {
-#pragma omp parallel num_threads(s.threads)
-    {
-#pragma omp single
-      s.threads = omp_get_num_threads();  // fewer, where OpenMP does not give as many
-      s.run(omp_get_thread_num());
-    }
-  }
+  s.run();
   *a.bad = s.bad.result();
 }
 

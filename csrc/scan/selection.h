@@ -91,9 +91,8 @@ static inline void scan_blocks(int64_t n, int64_t block, int threads, const Fn& 
     for (int64_t b = 0; b < blocks; ++b) fn(0, b * block, b * block + block < n ? b * block + block : n);
     return;
   }
-#pragma omp parallel for schedule(monotonic : dynamic, 1) num_threads(threads)
-  for (int64_t b = 0; b < blocks; ++b)
-    fn(omp_get_thread_num(), b * block, b * block + block < n ? b * block + block : n);
+  parallel_slots(blocks, threads,
+                 [&](int t, int64_t b) { fn(t, b * block, b * block + block < n ? b * block + block : n); });
 }
 
 }  // namespace LUTRA_NS

@@ -21,7 +21,6 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "lutra's CPU kernels. Not a public interface: use lutra.address, lutra.gather and lutra.scan.";
   if (!lutra::baseline_ok()) throw pybind11::import_error("this processor lacks x86-64-v2 (SSE4.2)");
   lutra::g_level = lutra::best_level();  // python/lutra/_backend.py applies LUTRA_SIMD
-  lutra::install_fork_handler();
 
   m.attr("__version__") = LUTRA_VERSION;
   m.def("simd_level", [] { return lutra::level_name(lutra::g_level); });

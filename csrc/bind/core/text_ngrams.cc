@@ -1,13 +1,12 @@
 #include "bind/core/text_ngrams.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <memory>
 
 #include "address/ngram_hash.h"
+#include "common/pool.h"
 #include "common/threads.h"
 
 namespace lutra {
@@ -228,8 +227,17 @@ void for_texts(int64_t n, int threads, int64_t grain, bool short_work, const Fn&
     return;
   }
   py::gil_scoped_release release;
-#pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) fn(i, omp_get_thread_num());
+  struct Work {
+    const Fn& fn;
+    int64_t n, grain;
+  } work{fn, n, grain};
+  pool_run((n + grain - 1) / grain, threads,
+           [](void* context, int slot, int64_t chunk) {
+             const Work& w = *static_cast<const Work*>(context);
+             const int64_t end = (chunk + 1) * w.grain < w.n ? (chunk + 1) * w.grain : w.n;
+             for (int64_t i = chunk * w.grain; i < end; ++i) w.fn(i, slot);
+           },
+           &work);
 }
 
 // (ids, offsets), or the position of the first text that cannot be read (the caller says why).

@@ -20,6 +20,28 @@ def vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, n, d]).standard_normal((n, d), dtype=np.float32)
 
 
+@lru_cache(maxsize=2)
+def clustered(n: int, d: int, queries: int = 1024, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(n, d) vectors around n / 100 centres, at least one, and queries of the same kind; unit norm, float32.
+
+    Centres are normal, and so is the spread around them, of the same size but falling from one dimension to the
+    next and turned at random: neighbours are mostly of one's own cluster, clusters overlap, and few dimensions
+    carry most of the differences, as embeddings have it. Cached: do not write to them.
+    """
+    rng = np.random.default_rng([seed, n, d])
+    centres = rng.standard_normal((max(1, n // 100), d), dtype=np.float32)
+    fall = (np.arange(1, d + 1, dtype=np.float32) ** -0.5)[None]
+    fall /= np.sqrt((fall * fall).mean())
+    turn = np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32)
+    out = []
+    for count in (n, queries):
+        x = rng.standard_normal((count, d), dtype=np.float32) * fall @ turn
+        x += centres[rng.integers(0, len(centres), count)]
+        x /= np.sqrt((x * x).sum(1, keepdims=True))
+        out.append(x)
+    return out[0], out[1]
+
+
 def fresh(arrays: list[Any]) -> Callable[[], Any]:
     """A function that gives the next of some arrays, round and round.
 
@@ -53,6 +75,7 @@ def texts(limit: int) -> list[str]:
 def clear() -> None:
     """Let go of the cached arrays."""
     vectors.cache_clear()
+    clustered.cache_clear()
     texts.cache_clear()
 
 

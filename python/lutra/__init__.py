@@ -1,7 +1,8 @@
 """lutra: fast kernels that turn arithmetic into memory.
 
 Three verbs: `lutra.address` (where to look), `lutra.gather` (the rows found there), `lutra.scan` (the best of
-a collection). `lutra.nn` has layers for torch, `lutra.index` collections that are searched and saved.
+a collection). `lutra.nn` has layers for torch, `lutra.index` collections that are searched and
+saved, `lutra.quant` codes of a few bytes a vector.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from ._backend import get_num_threads, set_num_threads, simd_level
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import index, nn, reference
+    from . import index, nn, quant, reference
 
-_LAZY = ("index", "nn", "reference", "torch_ops")
+_LAZY = ("index", "nn", "quant", "reference", "torch_ops")
 
 
 def __getattr__(name: str):
@@ -30,6 +31,6 @@ def __dir__():
 
 
 __all__ = [
-    "__version__", "address", "gather", "get_num_threads", "index", "nn", "reference", "scan",
+    "__version__", "address", "gather", "get_num_threads", "index", "nn", "quant", "reference", "scan",
     "set_num_threads", "simd_level",
 ]  # fmt: skip

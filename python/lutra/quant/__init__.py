@@ -1,0 +1,12 @@
+"""Quantizers: vectors as codes of a few bytes.
+
+All have one interface, `Quantizer`: ``train``, ``encode``, ``decode``, ``save``; indexes scan their codes by
+``entries``, ``tables`` and ``row_terms``.
+"""
+
+from .. import index as _index  # noqa: F401  (first: indexes hold quantizers, quantizers use index's helpers)
+from ._load import build, load
+from .base import Quantizer, RowTerms, Tables
+from .pq import PQ
+
+__all__ = ["PQ", "Quantizer", "RowTerms", "Tables", "build", "load"]

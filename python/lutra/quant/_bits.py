@@ -1,0 +1,38 @@
+"""Packing of entries of b bits: entry j takes a row's bits [j b, (j + 1) b), the lowest first, as in FAISS."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def packed_size(m: int, bits: int) -> int:
+    """Bytes of m entries."""
+    return (m * bits + 7) // 8
+
+
+def pack(entries: np.ndarray, bits: int) -> np.ndarray:
+    """(n, m) entries below 2**bits as (n, ceil(m * bits / 8)) bytes; the last bits are 0."""
+    n, m = entries.shape
+    if bits == 8:
+        return np.ascontiguousarray(entries)
+    if bits == 4:
+        out = np.zeros((n, packed_size(m, 4)), np.uint8)
+        out[:] = entries[:, 0::2]
+        out[:, : m // 2] |= entries[:, 1::2] << 4
+        return out
+    planes = np.unpackbits(entries[:, :, None], axis=2, count=bits, bitorder="little")
+    return np.packbits(planes.reshape(n, m * bits), axis=1, bitorder="little")
+
+
+def unpack(codes: np.ndarray, m: int, bits: int) -> np.ndarray:
+    """The inverse of `pack`: (n, bytes) to (n, m) uint8."""
+    if bits == 8:
+        return np.ascontiguousarray(codes[:, :m])
+    n = len(codes)
+    if bits == 4:
+        out = np.empty((n, m), np.uint8)
+        out[:, 0::2] = codes & 15
+        out[:, 1::2] = codes[:, : m // 2] >> 4
+        return out
+    planes = np.unpackbits(codes, axis=1, count=m * bits, bitorder="little")
+    return np.packbits(planes.reshape(n, m, bits), axis=2, bitorder="little")[:, :, 0]

@@ -1,0 +1,316 @@
+"""Quantizer: what turns vectors into codes of a few bytes and back, and says how the codes are scanned."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _checks
+from .._arrays import U8, kind_of
+from ..index import _files
+from ..index._home import HOST, adopt, check_matrix, deliver, to_float32
+from ..index._progress import Progress
+
+PART = 1 << 14  # rows that are coded at a time, so that what lies between vectors and codes stays small
+TABLE_METRICS = {"ip": 0, "l2": 1}
+
+
+class Tables(NamedTuple):
+    """Look-up tables of queries, see `Quantizer.tables`.
+
+    Attributes
+    ----------
+    lut : array, shape (nq, m, 16 or ksub), float32
+    bias : array, shape (nq,), float32, or None where it is 0
+    """
+
+    lut: Any
+    bias: Any
+
+
+class RowTerms(NamedTuple):
+    """What a row adds to its look-ups and multiplies them by, see `Quantizer.row_terms`.
+
+    Attributes
+    ----------
+    add : array, shape (n,), float32, or None where it is 0
+    mul : array, shape (n,), float32, or None where it is 1
+    """
+
+    add: Any
+    mul: Any
+
+
+class Quantizer(ABC):
+    """The interface of all quantizers.
+
+    A quantizer is made with its dimensions, trained on a sample, and then codes vectors: ``encode`` gives
+    ``code_size`` bytes for each, ``decode`` the vectors that codes stand for. Indexes scan codes without
+    decoding them: ``scan`` says how.
+
+    Attributes
+    ----------
+    d : int
+        Dimension of the vectors.
+    code_size : int
+        Bytes of a vector's code.
+    scan : {'lut4', 'lut8', 'decode'}
+        ``'lut4'`` and ``'lut8'``: a score is a sum of ``m`` look-ups with entries below 16 or 256 (`entries`,
+        `tables`, `row_terms`); ``'decode'``: decode and multiply.
+    m : int
+        Look-ups of a row; 0 for ``'decode'``.
+
+    Notes
+    -----
+    The linear form of the look-ups is, for a query q and a row with entries e::
+
+        <q, decode(code)> = bias(q) + mul(row) * sum_j lut[q, j, e_j] + add(row)
+
+    up to float32's rounding. Squared distances follow from it, |q|^2 - 2 <q, x> + |x|^2, unless a quantizer
+    has tables of distances itself.
+
+    Arrays may be NumPy, torch, CuPy or any with DLPack; results come back in the caller's library and on its
+    device, all work is done on the CPU. The same seed and vectors give the same codes, whatever the number of
+    threads and however the vectors are cut into batches. Only ``train`` changes a quantizer: any number of
+    threads may encode and decode with it at once.
+    """
+
+    d: int
+    code_size: int
+    scan: str
+    m: int
+
+    def __init__(self, d: int) -> None:
+        self.d = _checks.integer("d", d, 1)
+
+    # ---- what a kind of quantizer says about itself
+    @property
+    @abstractmethod
+    def is_trained(self) -> bool:
+        """Whether ``encode`` and ``decode`` may be called."""
+
+    @abstractmethod
+    def _config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON can hold them."""
+
+    @abstractmethod
+    def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type ('F32', 'U8', ...) and shape of each tensor of the trained state."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, np.ndarray]:
+        """The trained state; empty before training."""
+
+    @abstractmethod
+    def _assign(self, tensors: dict[str, np.ndarray]) -> None:
+        """Take over a state whose types and shapes are right; a ValueError where its values cannot be."""
+
+    @abstractmethod
+    def _encode(self, x: np.ndarray) -> np.ndarray:
+        """Codes (n, code_size) of a few finite float32 rows."""
+
+    @abstractmethod
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        """Float32 rows of a few codes."""
+
+    @abstractmethod
+    def train(self, x: Any, *, progress: bool | None = None) -> Quantizer:
+        """Learn from a sample of vectors, and return the quantizer itself."""
+
+    # ---- codes
+    def encode(self, x: Any, *, progress: bool | None = None) -> Any:
+        """The codes of vectors.
+
+        Parameters
+        ----------
+        x : array, shape (n, d), float32, float16, bfloat16, float64, uint8 or int8
+        progress : bool or None
+            A progress bar (tqdm): None shows one where it takes more than two seconds, on a terminal.
+
+        Returns
+        -------
+        array, shape (n, code_size), uint8, of the kind of ``x``
+
+        Raises
+        ------
+        TypeError
+            ``x`` is no array or has another dtype.
+        ValueError
+            A shape that does not fit, NaN or infinities (the row is named), or no training yet.
+        """
+        self._need_training()
+        native = vectors(x, "x", self.d)
+        n = native.shape[0]
+        codes = np.empty((n, self.code_size), np.uint8)
+        with Progress(n, f"{type(self).__name__} encoding", progress) as bar:
+            for i in range(0, n, PART):
+                part = to_float32(HOST, native[i : i + PART], "x", i)
+                codes[i : i + PART] = self._encode(part)
+                bar.tick(len(part))
+        return deliver(HOST, (codes,), x)[0]
+
+    def decode(self, codes: Any) -> Any:
+        """The vectors that codes stand for.
+
+        Parameters
+        ----------
+        codes : array, shape (n, code_size), uint8
+            Any bytes are a code of some vector.
+
+        Returns
+        -------
+        array, shape (n, d), float32, of the kind of ``codes``
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``codes`` is no array, has another dtype or shape, or there was no training yet.
+        """
+        native = self._check_codes(codes)
+        n = native.shape[0]
+        x = np.empty((n, self.d), np.float32)
+        for i in range(0, n, PART):
+            x[i : i + PART] = self._decode(native[i : i + PART])
+        return deliver(HOST, (x,), codes)[0]
+
+    # ---- scanning
+    def entries(self, codes: Any) -> Any:
+        """The look-up entries of codes, a byte each: (n, code_size) to (n, m) uint8.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `decode`; a quantizer whose codes are not scanned by look-ups.
+        """
+        self._need_tables()
+        native = self._check_codes(codes)
+        out = np.empty((native.shape[0], self.m), np.uint8)
+        for i in range(0, len(out), PART):
+            out[i : i + PART] = self._entries(native[i : i + PART])
+        return deliver(HOST, (out,), codes)[0]
+
+    def tables(self, q: Any, metric: str = "ip") -> Tables | None:
+        """Look-up tables of queries.
+
+        Parameters
+        ----------
+        q : array, shape (nq, d)
+        metric : {'ip', 'l2'}
+            ``'ip'``: of the linear form (see the class). ``'l2'``: tables whose sums are squared distances.
+
+        Returns
+        -------
+        Tables or None
+            None for ``'l2'`` where the quantizer has no tables of distances: take those for ``'ip'``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `encode`; a quantizer whose codes are not scanned by look-ups.
+        """
+        self._need_tables()
+        self._need_training()
+        _checks.choice("metric", metric, TABLE_METRICS)
+        native = vectors(q, "q", self.d)
+        made = self._tables(to_float32(HOST, native, "q"), metric)
+        if made is None or made.bias is None:
+            return made and Tables(deliver(HOST, (made.lut,), q)[0], None)
+        return Tables(*deliver(HOST, tuple(made), q))
+
+    def row_terms(self, codes: Any) -> RowTerms:
+        """The terms ``add`` and ``mul`` of rows in the linear form; None where they are all 0 or all 1.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `decode`.
+        """
+        native = self._check_codes(codes)
+        terms = self._row_terms(native)
+        made = [a for a in terms if a is not None]
+        given = iter(deliver(HOST, tuple(made), codes))
+        return RowTerms(*(None if a is None else next(given) for a in terms))
+
+    def _entries(self, codes: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _tables(self, q: np.ndarray, metric: str) -> Tables | None:
+        raise NotImplementedError
+
+    def _row_terms(self, codes: np.ndarray) -> RowTerms:
+        return RowTerms(None, None)
+
+    # ---- files
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the quantizer to a file that `lutra.quant.load` reads, in one step: the old file or the new.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; what was there is as it was.
+        """
+        tensors = [_files.Tensor.of_array(name, a) for name, a in self._tensors().items()]
+        config = {**self._config(), "trained": self.is_trained}
+        _files.write(path, tensors, _files.describe(f"quantizer {type(self).__name__}", config))
+
+    def _restore(self, tensors: dict[str, np.ndarray]) -> None:
+        """Take over a trained state; a ValueError that says which tensor does not fit."""
+        layout = self._layout()
+        if tensors.keys() != layout.keys():
+            raise ValueError(f"the state of {type(self).__name__} is {sorted(layout)}, got {sorted(tensors)}")
+        for name, (dtype, shape) in layout.items():
+            a = tensors[name]
+            if a.shape != shape or a.dtype != _files._DTYPES[dtype]:
+                raise ValueError(f"{name!r} must be {dtype} {shape}, got {a.dtype} {a.shape}")
+            if a.dtype.kind == "f" and not np.isfinite(a).all():
+                raise ValueError(f"{name!r} holds NaN or infinities")
+        self._assign({name: np.ascontiguousarray(a) for name, a in tensors.items()})
+
+    # ---- checks
+    def _need_training(self) -> None:
+        if not self.is_trained:
+            raise ValueError(f"this {type(self).__name__} is not trained: call train(x) with a sample first")
+
+    def _need_tables(self) -> None:
+        if self.scan == "decode":
+            raise ValueError(
+                f"codes of {self!r} are not scanned by look-ups (scan is 'decode'): decode them instead"
+            )
+
+    def _check_codes(self, codes: Any) -> np.ndarray:
+        self._need_training()
+        native = adopt(codes, "codes")
+        _checks.dtype(kind_of(native, "codes"), native, "codes", (U8,))
+        if len(native.shape) != 2 or native.shape[1] != self.code_size:
+            raise ValueError(f"codes must have shape (n, {self.code_size}), got {tuple(native.shape)}")
+        return HOST.bring(native)
+
+    def __repr__(self) -> str:
+        text = ", ".join(f"{name}={value!r}" for name, value in self._config().items())
+        return f"{type(self).__name__}({text})"
+
+
+def vectors(x: Any, name: str, d: int) -> Any:
+    """A caller's matrix with d columns as a native array."""
+    native = check_matrix(x, name)
+    if native.shape[1] != d:
+        raise ValueError(f"{name} has {native.shape[1]} columns; the quantizer has d = {d}")
+    return native
+
+
+def training_matrix(x: Any, d: int, least: int, most: int | None, seed: int) -> np.ndarray:
+    """The float32 rows to train on: all of ``x``, or ``most`` of them, drawn by ``seed``.
+
+    A ValueError where there are fewer than ``least``.
+    """
+    native = vectors(x, "x", d)
+    n = native.shape[0]
+    if n < least:
+        raise ValueError(f"x has {n} rows; at least {least} are needed to train on")
+    if most is not None and n > most:
+        rows = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
+        return to_float32(HOST, HOST.bring(native)[rows], "x", rows)
+    return HOST.kind.dense(to_float32(HOST, native, "x"))

@@ -1,0 +1,222 @@
+"""PQ: product quantization."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from .. import _checks, address
+from ..index._home import HOST
+from ..index._kmeans import INITS, lloyd
+from ..index._progress import Progress
+from . import _bits
+from .base import Quantizer, Tables, training_matrix
+
+
+class PQ(Quantizer):
+    """Product quantization: each of m sub-vectors is replaced by the nearest of 2**bits centroids.
+
+    Parameters
+    ----------
+    d : int
+        Dimension of the vectors.
+    m : int
+        Number of sub-vectors; divides d.
+    bits : int, default 8
+        Bits of a sub-vector's code, 1 to 8; m * bits / 8 bytes a vector, rounded up.
+    seed : int, default 0
+        Of the training.
+
+    Notes
+    -----
+    Codes are packed as FAISS packs them: entry j takes the bits [j bits, (j + 1) bits) of a code, the least
+    significant bit of a byte first. Up to 4 bits they are scanned in registers (``scan`` is 'lut4'), beyond
+    by tables in the cache ('lut8').
+
+    References
+    ----------
+    Jégou, Douze, Schmid, Product quantization for nearest neighbor search, PAMI 2011.
+
+    Examples
+    --------
+    >>> import numpy as np, lutra
+    >>> x = np.random.default_rng(0).standard_normal((20_000, 32), dtype=np.float32)
+    >>> quantizer = lutra.quant.PQ(32, m=16, bits=4).train(x)
+    >>> quantizer.encode(x[:5]).shape
+    (5, 8)
+    """
+
+    def __init__(self, d: int, m: int, bits: int = 8, *, seed: int = 0) -> None:
+        super().__init__(d)
+        self.m = _checks.integer("m", m, 1)
+        if self.d % self.m:
+            raise ValueError(f"m must divide d = {self.d}, got {self.m}")
+        self.bits = _checks.integer("bits", bits, 1, 8)
+        self.seed = _checks.integer("seed", seed, 0)
+        self.code_size = _bits.packed_size(self.m, self.bits)
+        self.scan = "lut4" if self.bits <= 4 else "lut8"
+        self._codebooks: np.ndarray | None = None
+
+    @property
+    def ksub(self) -> int:
+        """Centroids of a sub-vector: 2**bits."""
+        return 1 << self.bits
+
+    @property
+    def dsub(self) -> int:
+        """Dimension of a sub-vector: d / m."""
+        return self.d // self.m
+
+    @property
+    def is_trained(self) -> bool:
+        return self._codebooks is not None
+
+    @property
+    def codebooks(self) -> np.ndarray | None:
+        """The centroids, shape (m, ksub, dsub), float32; None before training."""
+        return self._codebooks
+
+    @property
+    def _books(self) -> np.ndarray:
+        assert self._codebooks is not None
+        return self._codebooks
+
+    # ---- training
+    def train(
+        self,
+        x: Any,
+        *,
+        n_iter: int = 25,
+        init: str = "random",
+        max_points_per_centroid: int | None = 256,
+        progress: bool | None = None,
+    ) -> PQ:
+        """Learn the codebooks from a sample of vectors.
+
+        Parameters
+        ----------
+        x : array, shape (n, d)
+            At least 2**bits vectors; 39 * 2**bits and more are advisable.
+        n_iter, init, max_points_per_centroid, progress
+            As in `lutra.index.kmeans`, which is run in each sub-space.
+
+        Returns
+        -------
+        PQ
+            Itself.
+
+        Raises
+        ------
+        TypeError
+            ``x`` is no array or has another dtype.
+        ValueError
+            A shape that does not fit, too few vectors, NaN or infinities (the row is named).
+
+        Warns
+        -----
+        UserWarning
+            Fewer than 39 vectors per centroid.
+
+        Notes
+        -----
+        Cost: 2 d 2**bits n_iter flops for each of at most 2**bits * max_points_per_centroid vectors.
+        """
+        n_iter = _checks.integer("n_iter", n_iter, 1)
+        _checks.choice("init", init, INITS)
+        points = self._sample(x, max_points_per_centroid)
+        with Progress(self.m * n_iter, "PQ training", progress) as bar:
+            self._codebooks = self._kmeans(points, n_iter, init, bar)
+        return self
+
+    def _sample(self, x: Any, max_points_per_centroid: int | None) -> np.ndarray:
+        most = None
+        if max_points_per_centroid is not None:
+            most = self.ksub * _checks.integer("max_points_per_centroid", max_points_per_centroid, 1)
+        points = training_matrix(x, self.d, self.ksub, most, self.seed)
+        if len(points) < 39 * self.ksub:
+            warnings.warn(
+                f"{len(points)} vectors for {self.ksub} centroids; at least {39 * self.ksub} are advisable",
+                stacklevel=3,
+            )
+        return points
+
+    def _kmeans(self, points: np.ndarray, n_iter: int, init: str, bar: Progress) -> np.ndarray:
+        books = np.empty((self.m, self.ksub, self.dsub), np.float32)
+        for j in range(self.m):
+            part = np.ascontiguousarray(points[:, j * self.dsub : (j + 1) * self.dsub])
+            rng = np.random.default_rng((self.seed, j))
+            books[j], _ = lloyd(HOST, part, self.ksub, n_iter, init, False, rng, bar)
+        return books
+
+    # ---- codes
+    def _assign_entries(self, x: np.ndarray) -> np.ndarray:
+        entries = np.empty((len(x), self.m), np.uint8)
+        for j in range(self.m):
+            part = np.ascontiguousarray(x[:, j * self.dsub : (j + 1) * self.dsub])
+            entries[:, j] = address.nearest(part, self._books[j], 1, "l2").ids[:, 0]
+        return entries
+
+    def _encode(self, x: np.ndarray) -> np.ndarray:
+        return _bits.pack(self._assign_entries(x), self.bits)
+
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        return self._books[np.arange(self.m), self._entries(codes)].reshape(-1, self.d)
+
+    def _entries(self, codes: np.ndarray) -> np.ndarray:
+        return _bits.unpack(codes, self.m, self.bits)
+
+    def pack(self, entries: Any) -> Any:
+        """Codes of look-up entries, the inverse of `entries`: (n, m) uint8 to (n, code_size) uint8.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No uint8 array of m columns.
+        IndexError
+            An entry that is not below 2**bits.
+        """
+        return pack_entries(entries, self.m, self.bits)
+
+    # ---- scanning
+    def _tables(self, q: np.ndarray, metric: str) -> Tables:
+        # One dimension of the sub-vectors at a time: a query's table never depends on the rest of its batch,
+        # as it would with a library's matrix product.
+        nq = len(q)
+        lut = np.zeros((nq, self.m, max(16, self.ksub)), np.float32)
+        parts = q.reshape(nq, self.m, self.dsub)
+        used = lut[:, :, : self.ksub]
+        for i in range(self.dsub):
+            q_i, c_i = parts[:, :, i, None], self._books[None, :, :, i]
+            used += np.square(q_i - c_i) if metric == "l2" else q_i * c_i
+        return Tables(lut, None)
+
+    # ---- files
+    def _config(self) -> dict[str, Any]:
+        return {"d": self.d, "m": self.m, "bits": self.bits, "seed": self.seed}
+
+    def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {"codebooks": ("F32", (self.m, self.ksub, self.dsub))}
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return {"codebooks": self._books} if self.is_trained else {}
+
+    def _assign(self, tensors: dict[str, np.ndarray]) -> None:
+        self._codebooks = tensors["codebooks"]
+
+
+def pack_entries(entries: Any, m: int, bits: int) -> Any:
+    """`PQ.pack` for m entries of so many bits."""
+    from .._arrays import U8, kind_of
+    from ..index._home import adopt, deliver
+
+    native = adopt(entries, "entries")
+    _checks.dtype(kind_of(native, "entries"), native, "entries", (U8,))
+    if len(native.shape) != 2 or native.shape[1] != m:
+        raise ValueError(f"entries must have shape (n, {m}), got {tuple(native.shape)}")
+    host = HOST.bring(native)
+    if bits < 8 and host.size and int(host.max()) >= 1 << bits:
+        row, j = (int(v) for v in np.argwhere(host >= 1 << bits)[0])
+        raise IndexError(f"entries[{row}, {j}] is {host[row, j]}; with {bits} bits they are < {1 << bits}")
+    return deliver(HOST, (_bits.pack(host, bits),), entries)[0]

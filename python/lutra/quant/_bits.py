@@ -1,4 +1,4 @@
-"""Packing of entries of b bits: entry j takes a row's bits [j b, (j + 1) b), the lowest first, as in FAISS."""
+"""Packing of entries of b bits, as in FAISS: entry j takes bits [j b, (j + 1) b) of a row, lowest first."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ class Quantizer(ABC):
 
         <q, decode(code)> = bias(q) + mul(row) * sum_j lut[q, j, e_j] + add(row)
 
-    up to float32's rounding. Squared distances follow from it, |q|^2 - 2 <q, x> + |x|^2, unless a quantizer
-    has tables of distances itself.
+    up to float32's rounding (`RaBitQ` corrects it by what it knows of the row). Squared distances follow from
+    it, |q|^2 - 2 <q, x> + |x|^2 with |x|^2 from `norms`, unless a quantizer has tables of distances.
 
     Arrays may be NumPy, torch, CuPy or any with DLPack; results come back in the caller's library and on its
     device, all work is done on the CPU. The same seed and vectors give the same codes, whatever the number of
@@ -233,6 +233,27 @@ class Quantizer(ABC):
         made = [a for a in terms if a is not None]
         given = iter(deliver(HOST, tuple(made), codes))
         return RowTerms(*(None if a is None else next(given) for a in terms))
+
+    def norms(self, codes: Any) -> Any:
+        """The squared norms that belong in squared distances made of the linear form: shape (n,), float32.
+
+        |decode(code)|^2, or what the code says of the vector's own norm where that is better (`RaBitQ`). For
+        residuals to a centroid c take ``norms(codes) + 2 <c, decode(codes)>``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `decode`.
+        """
+        native = self._check_codes(codes)
+        out = np.empty(native.shape[0], np.float32)
+        for i in range(0, len(out), PART):
+            out[i : i + PART] = self._norms(native[i : i + PART])
+        return deliver(HOST, (out,), codes)[0]
+
+    def _norms(self, codes: np.ndarray) -> np.ndarray:
+        x = self._decode(codes)
+        return np.einsum("ij,ij->i", x, x)
 
     def _entries(self, codes: np.ndarray) -> np.ndarray:
         raise NotImplementedError

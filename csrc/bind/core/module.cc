@@ -29,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("num_threads", &lutra::num_threads);
   m.def("set_num_threads", &lutra::set_num_threads);
   lutra::register_address(m);
+  lutra::register_binary(m);
   lutra::register_gather(m);
   lutra::register_quick(m);
   lutra::register_scan(m);

@@ -1,10 +1,12 @@
 """Address: vectors, ids or text in; integer codes (and weights) out: where to look."""
 
 from .._results import Neighbors
+from ._binarize import binarize
 from ._nearest import nearest
 from ._ngrams import Ngrams, Vocabulary, ngrams, token_ngrams
 from ._sign_hash import SignHash, sign_hash
 
 __all__ = [
-    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "nearest", "ngrams", "sign_hash", "token_ngrams",
+    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "nearest", "ngrams", "sign_hash",
+    "token_ngrams",
 ]  # fmt: skip

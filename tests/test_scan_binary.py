@@ -197,9 +197,3 @@ def test_torch():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(tq, tx, floats)
     for a, b in zip(compiled, both(tq, tx, floats)):
         torch.testing.assert_close(a, b)
-    for op, arguments in (
-        ("binary", (tq, tx, None, 7, "hamming")),
-        ("rescore_bits", (floats, tx, torch.tensor([[1, 2, 3]] * 5), 2)),
-        ("binarize", (floats, None, 0.25)),
-    ):
-        torch.library.opcheck(getattr(torch.ops.lutra, op).default, arguments)

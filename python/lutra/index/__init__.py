@@ -9,7 +9,8 @@ from ._kmeans import KMeans, kmeans
 from ._load import load
 from ._refine import refine
 from .base import Index
+from .binary import Binary
 from .flat import Flat
 from .pq import PQ
 
-__all__ = ["PQ", "Flat", "Index", "KMeans", "Neighbors", "kmeans", "load", "refine"]
+__all__ = ["PQ", "Binary", "Flat", "Index", "KMeans", "Neighbors", "kmeans", "load", "refine"]

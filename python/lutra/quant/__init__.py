@@ -7,6 +7,13 @@ All have one interface, `Quantizer`: ``train``, ``encode``, ``decode``, ``save``
 from .. import index as _index  # noqa: F401  (first: indexes hold quantizers, quantizers use index's helpers)
 from ._load import build, load
 from .base import Quantizer, RowTerms, Tables
+from .opq import OPQ
 from .pq import PQ
+from .rabitq import RaBitQ
+from .rotated import RotatedSQ
+from .rq import RQ
+from .sq import SQ
 
-__all__ = ["PQ", "Quantizer", "RowTerms", "Tables", "build", "load"]
+__all__ = [
+    "OPQ", "PQ", "RQ", "SQ", "Quantizer", "RaBitQ", "RotatedSQ", "RowTerms", "Tables", "build", "load",
+]  # fmt: skip

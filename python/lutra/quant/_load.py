@@ -7,9 +7,14 @@ from typing import Any
 
 from ..index._files import File
 from .base import Quantizer
+from .opq import OPQ
 from .pq import PQ
+from .rabitq import RaBitQ
+from .rotated import RotatedSQ
+from .rq import RQ
+from .sq import SQ
 
-KINDS: dict[str, type[Quantizer]] = {"PQ": PQ}
+KINDS: dict[str, type[Quantizer]] = {kind.__name__: kind for kind in (PQ, OPQ, RQ, SQ, RaBitQ, RotatedSQ)}
 _PREFIX = "quantizer "
 
 

@@ -147,7 +147,7 @@ class Quantizer(ABC):
         codes = np.empty((n, self.code_size), np.uint8)
         with Progress(n, f"{type(self).__name__} encoding", progress) as bar:
             for i in range(0, n, PART):
-                part = to_float32(HOST, native[i : i + PART], "x", i)
+                part = HOST.kind.dense(to_float32(HOST, native[i : i + PART], "x", i))
                 codes[i : i + PART] = self._encode(part)
                 bar.tick(len(part))
         return deliver(HOST, (codes,), x)[0]
@@ -215,7 +215,7 @@ class Quantizer(ABC):
         self._need_training()
         _checks.choice("metric", metric, TABLE_METRICS)
         native = vectors(q, "q", self.d)
-        made = self._tables(to_float32(HOST, native, "q"), metric)
+        made = self._tables(HOST.kind.dense(to_float32(HOST, native, "q")), metric)
         if made is None or made.bias is None:
             return made and Tables(deliver(HOST, (made.lut,), q)[0], None)
         return Tables(*deliver(HOST, tuple(made), q))
@@ -307,7 +307,7 @@ class Quantizer(ABC):
         _checks.dtype(kind_of(native, "codes"), native, "codes", (U8,))
         if len(native.shape) != 2 or native.shape[1] != self.code_size:
             raise ValueError(f"codes must have shape (n, {self.code_size}), got {tuple(native.shape)}")
-        return HOST.bring(native)
+        return HOST.kind.dense(HOST.bring(native))
 
     def __repr__(self) -> str:
         text = ", ".join(f"{name}={value!r}" for name, value in self._config().items())

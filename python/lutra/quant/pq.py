@@ -124,11 +124,15 @@ class PQ(Quantizer):
         Cost: 2 d 2**bits n_iter flops for each of at most 2**bits * max_points_per_centroid vectors.
         """
         n_iter = _checks.integer("n_iter", n_iter, 1)
-        _checks.choice("init", init, INITS)
+        self._check_init(init)
         points = self._sample(x, max_points_per_centroid)
         with Progress(self.m * n_iter, "PQ training", progress) as bar:
             self._codebooks = self._kmeans(points, n_iter, init, bar)
         return self
+
+    @staticmethod
+    def _check_init(init: str) -> None:
+        _checks.choice("init", init, INITS)
 
     def _sample(self, x: Any, max_points_per_centroid: int | None) -> np.ndarray:
         most = None
@@ -151,15 +155,15 @@ class PQ(Quantizer):
         return books
 
     # ---- codes
-    def _assign_entries(self, x: np.ndarray) -> np.ndarray:
+    def _nearest_entries(self, x: np.ndarray, books: np.ndarray) -> np.ndarray:
         entries = np.empty((len(x), self.m), np.uint8)
         for j in range(self.m):
             part = np.ascontiguousarray(x[:, j * self.dsub : (j + 1) * self.dsub])
-            entries[:, j] = address.nearest(part, self._books[j], 1, "l2").ids[:, 0]
+            entries[:, j] = address.nearest(part, books[j], 1, "l2").ids[:, 0]
         return entries
 
     def _encode(self, x: np.ndarray) -> np.ndarray:
-        return _bits.pack(self._assign_entries(x), self.bits)
+        return _bits.pack(self._nearest_entries(x, self._books), self.bits)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         return self._books[np.arange(self.m), self._entries(codes)].reshape(-1, self.d)

@@ -1,0 +1,161 @@
+"""OPQ: product quantization after a rotation that is learnt for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _checks
+from ..index._progress import Progress
+from ._rotation import check_rotation, multiply
+from .base import Tables
+from .pq import PQ
+
+
+class OPQ(PQ):
+    """Optimized product quantization: a learnt rotation, then `PQ`.
+
+    Parameters
+    ----------
+    d, m, bits, seed
+        As `PQ`.
+
+    Notes
+    -----
+    Training starts from principal components, dealt to the sub-spaces so that the products of their variances
+    are alike, and then alternates: codebooks for the rotated vectors; the rotation that brings the vectors
+    nearest to what their codes stand for (orthogonal Procrustes). Rotated queries are scanned with the same
+    tables as `PQ`'s; a query costs 2 d**2 flops more.
+
+    References
+    ----------
+    Ge, He, Ke, Sun, Optimized product quantization for approximate nearest neighbor search, CVPR 2013.
+    """
+
+    def __init__(self, d: int, m: int, bits: int = 8, *, seed: int = 0) -> None:
+        super().__init__(d, m, bits, seed=seed)
+        self._rotation: np.ndarray | None = None
+
+    @property
+    def rotation(self) -> np.ndarray | None:
+        """The rotation, shape (d, d), float32: ``x @ rotation.T`` is what is coded; None before training."""
+        return self._rotation
+
+    def train(
+        self,
+        x: Any,
+        *,
+        n_iter: int = 25,
+        init: str = "random",
+        max_points_per_centroid: int | None = 256,
+        rotations: int = 40,
+        progress: bool | None = None,
+    ) -> OPQ:
+        """Learn the rotation and the codebooks.
+
+        Parameters
+        ----------
+        x, n_iter, init, max_points_per_centroid, progress
+            As `PQ.train`; ``n_iter`` is that of the last codebooks.
+        rotations : int, default 40
+            Rounds in which the rotation is improved.
+
+        Returns
+        -------
+        OPQ
+            Itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `PQ.train`.
+
+        Notes
+        -----
+        Cost: (rotations + n_iter) times 2 d 2**bits flops for each vector, and 3 products of d**2 flops.
+        """
+        n_iter = _checks.integer("n_iter", n_iter, 1)
+        rotations = _checks.integer("rotations", rotations, 0)
+        self._check_init(init)
+        points = self._sample(x, max_points_per_centroid)
+        rotation = principal_rotation(points, self.m)
+        few = 4
+        with Progress(rotations + self.m * (few + n_iter), "OPQ training", progress) as bar:
+            rotated = multiply(points, np.ascontiguousarray(rotation.T))
+            books = self._kmeans(rotated, few, init, bar)
+            for _ in range(rotations):
+                entries = self._nearest_entries(rotated, books)
+                books = update(rotated, entries, books)
+                decoded = books[np.arange(self.m), entries].reshape(-1, self.d)
+                u, _, vt = np.linalg.svd(decoded.T.astype(np.float64) @ points.astype(np.float64))
+                rotation = (u @ vt).astype(np.float32)
+                rotated = multiply(points, np.ascontiguousarray(rotation.T))
+                bar.tick()
+            self._codebooks = self._kmeans(rotated, n_iter, init, bar)
+            self._rotation = rotation
+        return self
+
+    # ---- codes
+    @property
+    def _turn(self) -> np.ndarray:
+        assert self._rotation is not None
+        return np.ascontiguousarray(self._rotation.T)
+
+    def _encode(self, x: np.ndarray) -> np.ndarray:
+        return super()._encode(multiply(x, self._turn))
+
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        assert self._rotation is not None
+        return multiply(super()._decode(codes), self._rotation)
+
+    def _norms(self, codes: np.ndarray) -> np.ndarray:
+        x = super()._decode(codes)  # the rotation changes no norm
+        return np.einsum("ij,ij->i", x, x)
+
+    def _tables(self, q: np.ndarray, metric: str) -> Tables:
+        return super()._tables(multiply(q, self._turn), metric)
+
+    # ---- files
+    def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {**super()._layout(), "rotation": ("F32", (self.d, self.d))}
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        tensors = super()._tensors()
+        if self._rotation is not None:
+            tensors["rotation"] = self._rotation
+        return tensors
+
+    def _assign(self, tensors: dict[str, np.ndarray]) -> None:
+        check_rotation(tensors["rotation"], "rotation")
+        super()._assign(tensors)
+        self._rotation = tensors["rotation"]
+
+
+def principal_rotation(points: np.ndarray, m: int) -> np.ndarray:
+    """Principal components (d, d) as rows, dealt to m sub-spaces of balanced products of variances."""
+    d = points.shape[1]
+    centred = points.astype(np.float64) - points.mean(0, dtype=np.float64)
+    values, columns = np.linalg.eigh(centred.T @ centred / max(1, len(points)))
+    values = np.log(np.maximum(values, 1e-12 * max(values[-1], 1e-300)))
+    buckets: list[list[int]] = [[] for _ in range(m)]
+    product = np.zeros(m)
+    for i in np.argsort(-values, kind="stable").tolist():
+        free = [b for b in range(m) if len(buckets[b]) < d // m]
+        bucket = min(free, key=lambda b: (product[b], b))
+        buckets[bucket].append(i)
+        product[bucket] += values[i] - values.min()
+    return columns.T[np.concatenate(buckets).astype(np.int64)].astype(np.float32)
+
+
+def update(points: np.ndarray, entries: np.ndarray, books: np.ndarray) -> np.ndarray:
+    """The means of the sub-vectors that have each entry; an entry that nobody has keeps its centroid."""
+    m, ksub, dsub = books.shape
+    new = books.copy()
+    for j in range(m):
+        counts = np.bincount(entries[:, j], minlength=ksub)
+        used = counts > 0
+        for i in range(dsub):
+            sums = np.bincount(entries[:, j], weights=points[:, j * dsub + i], minlength=ksub)
+            new[j, used, i] = sums[used] / counts[used]
+    return new

@@ -198,9 +198,7 @@ def test_bad_input():
     index = Binary(24)
     with pytest.raises(ValueError, match="this Binary is empty"):
         index.search(vectors(1, 24))
-    with pytest.raises(
-        ValueError, match="x has 23 columns; the index takes vectors of d = 24 values, or"
-    ):
+    with pytest.raises(ValueError, match="x has 23 columns; the index takes vectors of d = 24 values, or"):
         index.add(vectors(3, 23))
     with pytest.raises(ValueError, match=r"x\[1, 2\] is nan"):
         bad = vectors(3, 24)

@@ -5,6 +5,7 @@ are the parts that they are made of.
 """
 
 from .._results import Neighbors
+from . import transforms
 from ._kmeans import KMeans, kmeans
 from ._load import load
 from ._refine import refine
@@ -12,5 +13,9 @@ from .base import Index
 from .binary import Binary
 from .flat import Flat
 from .pq import PQ
+from .transformed import Transformed
 
-__all__ = ["PQ", "Binary", "Flat", "Index", "KMeans", "Neighbors", "kmeans", "load", "refine"]
+__all__ = [
+    "PQ", "Binary", "Flat", "Index", "KMeans", "Neighbors", "Transformed", "kmeans", "load", "refine",
+    "transforms",
+]  # fmt: skip

@@ -29,6 +29,7 @@ _ALIGN = 64
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors package
 
 _DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "I64": np.dtype("<i8"),

@@ -82,6 +82,11 @@ def samples(name, dtype=torch.float32, grad=True):
         ],
         "nearest": [(leaf(5, 4), leaf(3, 4)), (leaf(5, 4), leaf(3, 4), 2, "ip")],
         "rescore": [(leaf(2, 4), leaf(7, 4), IDS, 2), (leaf(2, 4), leaf(7, 4), IDS, 2, "l2")],
+        "quantize_int8": [(rand(9, 4),), (rand(20, 7), True)],
+        "knn_screened": [
+            (leaf(3, 4), leaf(9, 4), *lutra.scan.quantize_int8(rand(9, 4)), None, 2),
+            (leaf(3, 4), leaf(9, 4), *lutra.scan.quantize_int8(rand(9, 4)), bytes_[0, :2].clone(), 2, "l2"),
+        ],
         "pq": [(leaf(2, 8), torch.randint(0, 4, (6, 2), dtype=torch.uint8), leaf(2, 4, 4), 3)],
         "binary": [(bytes_[:2], bytes_, None, 3), (bytes_[:2], bytes_, bytes_[0, :1], 9, "jaccard")],
         "rescore_bits": [(fixed(2, 30), bytes_, IDS, 2)],

@@ -49,6 +49,15 @@ bool has_vpopcnt() {
 #endif
 }
 
+bool has_vnni() {
+#ifdef LUTRA_HAVE_v4
+  __builtin_cpu_init();
+  return best_level() == Level::v4 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 bool parse_level(const char* text, Level* out) {
   const Level all[] = {Level::portable, Level::v3, Level::v4};
   for (Level level : all)

@@ -4,5 +4,16 @@ from .._results import Neighbors
 from ._binary import binary, rescore_bits
 from ._knn import knn, rescore
 from ._pq import pq
+from ._screen import Screen, knn_screened, quantize_int8
 
-__all__ = ["Neighbors", "binary", "knn", "pq", "rescore", "rescore_bits"]
+__all__ = [
+    "Neighbors",
+    "Screen",
+    "binary",
+    "knn",
+    "knn_screened",
+    "pq",
+    "quantize_int8",
+    "rescore",
+    "rescore_bits",
+]

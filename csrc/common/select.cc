@@ -69,6 +69,31 @@ void topk_push(TopK* t, float key, int64_t id) {
   if (++t->count == t->capacity) cut(t);
 }
 
+void topk_offer(TopK* t, float key, int64_t id) {
+  if (t->capacity <= kSorted) {
+    const Entry entry{key, id};
+    int64_t i = t->count;
+    if (i == t->k) {
+      if (!before(entry, {t->keys[i - 1], t->ids[i - 1]})) return;
+      --i;
+    } else {
+      ++t->count;
+    }
+    for (; i > 0 && before(entry, {t->keys[i - 1], t->ids[i - 1]}); --i) {
+      t->keys[i] = t->keys[i - 1];
+      t->ids[i] = t->ids[i - 1];
+    }
+    t->keys[i] = key;
+    t->ids[i] = id;
+    if (t->count == t->k) t->threshold = t->keys[t->k - 1];
+    return;
+  }
+  if (key < t->threshold) return;
+  t->keys[t->count] = key;
+  t->ids[t->count] = id;
+  if (++t->count == t->capacity) cut(t);
+}
+
 void topk_finish(TopK* const* parts, int64_t count, int64_t k, float sign, float* scores, int64_t* ids) {
   int64_t have = 0;
   if (count == 1 && parts[0]->capacity <= kSorted) {  // already sorted

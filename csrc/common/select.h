@@ -22,6 +22,9 @@ void topk_start(TopK* t, int64_t k, int64_t capacity, float* keys, int64_t* ids)
 // Offer one. Ids must be offered in increasing order (or, among equal keys, the caller does not care).
 void topk_push(TopK* t, float key, int64_t id);
 
+// Offer one, ids in any order: among equal keys the lower id stays. A key that equals the threshold must be offered.
+void topk_offer(TopK* t, float key, int64_t id);
+
 // Write the k best of `parts` selections, best first, to scores and ids; `sign` turns keys into scores. The rest
 // is filled with id -1 and score -inf * sign.
 void topk_finish(TopK* const* parts, int64_t count, int64_t k, float sign, float* scores, int64_t* ids);

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_address(m);
   lutra::register_binary(m);
   lutra::register_gather(m);
+  lutra::register_lists(m);
   lutra::register_quick(m);
   lutra::register_scan(m);
   lutra::register_screen(m);

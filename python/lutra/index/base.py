@@ -255,7 +255,7 @@ class Index:
             raise ValueError(f"this {name} is not trained: call train(x), then add(x)")
         raise ValueError(f"this {name} is empty: add(x) first")
 
-    def _keep(self, home: Home, filter: Any) -> np.ndarray:
+    def _keep(self, home: Home, filter: Any) -> np.ndarray | None:
         """A filter of ids as packed bits over positions."""
         if home is not HOST:
             raise NotImplementedError(
@@ -263,7 +263,7 @@ class Index:
             )
         from .. import _filters
 
-        return _filters.resolve(filter, self._ids.n, None if self._ids.are_positions else self._ids.array)
+        return _filters.resolve(filter, self._ids.n, self._ids)
 
     def reconstruct(self, ids: Any) -> Any:
         """The stored vectors of some ids.

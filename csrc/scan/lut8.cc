@@ -1,0 +1,216 @@
+// Tables have 256 entries a look-up inside; those from ksub on are NaN, so that a code that is too large shows up as a
+// NaN score, which the selection reports.
+#include "scan/lut8.h"
+
+#include "scan/lists.h"
+
+namespace lutra {
+namespace LUTRA_NS {
+namespace {
+
+constexpr int64_t kEntries = 256;
+constexpr int64_t kGroup = 64;              // rows whose scores are compared at once
+constexpr int64_t kTableBytes = 320 << 10;  // of a group of look-ups' interleaved tables: they stay in the L2
+constexpr int64_t kRowBlock = 512;          // rows whose sums are kept between groups
+
+// ------------------------------------------------------------------------------------------ one query at a time
+template <int R>
+LUTRA_INLINE void sum_codes(const float* table, const uint8_t* codes, int64_t m, float* out) {
+  float sum[R] = {};
+  int64_t j = 0;
+  for (; j + 8 <= m; j += 8) {
+    uint64_t word[R];  // eight codes at a time: one load instead of eight
+    for (int r = 0; r < R; ++r) memcpy(&word[r], codes + r * m + j, 8);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      for (int r = 0; r < R; ++r) {
+        sum[r] += table[(j + i) * kEntries + (word[r] & 255)];
+        word[r] >>= 8;
+      }
+  }
+  for (; j < m; ++j)
+    for (int r = 0; r < R; ++r) sum[r] += table[j * kEntries + codes[r * m + j]];
+  for (int r = 0; r < R; ++r) out[r] = sum[r];
+}
+
+// In one expression, so that the compiler fuses the same operations wherever it is used.
+LUTRA_INLINE vf complete(vf sum, bool has_mul, vf mul, vf constant, bool has_add, vf add) {
+  const vf s = has_mul ? sum * mul + constant : sum + constant;
+  return has_add ? s + add : s;
+}
+
+LUTRA_INLINE vf load_rows(const float* p, int64_t left) {
+  return left >= W ? load(p) : load_first(p, static_cast<int>(left));
+}
+
+template <Metric M>
+void rows_alone(const Lut8Args& a, const float* table, int64_t query, float constant, int64_t begin, int64_t end,
+                Selection* s) {
+  alignas(64) float score[kGroup];
+  for (int64_t row = begin; row < end; row += kGroup) {
+    const int64_t rows = end - row < kGroup ? end - row : kGroup;
+    const uint8_t* codes = a.codes + row * a.m;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) sum_codes<4>(table, codes + r * a.m, a.m, score + r);
+    for (; r < rows; ++r) sum_codes<1>(table, codes + r * a.m, a.m, score + r);
+    for (; r % W; ++r) score[r] = 0;
+    for (r = 0; r < rows; r += W) {
+      const vf mul = a.mul ? load_rows(a.mul + row + r, rows - r) : (vf){};
+      const vf add = a.add ? load_rows(a.add + row + r, rows - r) : (vf){};
+      store(score + r, complete(load(score + r), a.mul, mul, splat(constant), a.add, add));
+    }
+    offer_scores<M>(a.lists, s, query, score, row, rows);
+  }
+}
+
+void widen_table(const Lut8Args& a, int64_t query, float* table) {
+  for (int64_t j = 0; j < a.m; ++j) {
+    memcpy(table + j * kEntries, a.lut + (query * a.m + j) * a.ksub, sizeof(float) * a.ksub);
+    for (int64_t c = a.ksub; c < kEntries; ++c) table[j * kEntries + c] = __builtin_nanf("");
+  }
+}
+
+float constant_of(const Lut8Args& a, int64_t query, int64_t probe) {  // probe: its place in (nq, nprobe)
+  const float bias = a.bias ? a.bias[query] : 0.0f;
+  return a.base ? a.base[probe] + bias : bias;
+}
+
+// ------------------------------------------------------------------------------------------ flat, W queries in lanes
+void interleave(const Lut8Args& a, int64_t first, int64_t queries, float* table) {
+  for (int64_t lane = 0; lane < W; ++lane) {
+    const int64_t query = first + (lane < queries ? lane : 0);
+    for (int64_t j = 0; j < a.m; ++j) {
+      const float* from = a.lut + (query * a.m + j) * a.ksub;
+      float* to = table + j * kEntries * W + lane;
+      for (int64_t c = 0; c < a.ksub; ++c) to[c * W] = from[c];
+      for (int64_t c = a.ksub; c < kEntries; ++c) to[c * W] = __builtin_nanf("");
+    }
+  }
+}
+
+template <int R>
+LUTRA_INLINE void lane_sums(const float* table, const uint8_t* codes, int64_t m, int64_t j0, int64_t j1, float* sums) {
+  vf sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = j0 ? load(sums + r * W) : (vf){};
+  for (int64_t j = j0; j < j1; ++j) {
+    const float* t = table + j * kEntries * W;
+    for (int r = 0; r < R; ++r) sum[r] += load(t + codes[r * m + j] * static_cast<int64_t>(W));
+  }
+  for (int r = 0; r < R; ++r) store(sums + r * W, sum[r]);
+}
+
+// `first`: the first query, counted from that of the pass, as the selection does; `constant`: of the W lanes.
+template <Metric M>
+void rows_in_lanes(const Lut8Args& a, const float* table, int64_t first, int64_t queries, const float* constant,
+                   int64_t begin, int64_t end, float* sums, Selection* s) {
+  const int64_t group = kTableBytes / (kEntries * W * 4);
+  const vf constants = load(constant);
+  for (int64_t row = begin; row < end; row += kRowBlock) {
+    const int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
+    const uint8_t* codes = a.codes + row * a.m;
+    for (int64_t j0 = 0; j0 < a.m; j0 += group) {
+      const int64_t j1 = j0 + group < a.m ? j0 + group : a.m;
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4) lane_sums<4>(table, codes + r * a.m, a.m, j0, j1, sums + r * W);
+      for (; r < rows; ++r) lane_sums<1>(table, codes + r * a.m, a.m, j0, j1, sums + r * W);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const vf mul = a.mul ? splat(a.mul[row + r]) : (vf){}, add = a.add ? splat(a.add[row + r]) : (vf){};
+      const vf score = complete(load(sums + r * W), a.mul, mul, constants, a.add, add);
+      uint32_t m = passes_equal<M>(score, load(s->threshold + first));
+      if (!m) continue;
+      float lane[W];
+      store(lane, score);
+      for (; m; m &= m - 1) {
+        const int i = __builtin_ctz(m);
+        if (i < queries) offer_row(a.lists, s, first + i, lane[i], row + r, M);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------ passes
+template <Metric M>
+void flat(const Lut8Args& a, int64_t q0, int64_t queries, int threads) {
+  const bool lanes = queries >= 4;
+  const int64_t unit = lanes ? W : 1, groups = (queries + unit - 1) / unit, n = a.lists.list_rows[0];
+  Selections selections(threads, queries, a.lists.k, n, M);
+  Buffer<float> tables(groups * a.m * kEntries * unit), constant(groups * unit);
+  Buffer<float> sums(lanes ? threads * kRowBlock * W : 1);
+  parallel_for(groups, static_cast<double>(groups) * unit * a.m * kEntries * 0.5, [&](int64_t g) {
+    const int64_t first = g * unit, count = queries - first < unit ? queries - first : unit;
+    float* table = tables.data + g * a.m * kEntries * unit;
+    if (lanes)
+      interleave(a, q0 + first, count, table);
+    else
+      widen_table(a, q0 + first, table);
+    for (int64_t i = 0; i < unit; ++i)
+      constant[first + i] = i < count ? constant_of(a, q0 + first + i, q0 + first + i) : 0.0f;
+  });
+  // Without `kRowBlock` rows a block, the tables of the next queries would be read too often.
+  scan_blocks(n, lanes ? 16 * kRowBlock : 8192, threads, [&](int t, int64_t begin, int64_t end) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* table = tables.data + g * a.m * kEntries * unit;
+      if (lanes)
+        rows_in_lanes<M>(a, table, g * W, queries - g * W < W ? queries - g * W : W, constant.data + g * W, begin, end,
+                         sums.data + t * kRowBlock * W, selections.of_thread(t));
+      else
+        rows_alone<M>(a, table, g, constant[g], begin, end, selections.of_thread(t));
+    }
+  });
+  selections.finish(q0, a.lists.scores, a.lists.ids, a.lists.bad);
+}
+
+template <Metric M>
+void in_lists(const Lut8Args& a, int64_t q0, int64_t queries) {
+  const ListsArgs& l = a.lists;
+  Plan plan(l, q0, queries);
+  const int threads = static_cast<double>(plan.rows) * (a.m * 0.25 + 1) < 40e3 ? 1 : num_threads();
+  Selections selections(threads, queries, l.k, 2 * l.npositions, M);
+  const bool widen = a.ksub < kEntries;
+  Buffer<float> tables(widen ? queries * a.m * kEntries : 1);
+  if (widen)
+    for (int64_t i = 0; i < queries; ++i) widen_table(a, q0 + i, tables.data + i * a.m * kEntries);
+  scan_blocks(plan.item_count, 1, threads, [&](int t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const ListItem& w = plan.items[i];
+      for (int64_t p = w.first; p < w.last; ++p) {
+        const int64_t place = plan.place(p), query = place / l.nprobe;
+        const float* table = widen ? tables.data + query * a.m * kEntries : a.lut + (q0 + query) * a.m * kEntries;
+        rows_alone<M>(a, table, query, constant_of(a, q0 + query, q0 * l.nprobe + place), w.begin, w.end,
+                      selections.of_thread(t));
+      }
+    }
+  });
+  selections.finish(q0, l.scores, l.ids, l.bad);
+}
+
+template <Metric M>
+void search(const Lut8Args& a) {
+  const ListsArgs& l = a.lists;
+  const int all = num_threads();
+  const double cost = static_cast<double>(l.nq) * l.list_rows[0] * (a.m * 0.2 + 1);  // flat
+  const int threads = l.probes || cost >= 60e3 ? all : 1;
+  int64_t queries = pass_queries(l.k, 2 * l.npositions, all, W);
+  const int64_t by_tables = (32 << 20) / (a.m * kEntries * W * 4 + 1) * W;  // tables of a pass below 32 MB
+  if (queries > by_tables) queries = by_tables < W ? W : by_tables;
+  for (int64_t q0 = 0; q0 < l.nq; q0 += queries) {
+    const int64_t count = l.nq - q0 < queries ? l.nq - q0 : queries;
+    if (l.probes)
+      in_lists<M>(a, q0, count);
+    else
+      flat<M>(a, q0, count, threads);
+  }
+}
+
+}  // namespace
+
+void lut8(const Lut8Args& a) {
+  if (a.lists.metric == Metric::l2)
+    search<Metric::l2>(a);
+  else
+    search<Metric::ip>(a);
+}
+
+}  // namespace LUTRA_NS
+}  // namespace lutra

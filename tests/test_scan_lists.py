@@ -32,7 +32,7 @@ def arena(rng, sizes, gaps=True):
 
 
 def probes_of(rng, nq, nlist, nprobe):
-    probes = np.array([rng.permutation(nlist)[:nprobe] for _ in range(nq)], np.int32).reshape(nq, -1)
+    probes = np.array([rng.permutation(nlist)[:nprobe] for _ in range(nq)], np.int64).reshape(nq, -1)
     probes[rng.random(probes.shape) < 0.1] = -1
     return probes
 
@@ -144,7 +144,7 @@ def test_batches_and_threads_change_no_bit(simd_level, kernel):
 def test_damage_is_reported(simd_level):
     rng = np.random.default_rng(0)
     begin, rows, total, positions, n = arena(rng, [40, 50], gaps=False)
-    lists = Lists(begin, rows, positions, n, None, np.array([[0, 1]], np.int32))
+    lists = Lists(begin, rows, positions, n, None, np.array([[0, 1]], np.int64))
     x, q = rng.standard_normal((total // 16, 3, 16)).astype(np.float32), np.ones((1, 3), np.float32)
     codes, lut = rng.integers(0, 9, (total, 4)).astype(np.uint8), np.ones((1, 4, 9), np.float32)
     x[1, 2, 3] = np.nan
@@ -157,7 +157,7 @@ def test_damage_is_reported(simd_level):
         _lists.lut8(lut, codes, lists, 5, "l2")
     x[1, 2, 3] = 0
     positions[5] = n
-    with pytest.raises(ValueError, match="no such position|is not below"):
+    with pytest.raises(ValueError, match=r"no such position|is not below"):
         _lists.list_rows(q, x, lists, 5, "l2")
     positions[5] = -1
     if _backend.core:

@@ -92,13 +92,13 @@ class Plan {
   Plan(const ListsArgs& a, int64_t q0, int64_t queries) : pairs_(queries * a.nprobe), scratch_(queries * a.nprobe) {
     int64_t most = 0;
     for (int64_t i = 0; i < queries * a.nprobe; ++i) {
-      const int32_t list = a.probes[q0 * a.nprobe + i];
+      const int64_t list = a.probes[q0 * a.nprobe + i];
       if (list < 0 || list >= a.nlist || a.list_rows[list] <= 0) continue;
       if (a.list_begin[list] < 0 || a.list_rows[list] > a.arena_rows - a.list_begin[list]) {
         *a.bad = (int64_t{1} << 40) + list;
         continue;
       }
-      pairs_[count_++] = static_cast<int64_t>(list) << 32 | i;
+      pairs_[count_++] = list << 32 | i;
       most += (a.list_rows[list] + kItemRows - 1) / kItemRows;
       rows += a.list_rows[list];
     }

@@ -13,7 +13,7 @@ struct ListsArgs {
   const int32_t* positions;  // (rows of the arena,), or null: a row is its own position
   int64_t npositions;
   const uint8_t* keep;    // packed bits over positions, or null
-  const int32_t* probes;  // (nq, nprobe)
+  const int64_t* probes;  // (nq, nprobe)
   int64_t nq, nprobe, k;
   Metric metric;  // ip or l2: whether larger or smaller scores are better
   float* scores;  // (nq, k)

@@ -17,7 +17,7 @@ ListsArgs lists_of(const Ptr& list_begin, const Ptr& list_rows, int64_t nlist, i
           positions.as<int32_t>(arena_rows),
           npositions,
           keep.as<uint8_t>((npositions + 7) / 8),
-          probes.as<int32_t>(nq * nprobe),
+          probes.as<int64_t>(nq * nprobe),
           nq,
           nprobe,
           k,

@@ -1,7 +1,7 @@
 """Index: collections of vectors that are searched, changed and saved.
 
-`Flat` searches exactly, `PQ` a compressed copy; `load` opens what their ``save`` wrote. `kmeans` and `refine`
-are the parts that they are made of.
+`Flat` searches exactly, `PQ` and `Codes` a compressed copy, `Binary` packed bits or signs, `IVF` the lists
+nearest to a query; `load` opens what their ``save`` wrote. `kmeans` and `refine` are parts of them.
 """
 
 from .._results import Neighbors
@@ -11,11 +11,24 @@ from ._load import load
 from ._refine import refine
 from .base import Index
 from .binary import Binary
+from .codes import Codes
 from .flat import Flat
+from .ivf import IVF
 from .pq import PQ
 from .transformed import Transformed
 
 __all__ = [
-    "PQ", "Binary", "Flat", "Index", "KMeans", "Neighbors", "Transformed", "kmeans", "load", "refine",
+    "IVF",
+    "PQ",
+    "Binary",
+    "Codes",
+    "Flat",
+    "Index",
+    "KMeans",
+    "Neighbors",
+    "Transformed",
+    "kmeans",
+    "load",
+    "refine",
     "transforms",
-]  # fmt: skip
+]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .._arrays import F16, F32, U8
+from .._arrays import BF16, F16, F32, I8, NUMPY, U8
 from ._rows import Rows
 
 FORMAT = "lutra.index"
@@ -32,10 +32,25 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # as NumPy can read them; `_typed` gives them their type
     "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
 }
-_NAMES = {F32: "F32", F16: "F16", U8: "U8"}
+#: The format's name of each dtype code of `_arrays`.
+NAMES = {F32: "F32", F16: "F16", BF16: "BF16", I8: "I8", U8: "U8"}
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """The format's name of a NumPy dtype."""
+    if dtype.name == "bfloat16":
+        return "BF16"
+    return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
+def _typed(a: np.ndarray, name: str) -> np.ndarray:
+    return a.view(NUMPY.dtype(BF16)) if name == "BF16" else a
 
 
 class Tensor(NamedTuple):
@@ -48,12 +63,11 @@ class Tensor(NamedTuple):
 
     @classmethod
     def of_rows(cls, name: str, rows: Rows) -> Tensor:
-        return cls(name, _NAMES[rows.code], (rows.n, rows.width), rows.parts)
+        return cls(name, NAMES[rows.code], (rows.n, rows.width), rows.parts)
 
     @classmethod
     def of_array(cls, name: str, array: np.ndarray) -> Tensor:
-        dtype = next(key for key, value in _DTYPES.items() if value == array.dtype)
-        return cls(name, dtype, array.shape, lambda: (array,))
+        return cls(name, name_of(array.dtype), array.shape, lambda: (array,))
 
     @property
     def nbytes(self) -> int:
@@ -127,6 +141,8 @@ def _serialize(tensors: Iterable[Tensor], metadata: dict[str, str]) -> Iterator[
     for t in order:
         dtype = _DTYPES[t.dtype]
         for part in t.parts():
+            if t.dtype == "BF16":  # a buffer of it can be made of no other library's arrays
+                part = part.astype(NUMPY.dtype(BF16), copy=False).view(dtype)
             yield np.ascontiguousarray(part, dtype).data.cast("B") if part.size else b""
 
 
@@ -221,15 +237,15 @@ class File:
         offset = self._start + entry["data_offsets"][0]
         numpy_dtype = _DTYPES[dtype]
         if prod(shape) == 0:
-            return np.empty(shape, numpy_dtype), False
+            return _typed(np.empty(shape, numpy_dtype), dtype), False
         if mmap and offset % numpy_dtype.itemsize == 0:
             view = np.memmap(self._file, numpy_dtype, "r", offset, shape)
-            return view.view(np.ndarray), True
+            return _typed(view.view(np.ndarray), dtype), True
         self._file.seek(offset)
         values = np.fromfile(self._file, numpy_dtype, prod(shape))
         if values.size != prod(shape):
             self.fail(f"truncated while it was read (tensor {name!r})")
-        return values.reshape(shape), False
+        return _typed(values.reshape(shape), dtype), False
 
     def finish(self) -> None:
         """Refuse tensors that nobody has asked for."""

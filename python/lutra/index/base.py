@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import _checks
+from .. import _checks, _filters
 from .._arrays import kind_of
 from .._results import Neighbors
 from . import _files
@@ -261,8 +261,6 @@ class Index:
             raise NotImplementedError(
                 f"filters are for indexes on the CPU; this one is on {home.device}: index.to('cpu') moves it"
             )
-        from .. import _filters
-
         return _filters.resolve(filter, self._ids.n, self._ids)
 
     def reconstruct(self, ids: Any) -> Any:
@@ -362,9 +360,9 @@ class Index:
         Index
             The index itself.
         """
-        home = home_on(device)
-        if self._host_only and home is not HOST:
+        if self._host_only and str(device) != "cpu":
             raise NotImplementedError(f"{type(self).__name__} is for the CPU; it cannot move to {device!r}")
+        home = home_on(device)
         with self._lock.writing():
             if self._home is None or self._home.device != home.device:
                 self._move(home)

@@ -1,4 +1,4 @@
-"""Scans of inverted lists: the calls into the kernels, for the indexes. Arrays are NumPy arrays, checked before.
+"""Scans of inverted lists: the calls into the kernels, for the indexes. Arrays are checked NumPy arrays.
 
 The convention of lists is in csrc/scan/lists.h.
 """
@@ -28,7 +28,7 @@ class Lists(NamedTuple):
     npositions : int
     keep : (ceil(npositions / 8),) uint8 or None
         Packed bits over positions: which may be found.
-    probes : (nq, nprobe) int32 or None
+    probes : (nq, nprobe) int64 or None
         The lists of each query, -1: none. None: rows 0 to ``rows[0]`` for every query.
     """
 
@@ -48,8 +48,9 @@ def list_rows(q: np.ndarray, x: np.ndarray, lists: Lists, k: int, metric: str) -
     nq, d = q.shape
     scores, ids = np.empty((nq, k), np.float32), np.empty((nq, k), np.int64)
     bad = _backend.core.list_rows(
-        q, d, x, _TYPES[x.dtype.name], lists.begin, lists.rows, len(lists.begin), 16 * len(x), lists.positions,
-        lists.npositions, lists.keep, lists.probes, nq, lists.probes.shape[1], k, METRICS[metric], scores, ids,
+        q, d, x, _TYPES[x.dtype.name], lists.begin, lists.rows, len(lists.begin), 16 * len(x),
+        lists.positions, lists.npositions, lists.keep, lists.probes, nq, lists.probes.shape[1], k,
+        METRICS[metric], scores, ids,
     )  # fmt: skip
     _check(bad)
     return scores, ids
@@ -74,7 +75,8 @@ def lut8(
     nprobe = 1 if lists.probes is None else lists.probes.shape[1]
     bad = _backend.core.lut8(
         lut, m, ksub, codes, base, bias, add, mul, lists.begin, lists.rows, len(lists.begin), len(codes),
-        lists.positions, lists.npositions, lists.keep, lists.probes, nq, nprobe, k, METRICS[metric], scores, ids,
+        lists.positions, lists.npositions, lists.keep, lists.probes, nq, nprobe, k, METRICS[metric],
+        scores, ids,
     )  # fmt: skip
     _check(bad)
     return scores, ids

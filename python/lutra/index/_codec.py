@@ -1,0 +1,284 @@
+"""How the vectors of a list are stored and scanned: as rows, or as a quantizer's codes.
+
+A codec knows the arrays of an arena (`_arena.Field`), makes their values from vectors, and calls the scan
+that their form asks for:
+
+=========  ==========================================  ==========================
+form       arrays                                      scan
+=========  ==========================================  ==========================
+rows       rows of 16 vectors, interleaved             scan._lists.list_rows
+lut4       4-bit entries in blocks of 16, add, mul     scan.fast_scan
+lut8       entries, a byte each, add, mul              scan._lists.lut8
+decode     the quantizer's codes                       decoded, then as rows
+=========  ==========================================  ==========================
+
+Codes may be of residuals x - c to the centroid c of a row's list. Then, with r^ = decode(code) and the linear
+form of the quantizer (quant.base), the scores are::
+
+    ip: <q, c>     +     bias(q) + mul sum lut + add
+    l2: |q - c|^2  - 2 (bias(q) + mul sum lut + add) + norm(r^) + 2 <c, r^>
+
+where all that depends on the row alone is one array, ``add``. Cosine is ip of normalised vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..scan import _lists
+from ..scan._lists import Lists
+from ._arena import BLOCK, Arena, Field
+from ._home import HOST
+
+ROWS = ("float32", "float16", "bfloat16", "int8")
+_TABLES = 32 << 20  # bytes of the tables of a part of a batch
+_DECODED = 16 << 20  # bytes of rows that are decoded at a time
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a name, bfloat16 too."""
+    return HOST.kind.dtype({"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}[name])  # type: ignore
+
+
+def to_rows(x: np.ndarray, dtype: np.dtype[Any], first: int, name: str) -> np.ndarray:
+    """float32 vectors in a row type; a ValueError that names the row where it cannot hold them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = x.astype(dtype)
+    if dtype == np.int8:
+        bad = rows.astype(np.float32) != x
+        why = "int8 rows hold integers from -128 to 127"
+    elif dtype != np.float32:
+        bad = ~np.isfinite(rows.astype(np.float32))
+        why = f"beyond {name}"
+    else:
+        return rows
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"x[{first + row}, {column}] is {x[row, column]}; {why}")
+    return rows
+
+
+class Codec:
+    """Rows or codes of d dimensions, for metric 'ip' or 'l2'; a quantizer must be trained.
+
+    Parameters
+    ----------
+    d : int
+    store : str or Quantizer
+        A row type of `ROWS`, or a quantizer.
+    metric : {'ip', 'l2'}
+    residual : bool
+        Whether codes are of residuals.
+    """
+
+    def __init__(self, d: int, store: Any, metric: str, residual: bool) -> None:
+        self.d = d
+        self.metric = metric
+        self.quantizer: Any = None if isinstance(store, str) else store
+        self.residual = residual and self.quantizer is not None
+        self.form = "rows" if self.quantizer is None else self.quantizer.scan
+        if self.quantizer is None:
+            self.dtype = dtype_of(store)
+            self.name = store
+        #: Whether tables give squared distances themselves (without row terms).
+        self._distances = False
+        self.fields = self._make_fields()
+
+    # ---- arrays
+    def _make_fields(self) -> dict[str, Field]:
+        quantizer = self.quantizer
+        if quantizer is None:
+            return {"vectors_in_lists": Field(self.d, 1, self.dtype)}
+        byte = np.dtype(np.uint8)
+        if self.form == "decode":
+            return {"codes": Field(1, quantizer.code_size, byte)}
+        if self.form == "lut4":
+            fields = {"codes": Field((quantizer.m + 7) // 8, 4, byte)}
+        else:
+            fields = {"codes": Field(1, quantizer.m, byte)}
+        zero = np.zeros((1, self.d), np.float32)
+        if self.metric == "l2" and not self.residual:
+            self._distances = quantizer._tables(zero, "l2") is not None
+        terms = self._terms(quantizer._encode(zero + 1), zero)  # of any vector: to see which there are
+        for name, term in zip(("add", "mul"), terms):
+            if term is not None:
+                fields[name] = Field(1, 1, np.dtype(np.float32))
+        return fields
+
+    def _terms(self, codes, centroids):
+        """add and mul of rows, or None; ``centroids`` (n, d) those of their lists."""
+        quantizer = self.quantizer
+        add, mul = quantizer._row_terms(codes)
+        if self.metric == "ip" or self._distances:
+            return add, mul
+        norm = quantizer._norms(codes)
+        if self.residual:
+            decoded = quantizer._decode(codes)
+            norm = norm + 2 * np.einsum("ij,ij->i", centroids, decoded)
+        return (norm if add is None else norm - 2 * add).astype(np.float32), mul
+
+    def encode(self, x: np.ndarray, centroids: np.ndarray | None, first: int) -> dict[str, np.ndarray]:
+        """Values of the arrays for float32 vectors; ``centroids`` those of their lists (residual)."""
+        n = len(x)
+        if self.quantizer is None:
+            return {"vectors_in_lists": to_rows(x, self.dtype, first, self.name)[:, :, None]}
+        values: dict[str, np.ndarray] = {}
+        step = 1 << 14
+        parts = []
+        for i in range(0, n, step):
+            part = x[i : i + step]
+            center = None if centroids is None else centroids[i : i + step]
+            codes = self.quantizer._encode(part - center if self.residual else part)
+            made = {"codes": self._packed(codes)}
+            if self.form != "decode":
+                for name, term in zip(("add", "mul"), self._terms(codes, center)):
+                    if term is not None:
+                        made[name] = term[:, None, None]
+            parts.append(made)
+        for name, field in self.fields.items():
+            values[name] = np.concatenate(
+                [part[name] for part in parts] or [np.empty((0, field.a, field.b), field.dtype)]
+            )
+        return values
+
+    def _packed(self, codes: np.ndarray) -> np.ndarray:
+        """Codes as the values (n, a, b) of their array."""
+        if self.form == "decode":
+            return codes[:, None]
+        entries = self.quantizer._entries(codes)
+        if self.form == "lut8":
+            return entries[:, None]
+        n, m = entries.shape
+        groups = np.zeros((n, (m + 7) // 8, 2, 4), np.uint8)
+        groups.reshape(n, -1)[:, :m] = entries
+        return groups[:, :, 0] | groups[:, :, 1] << 4
+
+    def _codes(self, values: np.ndarray) -> np.ndarray:
+        """The quantizer's codes, of the values of their array."""
+        if self.form == "decode":
+            return values[:, 0]
+        if self.form == "lut8":
+            return self.quantizer.pack(np.ascontiguousarray(values[:, 0]))
+        return self.quantizer.pack(self._entries(values))
+
+    def _entries(self, values: np.ndarray) -> np.ndarray:
+        """4-bit entries, a byte each."""
+        every = np.stack([values & 15, values >> 4], 2).reshape(len(values), -1)
+        return np.ascontiguousarray(every[:, : self.quantizer.m])
+
+    def vectors(self, arena: Arena, rows: np.ndarray, centroids: np.ndarray | None) -> np.ndarray:
+        """float32 vectors of rows of the arena; ``centroids`` those of their lists."""
+        if self.quantizer is None:
+            return arena.take("vectors_in_lists", rows)[:, :, 0].astype(np.float32)
+        x = self.quantizer._decode(self._codes(arena.take("codes", rows)))
+        return x + centroids if self.residual else x
+
+    # ---- scanning
+    def tables(self, q: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tables and bias of float32 queries whose sums are scores, up to base and row terms."""
+        if self._distances:
+            return tuple(self.quantizer._tables(q, "l2"))
+        lut, bias = self.quantizer._tables(q, "ip")
+        if self.metric == "l2":
+            lut = lut * np.float32(-2)
+            bias = None if bias is None else bias * np.float32(-2)
+            if not self.residual:
+                square = np.einsum("ij,ij->i", q, q)
+                bias = square if bias is None else bias + square
+        return lut, bias
+
+    def part(self, k: int) -> int:
+        """Queries of a part of a batch, so that tables and results stay small."""
+        each = 12 * k
+        if self.form in ("lut4", "lut8"):
+            each += self.quantizer.m * 256 * 4 if self.form == "lut8" else self.quantizer.m * 16 * 4
+        return max(1, _TABLES // each)
+
+    def scan(
+        self,
+        q: np.ndarray,
+        arena: Arena,
+        lists: Lists,
+        k: int,
+        base: np.ndarray | None,
+        centroids: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best rows of each query's lists: scores and positions (int64)."""
+        if self.form == "decode":
+            return self._scan_decoded(q, arena, lists, k, centroids)
+        if self.form == "rows":
+            x = arena.arrays["vectors_in_lists"].reshape(-1, self.d, BLOCK)
+            if lists.probes is None:
+                lists = lists._replace(probes=np.zeros((len(q), 1), np.int64))
+            return _lists.list_rows(q, x, lists, k, self.metric)
+        codes, add, mul = arena.arrays["codes"], arena.arrays.get("add"), arena.arrays.get("mul")
+        lut, bias = self.tables(q)
+        base = base if self.residual else None
+        flat = [None if a is None else a.reshape(-1) for a in (add, mul)]
+        if self.form == "lut8":
+            scores, ids = _lists.lut8(
+                lut, codes.reshape(-1, self.quantizer.m), lists, k, self.metric, base, bias, *flat
+            )
+        else:
+            scores, ids = self._scan4(q, lut, codes, lists, k, base, bias, *flat)
+        if self.metric == "l2":  # rounding may leave small negative ones
+            np.maximum(scores, 0, out=scores)
+        return scores, ids
+
+    def _scan4(self, q, lut, codes, lists, k, base, bias, add, mul):
+        """Until there is a kernel: the entries as bytes."""
+        entries = self._entries(codes.transpose(0, 2, 1, 3).reshape(-1, codes.shape[1], 4))
+        return _lists.lut8(lut, entries, lists, k, self.metric, base, bias, add, mul)
+
+    def _scan_decoded(self, q, arena, lists, k, centroids):
+        """Decode the probed lists, a few at a time, and score the vectors exactly."""
+        found = []
+        step = max(BLOCK, _DECODED // (4 * self.d) // BLOCK * BLOCK)
+        probes = lists.probes
+        wanted = np.zeros(1, np.int64) if probes is None else np.unique(probes[probes >= 0])
+        rows, owner = arena.where(wanted)
+        for i in range(0, len(rows), step):
+            part, owners = rows[i : i + step], owner[i : i + step]
+            center = None if centroids is None else centroids[owners]
+            x = self.vectors(arena, part, center)
+            where = part.astype(np.int32) if lists.positions is None else lists.positions[part]
+            if probes is None:
+                mine, begin, count = None, np.zeros(1, np.int64), np.array([len(part)])
+                spread = np.arange(len(part))
+            else:
+                here, count = np.unique(owners, return_counts=True)
+                padded = (count + BLOCK - 1) // BLOCK * BLOCK
+                begin = np.cumsum(padded) - padded
+                spread = np.arange(len(part)) + np.repeat(begin - (np.cumsum(count) - count), count)
+                number = np.full(arena.nlist + 1, -1, np.int64)
+                number[here] = np.arange(len(here))
+                mine = number[probes]
+            blocks = (int(spread[-1]) + BLOCK) // BLOCK
+            compact = np.zeros((blocks, self.d, BLOCK), np.float32)
+            compact[spread >> 4, :, spread & 15] = x
+            positions = np.full(blocks * BLOCK, -1, np.int32)
+            positions[spread] = where
+            if mine is None:
+                mine = np.zeros((len(q), 1), np.int64)
+            few = Lists(begin, count, positions, lists.npositions, lists.keep, mine)
+            found.append(_lists.list_rows(q, compact, few, k, self.metric))
+        return merge(found, len(q), k, self.metric)
+
+
+def merge(found: list[Any], nq: int, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of several results (scores, positions); a position that is found twice counts once."""
+    worst = np.float32(np.inf if metric == "l2" else -np.inf)
+    scores = np.concatenate([np.full((nq, k), worst, np.float32), *(s for s, _ in found)], 1)
+    ids = np.concatenate([np.full((nq, k), -1, np.int64), *(i for _, i in found)], 1)
+    key = scores if metric == "l2" else -scores
+    order = np.lexsort((key, ids), axis=-1)  # by position, the better score first
+    ids, key = np.take_along_axis(ids, order, 1), np.take_along_axis(key, order, 1)
+    scores = np.take_along_axis(scores, order, 1)
+    again = np.zeros(ids.shape, bool)
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    ids = np.where(again, -1, ids)
+    order = np.lexsort((ids, key, ids < 0), axis=-1)[:, :k]
+    ids, scores = np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
+    return np.where(ids < 0, worst, scores), ids

@@ -1,0 +1,317 @@
+"""What `Codes` and `IVF` share: coded vectors in lists, the vectors themselves beside them, files."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .. import _checks, scan
+from .._arrays import BF16, F16, F32, I8
+from ..scan._lists import Lists
+from . import _files
+from ._arena import BLOCK, Arena
+from ._codec import ROWS, Codec, merge, to_rows
+from ._home import HOST
+from ._rows import Rows
+from .base import Index
+
+_KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
+_CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
+
+
+class CodedIndex(Index):
+    """Vectors coded by a quantizer (or kept as rows) in lists; with ``refine`` the vectors too."""
+
+    _host_only = True
+
+    def __init__(self, d: int, quantizer: Any, metric: str, refine: str | None) -> None:
+        super().__init__(d, metric)
+        if refine is not None and refine not in _KEPT:
+            raise ValueError(f"refine must be None or one of {', '.join(map(repr, _KEPT))}, got {refine!r}")
+        self.refine = refine
+        self.quantizer = self._check_quantizer(quantizer)
+        self._codec: Codec | None = None
+        self._arena: Arena | None = None
+        self._pending: list[Any] = []
+        if refine is not None:
+            self._rows["vectors"] = Rows(HOST, self.d, _KEPT[refine])
+        if refine == "int8":
+            self._rows["scales"] = Rows(HOST, 1, F32)
+        #: A search scores the best ``k * refine_factor`` by codes again, where vectors are kept; 0: not.
+        self.refine_factor = 0 if refine is None else 10 if self._coarse_codes else 4
+
+    def _check_quantizer(self, quantizer: Any) -> Any:
+        from ..quant.base import Quantizer
+
+        if isinstance(quantizer, str) and quantizer in ROWS:
+            return quantizer
+        if not isinstance(quantizer, Quantizer):
+            raise TypeError(
+                f"quantizer must be one of lutra.quant, or {', '.join(map(repr, ROWS))}, got {quantizer!r}"
+            )
+        if quantizer.d != self.d:
+            raise ValueError(f"quantizer has d = {quantizer.d}; the index has d = {self.d}")
+        return quantizer
+
+    @property
+    def _coarse_codes(self) -> bool:
+        return not isinstance(self.quantizer, str) and self.quantizer.code_size * 2 <= self.d
+
+    @property
+    def _inner(self) -> str:
+        """The metric of the codes: cosine is the inner product of normalised vectors."""
+        return "ip" if self.metric == "cosine" else self.metric
+
+    def _unit(self, x: np.ndarray) -> np.ndarray:
+        return HOST.normalise(x) if self.metric == "cosine" else x
+
+    # ---- the lists
+    @property
+    def _nlist(self) -> int:
+        return 1
+
+    @property
+    def _residual(self) -> bool:
+        return False
+
+    def _centers(self) -> np.ndarray | None:
+        """Centroids (nlist, d) that codes are relative to."""
+        return None
+
+    @property
+    def _coder(self) -> Codec:
+        """The codec; made when the quantizer is trained."""
+        if self._codec is None:
+            self._codec = Codec(self.d, self.quantizer, self._inner, self._residual)
+            self._arena = Arena(self._nlist, self._codec.fields)
+        return self._codec
+
+    @property
+    def _lists(self) -> Arena:
+        _ = self._coder
+        assert self._arena is not None
+        return self._arena
+
+    @property
+    def nbytes(self) -> int:
+        total = super().nbytes + (self._arena.nbytes if self._arena is not None else 0)
+        if not isinstance(self.quantizer, str):
+            total += sum(a.nbytes for a in self.quantizer._tensors().values())
+        return total
+
+    def compact(self) -> None:
+        """Give back the room that lists have to grow; bulk additions leave none."""
+        with self._lock.writing():
+            if self._arena is not None:
+                self._arena.compact()
+
+    # ---- adding and removing
+    def _begin(self, count: int) -> None:
+        self._pending = []
+
+    def _assign(self, x: np.ndarray) -> list[np.ndarray]:
+        """The lists of normalised vectors: one array for each list that a vector goes into."""
+        return [np.zeros(len(x), np.int64)]
+
+    def _encode(self, x: np.ndarray, out: dict[str, Any], first: int) -> None:
+        self._keep_vectors(x, out, first)
+        x = self._unit(x)
+        centers = self._centers()
+        for lists in self._assign(x):
+            values = self._coder.encode(x, None if centers is None else centers[lists], first)
+            self._pending.append((lists, np.arange(first, first + len(x)), values))
+
+    def _keep_vectors(self, x: np.ndarray, out: dict[str, Any], first: int) -> None:
+        if self.refine is None:
+            return
+        if self.refine == "int8":
+            scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+            out["scales"][:] = scale
+            out["vectors"][:] = np.rint(x / np.where(scale > 0, scale, 1))
+            return
+        try:
+            out["vectors"][:] = to_rows(x, out["vectors"].dtype, first, self.refine)
+        except ValueError as error:
+            raise ValueError(f"{error}, in which refine={self.refine!r} keeps vectors") from None
+
+    def _added(self, first: int, count: int) -> None:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        lists = np.concatenate([p[0] for p in pending])
+        positions = (np.concatenate([p[1] for p in pending]) + first).astype(np.int32)
+        values = {}
+        for name in list(pending[0][2]):
+            values[name] = np.concatenate([p[2].pop(name) for p in pending])
+        self._lists.append(lists, positions, values)
+
+    def _removed(self, keep: np.ndarray, before: int) -> None:
+        self._lists.remove(keep, before)
+
+    def _reconstruct(self, positions: np.ndarray) -> np.ndarray:
+        if self.refine is not None:
+            return self._vectors_kept(positions)
+        arena, centers = self._lists, self._centers()
+        if arena.positions is None:
+            center = None if centers is None else np.repeat(centers, len(positions), 0)
+            return self._coder.vectors(arena, positions, center)
+        place = np.full(self.ntotal, -1, np.int64)
+        place[positions] = np.arange(len(positions))
+        rows, owner = arena.where()
+        wanted = arena.positions[rows]
+        found = np.full(len(positions), -1, np.int64)
+        hit = np.flatnonzero(place[wanted] >= 0)
+        _, once = np.unique(wanted[hit], return_index=True)  # a position may have two rows
+        hit = hit[once]
+        found[place[wanted[hit]]] = hit
+        found = found[place[positions]]  # an id that is asked for twice
+        center = None if centers is None else centers[owner[found]]
+        return self._coder.vectors(arena, rows[found], center)
+
+    def _vectors_kept(self, positions: np.ndarray) -> np.ndarray:
+        x = self._rows["vectors"].view[positions].astype(np.float32)
+        return x * self._rows["scales"].view[positions] if self.refine == "int8" else x
+
+    # ---- searching
+    def _factor(self, refine_factor: Any) -> int:
+        factor = self.refine_factor if refine_factor is None else refine_factor
+        factor = _checks.integer("refine_factor", factor, 0)
+        if factor and self.refine is None:
+            raise ValueError(
+                f"refine_factor is {factor}, but the index keeps no vectors: "
+                "make it with refine='float32', 'float16', 'bfloat16' or 'int8'"
+            )
+        return factor
+
+    def _refined(
+        self, q: np.ndarray, k: int, factor: int, find: Any, repeated: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best k of what ``find(count)`` gives by codes, scored again where ``factor`` says so."""
+        copies = 2 if repeated else 1
+        most = copies * self.ntotal
+        if not factor:
+            found = find(min(copies * k, most) if repeated else k)
+            return merge([found], len(q), k, self._inner) if repeated else found
+        candidates = find(max(1, min(copies * k * factor, most)))[1]
+        return self._rescore(q, candidates, k)
+
+    def _rescore(self, q: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        vectors = self._rows["vectors"].view
+        if self.refine == "float32":
+            return scan.rescore(q, vectors, candidates, k, self.metric)
+        nq, c = candidates.shape
+        step = max(1, _CONVERTED // (4 * c * self.d))
+        results = []
+        for i in range(0, nq, step):
+            part = np.sort(candidates[i : i + step], 1)  # so that a row's place has the order of its position
+            rows = np.maximum(part, 0).reshape(-1)
+            places = np.where(part < 0, -1, np.arange(part.size).reshape(part.shape))
+            places[:, 1:][part[:, 1:] == part[:, :-1]] = -1
+            scores, where = scan.rescore(q[i : i + step], self._vectors_kept(rows), places, k, self.metric)
+            results.append((scores, np.where(where < 0, -1, rows[where])))
+        return np.concatenate([r[0] for r in results]), np.concatenate([r[1] for r in results])
+
+    def _of_lists(self, keep: np.ndarray | None, probes: np.ndarray | None) -> Lists:
+        arena = self._lists
+        return Lists(arena.begin, arena.rows, arena.positions, self.ntotal, keep, probes)
+
+    # ---- configuration and files
+    def _quantizer_config(self) -> Any:
+        if isinstance(self.quantizer, str):
+            return self.quantizer
+        return {"kind": type(self.quantizer).__name__, **self.quantizer._config()}
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any]) -> Any:
+        from ..quant._load import build
+
+        config = dict(config)
+        quantizer = config.pop("quantizer")
+        if isinstance(quantizer, dict):
+            quantizer = dict(quantizer)
+            quantizer = build(quantizer.pop("kind", None), quantizer)
+        factor = config.pop("refine_factor", None)
+        index = cls(quantizer=quantizer, **config)
+        if factor is not None:
+            index.refine_factor = index._factor(factor)
+        return index
+
+    def _contents(self) -> tuple[list[_files.Tensor], dict[str, str]]:
+        tensors, metadata = super()._contents()
+        if not isinstance(self.quantizer, str):
+            for name, array in self.quantizer._tensors().items():
+                tensors.append(_files.Tensor.of_array(f"quantizer.{name}", np.ascontiguousarray(array)))
+        if self.is_trained:
+            arena = self._lists
+            blocks = int(((arena.rows + BLOCK - 1) // BLOCK).sum())
+            if self._nlist > 1:
+                tensors.append(_files.Tensor.of_array("list_rows", arena.rows))
+                tensors.append(
+                    _files.Tensor("positions", "I32", (blocks, BLOCK), partial(arena.parts, "positions"))
+                )
+            for name, field in arena.fields.items():
+                shape = (blocks, field.a, BLOCK, field.b)
+                dtype = _files.name_of(field.dtype)
+                tensors.append(_files.Tensor(name, dtype, shape, partial(arena.parts, name)))
+        return tensors, metadata
+
+    def _restore(self, file: _files.File, n: int, mmap: bool) -> None:
+        trained = file.config.get("trained")
+        if trained is not True and (trained is not False or n):
+            file.fail(
+                "the metadata 'trained' is not true, but there are vectors"
+                if n
+                else "no 'trained' in the metadata"
+            )
+        if trained:
+            self._restore_trained(file)
+            self._restore_lists(file, n, mmap)
+        if self.refine is not None:
+            code = _KEPT[self.refine]
+            vectors, mapped = file.tensor("vectors", _files.NAMES[code], (n, self.d), mmap=mmap)
+            self._rows["vectors"] = Rows.of(vectors, code, mapped=mapped)
+        if self.refine == "int8":
+            scales, mapped = file.tensor("scales", "F32", (n, 1), mmap=mmap)
+            self._rows["scales"] = Rows.of(scales, F32, mapped=mapped)
+
+    def _restore_trained(self, file: _files.File) -> None:
+        if isinstance(self.quantizer, str):
+            return
+        try:
+            layout = self.quantizer._layout()
+            state = {
+                name: file.tensor(f"quantizer.{name}", *of, mmap=False)[0] for name, of in layout.items()
+            }
+            self.quantizer._restore(state)
+        except ValueError as error:
+            if str(error).startswith(file.path):
+                raise
+            file.fail(str(error), error)
+
+    def _restore_lists(self, file: _files.File, n: int, mmap: bool) -> None:
+        arena = self._lists
+        rows, positions = np.array([n], np.int64), None
+        copies = self._copies
+        if self._nlist > 1:
+            rows, _ = file.tensor("list_rows", "I64", (self._nlist,), mmap=False)
+            if len(rows) and (rows.min() < 0 or rows.max() > n or int(rows.sum()) != copies * n):
+                file.fail(
+                    f"the lists hold {int(rows.sum())} rows; for {n} vectors they must hold {copies * n}"
+                )
+        blocks = int(((rows + BLOCK - 1) // BLOCK).sum())
+        if self._nlist > 1:
+            # A position beyond n is found out when a search meets it.
+            found, _ = file.tensor("positions", "I32", (blocks, BLOCK), mmap=mmap)
+            positions = found.reshape(-1)
+        arrays = {}
+        for name, field in arena.fields.items():
+            shape = (blocks, field.a, BLOCK, field.b)
+            arrays[name], _ = file.tensor(name, _files.name_of(field.dtype), shape, mmap=mmap)
+        arena.restore(rows, arrays, positions)
+
+    @property
+    def _copies(self) -> int:
+        """Rows that a vector has in the lists."""
+        return 1

@@ -1,0 +1,147 @@
+"""Codes: a flat scan of a quantizer's codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .._results import Neighbors
+from ._coded import CodedIndex
+from ._home import HOST, check_matrix, to_float32
+from .base import register
+
+_SAMPLE = 1 << 17  # vectors that a quantizer is trained on at most
+
+
+@register
+class Codes(CodedIndex):
+    """All vectors as a quantizer's codes, in one scan.
+
+    Parameters
+    ----------
+    quantizer : Quantizer
+        Of `lutra.quant`, trained or not. The index takes it over: train it with the index, or before.
+    metric : {'l2', 'ip', 'cosine'}, default 'l2'
+        As in `Flat`. For cosine the vectors are normalised before they are coded.
+    refine : {None, 'float32', 'float16', 'bfloat16', 'int8'}, default None
+        Keep the vectors too, 4 d, 2 d or d bytes each ('int8': each row by its own scale), so that a search
+        scores its best candidates again, exactly (in that precision).
+
+    Attributes
+    ----------
+    refine_factor : int
+        A search scores the best ``k * refine_factor`` by codes again; 0 ranks by codes alone. Default 4, or
+        10 where a code has fewer than 4 bits a dimension; 0 without ``refine``.
+
+    Notes
+    -----
+    Memory: the codes (entries of 5 to 7 bits take a byte each), the vectors of ``refine``, 4 bytes a vector
+    for each row term that the quantizer has (squared norms for l2, factors of RaBitQ), and 8 for an id where
+    ids are not 0, 1, 2, ...
+
+    The index lives on the CPU; queries from a GPU are copied.
+
+    Examples
+    --------
+    >>> import numpy as np, lutra
+    >>> x = np.random.default_rng(0).standard_normal((20_000, 32), dtype=np.float32)
+    >>> index = lutra.index.Codes(lutra.quant.PQ(32, m=16, bits=4), refine="float16")
+    >>> index.train(x)
+    >>> index.add(x)
+    >>> index.search(x[:2], k=1).ids.ravel()
+    array([0, 1])
+    """
+
+    def __init__(self, quantizer: Any, metric: str = "l2", *, refine: str | None = None) -> None:
+        d = getattr(quantizer, "d", None)
+        if d is None or isinstance(quantizer, str):
+            raise TypeError(f"quantizer must be one of lutra.quant, got {quantizer!r}")
+        super().__init__(d, quantizer, metric, refine)
+
+    @property
+    def is_trained(self) -> bool:
+        return self.quantizer.is_trained
+
+    def train(self, x: Any, *, progress: bool | None = None) -> None:
+        """Train the quantizer on a sample of vectors.
+
+        Parameters
+        ----------
+        x : array, shape (n, d)
+            Like those that will be added. At most 131,072 are used, drawn by a fixed seed.
+        progress : bool or None
+            A progress bar (tqdm): None shows one where it takes more than two seconds, on a terminal.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the quantizer's ``train``; an index that holds vectors, whose codes would lose their meaning.
+        """
+        native = check_matrix(x, "x", self.d)
+        with self._lock.writing():
+            if self.ntotal:
+                raise ValueError(f"the index holds {self.ntotal} coded vectors; train a new one")
+            points = sampled(native, _SAMPLE, 0)
+            self.quantizer.train(self._unit(points), progress=progress)
+            self._codec = self._arena = None
+
+    def search(
+        self, q: Any, k: int = 10, *, filter: Any = None, refine_factor: int | None = None
+    ) -> Neighbors:
+        """The k best vectors for each query.
+
+        Parameters
+        ----------
+        q, k, filter
+            As in `Flat.search`.
+        refine_factor : int, optional
+            In place of the attribute.
+
+        Returns
+        -------
+        scores, ids : arrays, shape (nq, k)
+            As from `Flat.search`. Scores are those of the coded vectors, or exact where they are refined.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Flat.search`; a ``refine_factor`` > 0 where the index keeps no vectors.
+
+        Notes
+        -----
+        Cost: a query's tables, one pass over all codes, and k * refine_factor reads of a vector.
+        """
+        return self._answer(q, k, filter, refine_factor=refine_factor)
+
+    def _search(self, q, k, keep, refine_factor):
+        factor = self._factor(refine_factor)
+        lists = self._of_lists(keep, None)
+        step = self._coder.part(k * max(1, factor))
+        parts = []
+        for i in range(0, max(1, len(q)), step):
+            part = q[i : i + step]
+            unit = self._unit(part)
+
+            def find(count, unit=unit):
+                return self._coder.scan(unit, self._lists, lists, count, None, None)
+
+            parts.append(self._refined(part, k, factor, find, False))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def _config(self):
+        return {
+            "quantizer": self._quantizer_config(), "metric": self.metric, "refine": self.refine,
+            "refine_factor": self.refine_factor,
+        }  # fmt: skip
+
+
+def sampled(native: Any, most: int, seed: int) -> np.ndarray:
+    """At most so many rows of a checked matrix, as float32."""
+    n = native.shape[0]
+    if n <= most:
+        return to_float32(HOST, native, "x")
+    rows = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
+    return to_float32(HOST, HOST.bring(native)[rows], "x", rows)

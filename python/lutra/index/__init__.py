@@ -13,6 +13,7 @@ from .base import Index
 from .binary import Binary
 from .codes import Codes
 from .flat import Flat
+from .funnel import Funnel, funnel
 from .ivf import IVF
 from .pq import PQ
 from .transformed import Transformed
@@ -23,10 +24,12 @@ __all__ = [
     "Binary",
     "Codes",
     "Flat",
+    "Funnel",
     "Index",
     "KMeans",
     "Neighbors",
     "Transformed",
+    "funnel",
     "kmeans",
     "load",
     "refine",

@@ -12,6 +12,7 @@ from .._results import Neighbors
 from ..reference.binary import signs
 from ..scan._binary import BINARY_METRICS
 from . import _files
+from ._compact import rescore_fetched
 from ._home import HOST, adopt, check_matrix, deliver, to_float32
 from ._refine import refine as refine_candidates
 from ._rows import Rows
@@ -20,7 +21,6 @@ from .base import Index, register
 _KEPT = {"float32": F32, "float16": F16, "int8": U8}
 _SIMILARITIES = {"ip": 0, "l2": 1, "cosine": 2}
 _RESCORE = {"bits": 1, "vectors": 2, "both": 3}
-_PART = 1 << 24  # bytes of candidates' rows that are converted at a time
 
 
 @register
@@ -282,23 +282,8 @@ class Binary(Index):
             if rescore == "bits":
                 return scores, candidates
         if self.refine == "int8":
-            return self._by_int8(q, candidates, k)
+            return rescore_fetched(q, self._vectors_at, candidates, k, self.similarity)
         return refine_candidates(q, self._rows["vectors"].view, candidates, k, self.similarity)
-
-    def _by_int8(self, q, candidates, k):
-        scores, ids = [], []
-        c = candidates.shape[1]
-        step = max(1, _PART // (4 * c * self.d))
-        for i in range(0, len(q), step):
-            part = np.sort(candidates[i : i + step], axis=1)
-            rows = self._vectors_at(np.maximum(part, 0).ravel())
-            places = np.where(part < 0, -1, np.arange(part.size).reshape(part.shape))
-            best, where = scan.rescore(q[i : i + step], rows, places, k, self.similarity)
-            scores.append(best)
-            ids.append(np.where(where < 0, -1, part.ravel()[where]))
-        if not scores:
-            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-        return np.concatenate(scores), np.concatenate(ids)
 
     def _vectors_at(self, positions):
         vectors = self._rows["vectors"].view[positions]

@@ -1,6 +1,7 @@
 #include "common/levels.h"
 
 #include "common/cpu.h"
+#include "common/features.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +9,18 @@
 namespace lutra {
 
 Level g_level = Level::portable;
+Features g_features = {};
+
+Features found_features() {
+  Features f = {};
+#ifdef LUTRA_HAVE_v4
+  if (best_level() == Level::v4) {
+    f.vnni = __builtin_cpu_supports("avx512vnni");
+    f.vbmi = __builtin_cpu_supports("avx512vbmi");
+  }
+#endif
+  return f;
+}
 
 const char* level_name(Level level) {
   switch (level) {

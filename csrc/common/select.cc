@@ -1,6 +1,7 @@
 #include "common/select.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -118,6 +119,55 @@ void topk_finish(TopK* const* parts, int64_t count, int64_t k, float sign, float
     scores[i] = worst;
     ids[i] = -1;
   }
+}
+
+int64_t candidates_capacity(int64_t want) { return want < 96 ? 256 : 2 * want + 64; }
+
+void candidates_start(Candidates* c, uint64_t* memory, int64_t want) {
+  c->packed = memory;
+  c->count = 0;
+  c->want = want;
+  c->capacity = candidates_capacity(want);
+  c->worst = 0;
+  c->threshold = -std::numeric_limits<float>::infinity();
+}
+
+void candidates_cut(Candidates* c) {
+  if (c->count < c->want || c->want < 1) return;
+  if (c->count > c->want)
+    std::nth_element(c->packed, c->packed + (c->want - 1), c->packed + c->count, std::greater<uint64_t>());
+  else
+    std::iter_swap(c->packed + (c->want - 1), std::min_element(c->packed, c->packed + c->count));
+  c->count = c->want;
+  c->worst = c->packed[c->want - 1];
+  c->threshold = candidate_key(c->worst);
+}
+
+void candidates_merge(Candidates* const* parts, int64_t count) {
+  Candidates* all = parts[0];
+  for (int64_t p = 1; p < count; ++p)
+    for (int64_t i = 0; i < parts[p]->count; ++i) {
+      if (parts[p]->packed[i] <= all->worst) continue;
+      if (all->count == all->capacity) candidates_cut(all);
+      all->packed[all->count++] = parts[p]->packed[i];
+    }
+}
+
+int64_t candidates_sort(Candidates* c, bool unique) {
+  int64_t kept = c->count;
+  if (unique) {  // of an id's entries the first in the order of (id, greater key) stays
+    std::sort(c->packed, c->packed + c->count, [](uint64_t a, uint64_t b) {
+      const uint32_t ia = static_cast<uint32_t>(a), ib = static_cast<uint32_t>(b);
+      return ia > ib || (ia == ib && a > b);
+    });
+    kept = std::unique(c->packed, c->packed + c->count,
+                       [](uint64_t a, uint64_t b) { return static_cast<uint32_t>(a) == static_cast<uint32_t>(b); }) -
+           c->packed;
+  }
+  c->count = kept;
+  if (c->count > c->want) candidates_cut(c);
+  std::sort(c->packed, c->packed + c->count, std::greater<uint64_t>());
+  return c->count;
 }
 
 }  // namespace lutra

@@ -29,4 +29,36 @@ void topk_offer(TopK* t, float key, int64_t id);
 // is filled with id -1 and score -inf * sign.
 void topk_finish(TopK* const* parts, int64_t count, int64_t k, float sign, float* scores, int64_t* ids);
 
+// The same for scans that score coarsely and offer much, in any order of ids: a key and an id are one integer, whose
+// order is that of (key, then lower id). Ids are below 2^32 - 1.
+struct Candidates {
+  uint64_t* packed;
+  int64_t count, want, capacity;
+  uint64_t worst;   // the last of the `want` best of the last cut; 0 before
+  float threshold;  // its key: lower ones need not be offered; -inf before
+};
+
+static inline __attribute__((always_inline)) uint64_t pack_candidate(float key, int64_t id) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &key, 4);
+  bits ^= (bits >> 31) ? 0xffffffffu : 0x80000000u;  // floats as integers in the same order
+  return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
+}
+static inline __attribute__((always_inline)) float candidate_key(uint64_t packed) {
+  uint32_t bits = static_cast<uint32_t>(packed >> 32);
+  bits ^= (bits >> 31) ? 0x80000000u : 0xffffffffu;
+  float key;
+  __builtin_memcpy(&key, &bits, 4);
+  return key;
+}
+static inline __attribute__((always_inline)) int64_t candidate_id(uint64_t packed) {
+  return 0xffffffffu - static_cast<uint32_t>(packed);
+}
+
+int64_t candidates_capacity(int64_t want);
+void candidates_start(Candidates* c, uint64_t* memory, int64_t want);
+void candidates_cut(Candidates* c);                              // keeps the `want` best
+void candidates_merge(Candidates* const* parts, int64_t count);  // all into the first
+int64_t candidates_sort(Candidates* c, bool unique);             // best first; how many. unique: an id counts once
+
 }  // namespace lutra

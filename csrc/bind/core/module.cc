@@ -1,6 +1,7 @@
 // The CPU module: a table of contents.
 #include "bind/core/intake.h"
 #include "common/cpu.h"
+#include "common/features.h"
 #include "common/threads.h"
 
 namespace {
@@ -21,15 +22,24 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "lutra's CPU kernels. Not a public interface: use lutra.address, lutra.gather and lutra.scan.";
   if (!lutra::baseline_ok()) throw pybind11::import_error("this processor lacks x86-64-v2 (SSE4.2)");
   lutra::g_level = lutra::best_level();  // python/lutra/_backend.py applies LUTRA_SIMD
+  lutra::g_features = lutra::found_features();
 
   m.attr("__version__") = LUTRA_VERSION;
   m.def("simd_level", [] { return lutra::level_name(lutra::g_level); });
   m.def("best_simd_level", [] { return lutra::level_name(lutra::best_level()); });
   m.def("set_simd_level", [](const std::string& text) { lutra::g_level = level_from(text); });
+  m.def("use_features", [](bool wanted) {  // false: for tests of the ways without them
+    lutra::g_features = wanted ? lutra::found_features() : lutra::Features{};
+    pybind11::list names;
+    if (lutra::g_features.vnni) names.append("vnni");
+    if (lutra::g_features.vbmi) names.append("vbmi");
+    return names;
+  });
   m.def("num_threads", &lutra::num_threads);
   m.def("set_num_threads", &lutra::set_num_threads);
   lutra::register_address(m);
   lutra::register_binary(m);
+  lutra::register_fast_scan(m);
   lutra::register_gather(m);
   lutra::register_lists(m);
   lutra::register_quick(m);

@@ -17,8 +17,9 @@
 //   into the lists probes[i][:] (-1 is skipped), whose base is base[i][:]. Without lists, rows [0, n).
 // positions[r]: the number that stands for row r in `keep`, `vectors` and the results; -1: no row. Without it, r.
 // keep: bits by position, little first; rows whose bit is 0 are passed over.
-// Rescoring: the `candidates` best by codes are scored again with vectors[position] (ip, l2 or cosine of `exact`) and
-//   the best k of those remain. Their scores are summed along d as in scan/rescore.cc.
+// Rescoring: the `candidates` best rows by codes (twice as many where positions repeat) are scored again with
+//   vectors[position] (ip, l2 or cosine of `exact`) and the best k of those remain. Their scores are summed along d as
+//   in scan/rescore.cc.
 // scores, ids (nq, k), best first, equal scores by position; where there are fewer, id -1 and -inf (ip) or +inf (l2).
 // Limit: one VPERMB of 64 bytes a cycle and 64 look-ups.
 #pragma once

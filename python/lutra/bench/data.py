@@ -24,9 +24,9 @@ def vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
 def clustered(n: int, d: int, queries: int = 1024, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(n, d) vectors around n / 100 centres, at least one, and queries of the same kind; unit norm, float32.
 
-    Centres are normal, and so is the spread around them, of 0.55 their size, falling from one dimension to the
-    next and turned at random: the nearest neighbours are mostly of one's own cluster, and within it codes of
-    few bits tell them apart badly, as with embeddings. Cached: do not write to them.
+    Centres are normal, and so is the spread around them, of 0.55 their size, falling from one dimension to
+    the next and turned at random: the nearest neighbours are mostly of one's own cluster, and within it
+    codes of few bits tell them apart badly, as with embeddings. Cached: do not write to them.
     """
     rng = np.random.default_rng([seed, n, d])
     centres = rng.standard_normal((max(1, n // 100), d), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from .._results import Neighbors
 from ._binary import binary, rescore_bits
+from ._fast_scan import fast_scan, pack4, unpack4
 from ._knn import knn, rescore
 from ._pq import pq
 from ._screen import Screen, knn_screened, quantize_int8
@@ -10,10 +11,13 @@ __all__ = [
     "Neighbors",
     "Screen",
     "binary",
+    "fast_scan",
     "knn",
     "knn_screened",
+    "pack4",
     "pq",
     "quantize_int8",
     "rescore",
     "rescore_bits",
+    "unpack4",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._arrays import use_torch
-from . import address, binary, gather, scan, screen  # noqa: F401  (registers the ops)
+from . import address, binary, fast_scan, gather, scan, screen  # noqa: F401  (registers the ops)
 from .library import LIBRARY  # noqa: F401
 
 ops = torch.ops.lutra

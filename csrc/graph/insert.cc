@@ -24,6 +24,7 @@ class Inserter {
   void insert(int64_t node, Edges* e, int64_t first) {
     const Probe probe = probe_of_node(g_, node, room_.data);
     Pool pool{key_.data, id_.data, 0, ef_, Tie::of_node(static_cast<uint32_t>(node))};
+    walker_.avoid = static_cast<int32_t>(node);
     int32_t near = static_cast<int32_t>(g_.entry);
     float key;
     keys_(g_, probe, &near, 1, &key);

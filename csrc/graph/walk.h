@@ -71,6 +71,7 @@ struct Pool {
 
   // The place that it took, or `capacity` where it did not get in.
   int64_t offer(float k, uint32_t v) {
+    if (k != k) k = __builtin_inff();  // NaN in the rows of a file: last, and in no one's way
     int64_t low = 0, high = size;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -103,12 +104,12 @@ LUTRA_INLINE const int32_t* list_of(const Graph& g, int64_t node, int64_t layer,
   return g.upper + (*width ? row : 0) * g.upper_width;
 }
 
-// What one walk needs; as large as the widest list.
+// What one walk needs. `avoid`: a node that walks do not see, because it is the one that is being linked.
 class Walker {
  public:
   Walker(const Graph& g, KeysFn keys)
       : g_(g), keys_(keys), seen_(g.n), next_(g.width > g.upper_width ? g.width : g.upper_width),
-        found_(g.width > g.upper_width ? g.width : g.upper_width), visited(0) {}
+        found_(g.width > g.upper_width ? g.width : g.upper_width) {}
 
   // From a node and its key to the nearest in its surroundings, layer after layer down to `stop`.
   void descend(const Probe& q, int64_t from, int64_t stop, int32_t* node, float* key) {
@@ -119,6 +120,7 @@ class Walker {
         const int32_t* list = list_of(g_, *node, layer, &width);
         int count = 0;
         for (int64_t j = 0; j < width && static_cast<uint64_t>(list[j]) < static_cast<uint64_t>(g_.n); ++j) {
+          if (list[j] == avoid) continue;
           fetch_row(g_, list[j]);
           next_[count++] = list[j];
         }
@@ -136,6 +138,7 @@ class Walker {
   // Best first on one layer, from what is in the pool, until the pool holds none whose list was not read.
   void spread(const Probe& q, int64_t layer, Pool* pool) {
     seen_.clear();
+    if (avoid >= 0) seen_.mark(static_cast<uint32_t>(avoid));
     for (int64_t i = 0; i < pool->size; ++i) {
       pool->id[i] &= ~kExpanded;
       seen_.mark(pool->id[i]);
@@ -169,6 +172,9 @@ class Walker {
 
   Seen& seen() { return seen_; }
 
+  int64_t visited = 0;  // vectors compared
+  int32_t avoid = -1;
+
  private:
   // The list that is read next, unless something nearer turns up.
   void fetch_next(const Pool& pool, int64_t at) {
@@ -183,9 +189,6 @@ class Walker {
   Seen seen_;
   Buffer<int32_t> next_;
   Buffer<float> found_;
-
- public:
-  int64_t visited;
 };
 
 }  // namespace LUTRA_NS

@@ -15,6 +15,7 @@ from .codes import Codes
 from .flat import Flat
 from .funnel import Funnel, funnel
 from .ivf import IVF
+from .hnsw import HNSW
 from .pq import PQ
 from .transformed import Transformed
 
@@ -35,3 +36,4 @@ __all__ = [
     "refine",
     "transforms",
 ]
+__all__ = ["HNSW", "PQ", "Binary", "Flat", "Index", "KMeans", "Neighbors", "kmeans", "load", "refine"]

@@ -81,6 +81,9 @@ class Index:
     def _added(self, first: int, count: int) -> None:
         """The rows of positions ``first`` to ``first + count`` are in place: take them into the structure."""
 
+    def _removing(self, keep: np.ndarray, before: int) -> None:
+        """Of ``before`` rows all but those at the increasing positions ``keep`` are about to go."""
+
     def _removed(self, keep: np.ndarray, before: int) -> None:
         """Of ``before`` rows those at the increasing positions ``keep`` are left, now 0, 1, 2, ..."""
 
@@ -327,6 +330,7 @@ class Index:
             stay[positions[positions >= 0]] = False
             keep = np.flatnonzero(stay)
             if len(keep) < before:
+                self._removing(keep, before)
                 for rows in self._rows.values():
                     rows.keep(keep)
                 self._ids.keep(keep)

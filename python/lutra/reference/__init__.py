@@ -8,3 +8,5 @@ Arithmetic is float64 where the input is float64, else float32 or wider.
 from . import address, binary, gather, scan, screen
 
 __all__ = ["address", "binary", "gather", "scan", "screen"]
+from . import address, binary, gather, graph, scan
+__all__ = ["address", "binary", "gather", "graph", "scan"]

@@ -14,7 +14,7 @@ class Chooser {
   // From the candidates in order, at most `most`, into list and keys; the count.
   // In order of distance a candidate is taken unless it is nearer to one taken before than to the node (copies of
   // one vector count as nearer: else they would fill the list and leave nothing that leads away from them). Then the
-  // nearest that were passed over fill the list up to `fill`.
+  // nearest that were passed over fill the list up to `fill`, of those with equal keys a quarter of the list.
   int64_t choose(const Pool& pool, int64_t node, int64_t most, int32_t* list, float* keys) {
     int64_t count = 0, passed = 0;
     for (int64_t i = 0; i < pool.size && count < most; ++i) {
@@ -27,9 +27,12 @@ class Chooser {
         taken_key_[count++] = pool.key[i];
       }
     }
+    int64_t copies = most / 4;
     for (int64_t j = 0; j < passed && count < fill_ && count < most; ++j) {
-      taken_[count] = static_cast<int32_t>(pool.id[left_[j]] & ~kExpanded);
-      taken_key_[count++] = pool.key[left_[j]];
+      const int64_t i = left_[j];
+      if (i > 0 && pool.key[i] == pool.key[i - 1] && copies-- <= 0) continue;
+      taken_[count] = static_cast<int32_t>(pool.id[i] & ~kExpanded);
+      taken_key_[count++] = pool.key[i];
     }
     memcpy(list, taken_.data, static_cast<size_t>(count) * sizeof(int32_t));
     if (keys) memcpy(keys, taken_key_.data, static_cast<size_t>(count) * sizeof(float));

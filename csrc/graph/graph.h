@@ -47,8 +47,9 @@ struct GraphEncodeArgs {
 };
 
 // The k best for each query: a walk on layer 0 that keeps the `ef` nearest seen; where `keep` (a bit for each
-// position) allows a share f of the nodes it keeps ef / f of them and drops the others at the end. Where that would look
-// at a third of the allowed nodes, and where it finds fewer than k of them, the allowed rows are scanned instead.
+// position) allows a share f of the nodes it keeps ef / f of them and drops the others at the end. Where a third of the
+// lists of what it keeps would name all allowed nodes, and where it finds fewer than k of them, the allowed rows are
+// scanned instead.
 // The best `rescore` are then ranked by exact scores where `exact` (n, d) is given; `score_metric` may be cosine there.
 // k best as in scan/knn.h: scores descend (ip, cosine) or ascend (l2), -1 and -inf or +inf where there is none.
 struct GraphSearchArgs {

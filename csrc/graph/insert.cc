@@ -18,8 +18,8 @@ struct Edges {
 class Inserter {
  public:
   Inserter(const GraphInsertArgs& a, KeysFn keys)
-      : g_(a.g), keys_(keys), ef_(a.ef), walker_(a.g, keys), chooser_(a.g, keys, a.ef, a.alpha, a.fill),
-        key_(a.ef), id_(a.ef), room_(4 * row_values(a.g)) {}
+      : g_(a.g), keys_(keys), ef_(a.ef), walker_(a.g, keys), chooser_(a.g, keys, a.ef, a.alpha, a.fill), key_(a.ef),
+        id_(a.ef), room_(4 * row_values(a.g)) {}
 
   void insert(int64_t node, Edges* e, int64_t first) {
     const Probe probe = probe_of_node(g_, node, room_.data);
@@ -38,6 +38,9 @@ class Inserter {
       int64_t at = first + (layer == 0 ? 0 : g_.width + (layer - 1) * g_.upper_width);
       const int64_t count = chooser_.choose(pool, node, width, list, e->key + at);
       for (int64_t j = 0; j < count; ++j, ++at) {
+        int64_t theirs;
+        list_of(g_, list[j], layer, &theirs);
+        if (theirs == 0) continue;  // a file named it on a layer that it is not on
         e->target[at] = layer == 0 ? list[j] : g_.n + g_.upper_at[list[j]] + layer - 1;
         e->source[at] = static_cast<int32_t>(node);
       }
@@ -67,7 +70,7 @@ class Linker {
     const int64_t width = target < g_.n ? g_.width : g_.upper_width;
     int32_t* list = target < g_.n ? g_.links + target * width : g_.upper + (target - g_.n) * width;
     int64_t have = 0, more = 0;
-    while (have < width && list[have] >= 0) ++have;
+    while (have < width && static_cast<uint64_t>(list[have]) < static_cast<uint64_t>(g_.n)) ++have;
     for (int64_t i = chain; i >= 0; i = e.next[i]) more += !holds(list, have, e.source[i]);
     if (have + more <= width) {  // in the order of the nodes
       const int64_t first = have;
@@ -85,7 +88,8 @@ class Linker {
     keys_(g_, probe, list, static_cast<int>(have), found_.data);
     for (int64_t j = 0; j < have; ++j) pool.offer(found_[j], static_cast<uint32_t>(list[j]));
     for (int64_t i = chain; i >= 0; i = e.next[i])
-      if (!holds(list, have, e.source[i]) && !pool.full_below(e.key[i])) pool.offer(e.key[i], static_cast<uint32_t>(e.source[i]));
+      if (!holds(list, have, e.source[i]) && !pool.full_below(e.key[i]))
+        pool.offer(e.key[i], static_cast<uint32_t>(e.source[i]));
     const int64_t count = chooser_.choose(pool, center, width, list, nullptr);
     for (int64_t j = count; j < width; ++j) list[j] = -1;
   }
@@ -135,8 +139,7 @@ void graph_insert(const GraphInsertArgs& a) {
 
   parallel_ranges(edges, 1024, edges * 20.0, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      if (target[i] >= 0)
-        next[i] = __atomic_exchange_n(a.heads + target[i], static_cast<int32_t>(i), __ATOMIC_ACQ_REL);
+      if (target[i] >= 0) next[i] = __atomic_exchange_n(a.heads + target[i], static_cast<int32_t>(i), __ATOMIC_ACQ_REL);
   });
   parallel_ranges(edges, 1024, edges * 500.0, [&](int64_t begin, int64_t end) {
     Linker linker(a, keys);

@@ -71,24 +71,24 @@ LUTRA_INLINE void int8_finish(const Graph& g, const Probe& p, const int32_t* ids
   }
 }
 
-#define LUTRA_INT8_KEYS(name, block, attribute)                                                           \
+#define LUTRA_INT8_KEYS(name, block, attribute)                                                              \
   attribute static inline void name(const Graph& g, const Probe& p, const int32_t* ids, int n, float* out) { \
-    const int8_t* q = static_cast<const int8_t*>(p.data);                                                 \
-    int32_t sums[4];                                                                                      \
-    int i = 0;                                                                                            \
-    for (; i + 4 <= n; i += 4) {                                                                          \
-      block<4>(g.rows, g.stride, q, ids + i, sums);                                                       \
-      int8_finish<4>(g, p, ids + i, sums, out + i);                                                       \
-    }                                                                                                     \
-    if (n & 2) {                                                                                          \
-      block<2>(g.rows, g.stride, q, ids + i, sums);                                                       \
-      int8_finish<2>(g, p, ids + i, sums, out + i);                                                       \
-      i += 2;                                                                                             \
-    }                                                                                                     \
-    if (n & 1) {                                                                                          \
-      block<1>(g.rows, g.stride, q, ids + i, sums);                                                       \
-      int8_finish<1>(g, p, ids + i, sums, out + i);                                                       \
-    }                                                                                                     \
+    const int8_t* q = static_cast<const int8_t*>(p.data);                                                    \
+    int32_t sums[4];                                                                                         \
+    int i = 0;                                                                                               \
+    for (; i + 4 <= n; i += 4) {                                                                             \
+      block<4>(g.rows, g.stride, q, ids + i, sums);                                                          \
+      int8_finish<4>(g, p, ids + i, sums, out + i);                                                          \
+    }                                                                                                        \
+    if (n & 2) {                                                                                             \
+      block<2>(g.rows, g.stride, q, ids + i, sums);                                                          \
+      int8_finish<2>(g, p, ids + i, sums, out + i);                                                          \
+      i += 2;                                                                                                \
+    }                                                                                                        \
+    if (n & 1) {                                                                                             \
+      block<1>(g.rows, g.stride, q, ids + i, sums);                                                          \
+      int8_finish<1>(g, p, ids + i, sums, out + i);                                                          \
+    }                                                                                                        \
   }
 LUTRA_INT8_KEYS(int8_keys, int8_block, )
 #ifdef LUTRA_LEVEL_v4

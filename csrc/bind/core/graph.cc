@@ -18,8 +18,8 @@ Graph graph_of(const py::tuple& t) {
   g.metric = static_cast<Metric>(number(15));
   const int64_t size = g.storage == DType::f32 ? 4 : g.storage == DType::i8 ? 1 : 2;
   if (g.n < 0 || g.n >= (int64_t{1} << 31) - 1 || g.d < 1 || g.stride % 64 || g.stride < g.d * size || g.width < 1 ||
-      g.width > 512 || g.upper_width < 1 || g.upper_width > 512 || g.upper_rows < 0 || g.entry < -1 ||
-      g.entry >= g.n || (g.storage == DType::i8 && g.stride > 65536))
+      g.width > 512 || g.upper_width < 1 || g.upper_width > 512 || g.upper_rows < 0 || g.entry < -1 || g.entry >= g.n ||
+      (g.storage == DType::i8 && g.stride > 65536))
     throw py::value_error("lutra: the graph's sizes do not fit together");
   g.rows = pointer(0).as<uint8_t>(g.n * g.stride);
   if (g.storage == DType::i8) g.terms = pointer(1).as<float>(2 * g.n);
@@ -33,36 +33,36 @@ Graph graph_of(const py::tuple& t) {
 }  // namespace
 
 void register_graph(py::module_& m) {
-  m.def("graph_encode", [](Ptr x, int64_t n, int64_t d, int64_t stride, int storage, int metric, bool normalise,
-                           Ptr rows, Ptr terms) {
-    GraphEncodeArgs a{x.as<float>(n * d),
-                      n,
-                      d,
-                      stride,
-                      static_cast<DType>(storage),
-                      static_cast<Metric>(metric),
-                      normalise,
-                      rows.as<uint8_t>(n * stride),
-                      static_cast<DType>(storage) == DType::i8 ? terms.as<float>(2 * n) : nullptr};
-    run(&graph_encode, a, static_cast<double>(n) * d);
-  });
-  m.def("graph_search", [](const py::tuple& graph, Ptr q, int64_t nq, int64_t k, int64_t ef, int64_t rescore, Ptr keep,
-                           int64_t allowed, Ptr exact, int exact_type, int score_metric, Ptr scores, Ptr ids,
-                           Ptr visited) {
-    GraphSearchArgs a{};
-    a.g = graph_of(graph);
-    a.q = q.as<float>(nq * a.g.d);
-    a.nq = nq, a.k = k, a.ef = ef, a.rescore = rescore;
-    a.keep = keep.p ? keep.as<uint8_t>((a.g.n + 7) / 8) : nullptr;
-    a.allowed = allowed;
-    a.exact = exact.p ? exact.raw(a.g.n * a.g.d, static_cast<DType>(exact_type)) : nullptr;
-    a.exact_type = static_cast<DType>(exact_type);
-    a.score_metric = static_cast<Metric>(score_metric);
-    a.scores = scores.as<float>(nq * k);
-    a.ids = ids.as<int64_t>(nq * k);
-    a.visited = visited.p ? visited.as<int64_t>(nq) : nullptr;
-    run(&graph_search, a, 1e4 * nq);
-  });
+  m.def("graph_encode",
+        [](Ptr x, int64_t n, int64_t d, int64_t stride, int storage, int metric, bool normalise, Ptr rows, Ptr terms) {
+          GraphEncodeArgs a{x.as<float>(n * d),
+                            n,
+                            d,
+                            stride,
+                            static_cast<DType>(storage),
+                            static_cast<Metric>(metric),
+                            normalise,
+                            rows.as<uint8_t>(n * stride),
+                            static_cast<DType>(storage) == DType::i8 ? terms.as<float>(2 * n) : nullptr};
+          run(&graph_encode, a, static_cast<double>(n) * d);
+        });
+  m.def("graph_search",
+        [](const py::tuple& graph, Ptr q, int64_t nq, int64_t k, int64_t ef, int64_t rescore, Ptr keep, int64_t allowed,
+           Ptr exact, int exact_type, int score_metric, Ptr scores, Ptr ids, Ptr visited) {
+          GraphSearchArgs a{};
+          a.g = graph_of(graph);
+          a.q = q.as<float>(nq * a.g.d);
+          a.nq = nq, a.k = k, a.ef = ef, a.rescore = rescore;
+          a.keep = keep.p ? keep.as<uint8_t>((a.g.n + 7) / 8) : nullptr;
+          a.allowed = allowed;
+          a.exact = exact.p ? exact.raw(a.g.n * a.g.d, static_cast<DType>(exact_type)) : nullptr;
+          a.exact_type = static_cast<DType>(exact_type);
+          a.score_metric = static_cast<Metric>(score_metric);
+          a.scores = scores.as<float>(nq * k);
+          a.ids = ids.as<int64_t>(nq * k);
+          a.visited = visited.p ? visited.as<int64_t>(nq) : nullptr;
+          run(&graph_search, a, 1e4 * nq);
+        });
   m.def("graph_insert", [](const py::tuple& graph, Ptr nodes, int64_t count, int64_t ef, float alpha, int64_t fill,
                            Ptr owners, Ptr heads) {
     GraphInsertArgs a{};

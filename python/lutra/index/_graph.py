@@ -79,8 +79,9 @@ class Graph:
             top = int(self.levels[self.entry]) if self.entry >= 0 else 0
             terms = t["terms"].view if "terms" in t else None
             self._tuple = (
-                t["rows"].view, terms, t["links"].view, self.upper.view, t["upper_at"].view[:, 0], self.levels,
-                n, self.upper.n, self.d, self.stride, 2 * self.M, self.M, self.entry, top, self.storage, self.metric,
+                t["rows"].view, terms, t["links"].view, self.upper.view, t["upper_at"].view[:, 0],
+                self.levels, n, self.upper.n, self.d, self.stride, 2 * self.M, self.M, self.entry, top,
+                self.storage, self.metric,
             )  # fmt: skip
         return self._tuple
 
@@ -117,7 +118,7 @@ class Graph:
         return np.minimum(levels, _TOP).astype(np.uint8)
 
     def insert(self, first: int, count: int) -> None:
-        """Link the nodes from ``first`` on, whose rows are there. Where that fails they are taken out again."""
+        """Link the nodes from ``first`` on, whose rows are there; where that fails, take them out again."""
         levels = self.level_of(first, count)
         self._add_levels(first, count, levels)
         try:
@@ -133,12 +134,13 @@ class Graph:
         rows = levels.astype(np.int64)
         starts = self.upper.n + np.cumsum(rows) - rows
         self.tables["upper_at"].view[first:, 0] = np.where(rows > 0, starts, -1)
-        self.owners.append(np.repeat(np.arange(first, first + count, dtype=np.int32), rows)[:, None], int(rows.sum()))
+        self.owners.append(
+            np.repeat(np.arange(first, first + count, dtype=np.int32), rows)[:, None], int(rows.sum())
+        )
         self.upper.append(-1, int(rows.sum()))
 
     def _link(self, first: int, count: int, levels: np.ndarray) -> None:
-        for name in ("links",):
-            self.tables[name].own()
+        self.tables["links"].own()
         self.upper.own()
         at, end = first, first + count
         if self.entry < 0 and count:
@@ -166,7 +168,7 @@ class Graph:
         if len(self._heads) < lists:
             self._heads = np.full(lists + lists // 4, -1, np.int32)
         _kernels().graph_insert(
-            parts, nodes, len(nodes), self.ef, _ALPHA, self.M, self.owners.view, self._heads
+            parts, nodes, len(nodes), self.ef, _ALPHA, 2 * self.M, self.owners.view, self._heads
         )
         self.changed()
 
@@ -198,7 +200,7 @@ class Graph:
             self.entry = int(np.argmax(np.where(stay, self.levels.astype(np.int64), -1)))
         self.changed()
         dead = np.packbits(~stay, bitorder="little")
-        _kernels().graph_repair(self.parts(), dead, _ALPHA, self.M)
+        _kernels().graph_repair(self.parts(), dead, _ALPHA, 2 * self.M)
         self.changed()
 
     def removed(self, keep: np.ndarray, before: int) -> None:
@@ -225,7 +227,8 @@ class Graph:
         for table in (self.tables["links"], self.upper):
             for i in range(0, table.n, table.step):
                 part = table.view[i : i + table.step]
-                part[:] = number[part]
+                # a number out of range (in a mapped file that someone wrote to) ends its list
+                part[:] = number[np.where((part < 0) | (part >= before), before, part)]
         self._adopt_orphans()
 
     def _adopt_orphans(self) -> None:
@@ -244,14 +247,22 @@ class Graph:
 
     # ---- searching
     def search(
-        self, q: np.ndarray, k: int, ef: int, keep: Any, allowed: int, exact: Any, rescore: int, score_metric: int
+        self,
+        q: np.ndarray,
+        k: int,
+        ef: int,
+        keep: Any,
+        allowed: int,
+        exact: Any,
+        rescore: int,
+        score_metric: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         scores = np.empty((len(q), k), np.float32)
         positions = np.empty((len(q), k), np.int64)
         code = 0 if exact is None or exact.dtype == np.float32 else 1
         _kernels().graph_search(
-            self.parts(), np.ascontiguousarray(q), len(q), k, ef, rescore, keep, allowed, exact, code, score_metric,
-            scores, positions, None,
+            self.parts(), np.ascontiguousarray(q), len(q), k, ef, rescore, keep, allowed, exact, code,
+            score_metric, scores, positions, None,
         )  # fmt: skip
         return scores, positions
 
@@ -274,7 +285,9 @@ class Graph:
             file.fail(f"'entry' in the metadata is {entry!r}; it must be a position below {n} (-1 of none)")
         levels, _ = file.tensor("levels", "U8", (n,), mmap=False)
         if n and int(levels.max()) > min(_TOP, int(levels[entry])):
-            file.fail(f"a level is {int(levels.max())}; the entry's is {int(levels[entry])}, the limit {_TOP}")
+            file.fail(
+                f"a level is {int(levels.max())}; the entry's is {int(levels[entry])}, the limit {_TOP}"
+            )
         rows = int(levels.sum(dtype=np.int64))
         for name, table, shape in (
             ("links", self.tables["links"], (n, 2 * self.M)),

@@ -23,17 +23,17 @@ _METRICS = {"ip": 0, "l2": 1, "cosine": 2}
 class HNSW(Index):
     """A collection that is searched by walking a graph of near neighbours.
 
-    Every vector is linked to up to 2 M others, near ones in different directions. A search goes along the links
-    from a fixed vector towards the query, keeping the ``ef_search`` nearest that it has seen, and looks at
-    a few hundred or thousand vectors whatever the size of the collection.
+    Every vector is linked to up to 2 M others, near ones in different directions. A search goes along the
+    links from a fixed vector towards the query, keeping the ``ef_search`` nearest that it has seen, and looks
+    at a few hundred or thousand vectors whatever the size of the collection.
 
     Parameters
     ----------
     d : int
         Dimension of the vectors.
-    M : int, default 24
-        Neighbours on the upper layers, and half of those on the lowest, 2 to 256. More take memory (8 M bytes
-        a vector) and time to build, and give a higher recall.
+    M : int, default 16
+        Links of a vector on the upper layers; on the lowest it has 2 M. 2 to 256. More take memory (8 M bytes
+        a vector) and time to build, and give a higher recall at the same ``ef_search``.
     metric : {'l2', 'ip', 'cosine'}, default 'l2'
         As in `Flat`. For cosine the vectors for walking are normalised.
     ef_construction : int, default 200
@@ -42,33 +42,33 @@ class HNSW(Index):
         How many a search keeps, at least its k: the higher, the better the recall and the longer the time.
         An attribute, which may be changed at any time, and an argument of `search`.
     storage : {'int8', 'float16', 'bfloat16', 'float32'}, default 'int8'
-        How the vectors are stored that walks compare with the query. ``'int8'``: d bytes and 8 more, each vector
-        with a scale of its own; a walk then reads a quarter of the memory.
+        How the vectors are stored that walks compare with the query. ``'int8'``: d bytes and 8 more, each
+        vector with a scale of its own; a walk then reads a quarter of the memory.
     refine : {'auto', None, 'float32', 'float16'}, default 'auto'
-        Keep the vectors as they are besides, 4 d or 2 d bytes each, so that a search ranks the best that it found
-        by exact scores. ``'auto'``: ``'float32'`` where ``storage`` is ``'int8'``, else None.
+        Keep the vectors as they are besides, 4 d or 2 d bytes each, so that a search ranks the best that it
+        found by exact scores. ``'auto'``: ``'float32'`` where ``storage`` is ``'int8'``, else None.
     seed : int, default 0
         Of the layers that vectors are put on.
 
     Notes
     -----
-    The walk is best first on a layered graph, with the paper's choice of neighbours (its heuristic, algorithm 4).
-    Vectors are inserted in batches of up to 1/32 of the graph, which search it in parallel and are then linked
-    in order: the graph depends on how the vectors were divided into calls of `add`, never on the number of
-    threads. Removal links the neighbours of what goes with one another.
+    The walk is best first on a layered graph, with the paper's choice of neighbours (its heuristic,
+    algorithm 4). Vectors are inserted in batches of up to 1/32 of the graph, which search it in parallel and
+    are then linked in order: the graph depends on how the vectors were divided into calls of `add`, never on
+    the number of threads. Removal links the neighbours of what goes with one another.
 
-    Memory a vector: the row by ``storage`` (rounded up to 64 bytes), the vector by ``refine``, 8 M bytes of links
-    and about 4 more. Searching takes n / 8 bytes a thread besides.
+    Memory a vector: the row by ``storage`` (rounded up to 64 bytes), the vector by ``refine``, 8 M bytes of
+    links and about 10 more. Searching takes n / 8 bytes a thread besides.
 
     Scores are exact with ``refine`` and with ``storage='float32'``, else those of the stored rows. With
-    ``metric='ip'`` and vectors of very different norms a graph of inner products is a poor map: expect
-    to need a larger ``ef_search``.
+    ``metric='ip'`` and vectors of very different norms a graph of inner products is a poor map: expect to
+    need a larger ``ef_search``.
 
     References
     ----------
-    Malkov, Yashunin, Efficient and robust approximate nearest neighbor search using hierarchical navigable small
-    world graphs, arXiv 1603.09320. Batches: Manohar et al., ParlayANN, arXiv 2305.04359. Removal: Singh et al.,
-    FreshDiskANN, arXiv 2105.09613.
+    Malkov, Yashunin, Efficient and robust approximate nearest neighbor search using hierarchical navigable
+    small world graphs, arXiv 1603.09320. Batches: Manohar et al., ParlayANN, arXiv 2305.04359. Removal: Singh
+    et al., FreshDiskANN, arXiv 2105.09613.
 
     Examples
     --------
@@ -85,7 +85,7 @@ class HNSW(Index):
     def __init__(
         self,
         d: int,
-        M: int = 24,
+        M: int = 16,
         metric: str = "l2",
         *,
         ef_construction: int = 200,
@@ -156,17 +156,15 @@ class HNSW(Index):
         self._graph.removed(keep, before)
 
     # ---- searching
-    def search(
-        self, q: Any, k: int = 10, *, filter: Any = None, ef_search: int | None = None
-    ) -> Neighbors:
+    def search(self, q: Any, k: int = 10, *, filter: Any = None, ef_search: int | None = None) -> Neighbors:
         """The k best vectors that a walk finds for each query.
 
         Parameters
         ----------
         q, k, filter
             As in `Flat.search`. With a filter that lets the share f of all vectors pass, a walk keeps ef / f
-            of those that it sees; where that would come to a scan, or finds fewer than k, the vectors that pass
-            are scanned instead.
+            of those that it sees; where that would come to a scan, or finds fewer than k, the vectors that
+            pass are scanned instead.
         ef_search : int, optional
             Instead of the attribute.
 

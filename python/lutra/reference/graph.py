@@ -90,7 +90,9 @@ def graph_encode(x, n, d, stride, storage, metric, normalise, rows, terms):
 
 def _to_bf16(x):
     u = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
+        np.uint16
+    )
 
 
 def decode(rows, terms, d, storage):
@@ -191,7 +193,9 @@ def graph_search(
                 keys, found = keys[mask[found]], found[mask[found]]
         if len(found) < min(k, allowed):
             found = np.arange(g.n) if mask is None else np.flatnonzero(mask)
-            keys, found = _nearest(g.keys(probe, found), found, None, capacity if scan else max(pool, capacity))
+            keys, found = _nearest(
+                g.keys(probe, found), found, None, capacity if scan else max(pool, capacity)
+            )
         sign = -1 if name == "l2" else 1
         if not len(found):
             keys = np.empty(0, np.float32)
@@ -208,17 +212,26 @@ def graph_search(
 def _choose(g, keys, nodes, node, most, alpha, fill):
     """The heuristic: taken unless nearer to one taken before than to the node; then filled up to ``fill``."""
     taken: list[int] = []
-    passed: list[int] = []
-    for key, candidate in zip(keys, nodes.tolist()):
+    passed: list[tuple[int, bool]] = []
+    for i, (key, candidate) in enumerate(zip(keys, nodes.tolist())):
         if len(taken) == most:
             break
         if candidate == node:
             continue
         if taken and (np.float32(alpha) * g.keys(g.vectors(candidate), taken) <= key).any():
-            passed.append(candidate)
+            passed.append((candidate, i > 0 and key == keys[i - 1]))
         else:
             taken.append(candidate)
-    return taken + passed[: max(0, min(fill, most) - len(taken))]
+    copies = most // 4
+    for candidate, copy in passed:
+        if len(taken) >= min(fill, most):
+            break
+        if copy:
+            copies -= 1
+            if copies < 0:
+                continue
+        taken.append(candidate)
+    return taken
 
 
 def graph_insert(graph, nodes, count, ef, alpha, fill, owners, heads):
@@ -235,6 +248,8 @@ def graph_insert(graph, nodes, count, ef, alpha, fill, owners, heads):
             chosen = _choose(g, keys, start, node, width, alpha, fill)
             lists.append((node, layer, chosen))
             for other in chosen:
+                if len(g.list_of(other, layer)) == 0:
+                    continue  # a file named it on a layer that it is not on
                 wanted.setdefault((other, layer), []).append(node)
     for node, layer, chosen in lists:
         g.list_of(node, layer)[: len(chosen)] = chosen

@@ -41,8 +41,8 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_binary(m);
   lutra::register_fast_scan(m);
   lutra::register_gather(m);
-  lutra::register_lists(m);
   lutra::register_graph(m);
+  lutra::register_lists(m);
   lutra::register_quick(m);
   lutra::register_scan(m);
   lutra::register_screen(m);

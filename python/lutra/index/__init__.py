@@ -1,7 +1,8 @@
 """Index: collections of vectors that are searched, changed and saved.
 
 `Flat` searches exactly, `PQ` and `Codes` a compressed copy, `Binary` packed bits or signs, `IVF` the lists
-nearest to a query; `load` opens what their ``save`` wrote. `kmeans` and `refine` are parts of them.
+nearest to a query, `HNSW` a graph; `load` opens what their ``save`` wrote. `kmeans` and
+`refine` are parts of them.
 """
 
 from .._results import Neighbors
@@ -14,12 +15,13 @@ from .binary import Binary
 from .codes import Codes
 from .flat import Flat
 from .funnel import Funnel, funnel
-from .ivf import IVF
 from .hnsw import HNSW
+from .ivf import IVF
 from .pq import PQ
 from .transformed import Transformed
 
 __all__ = [
+    "HNSW",
     "IVF",
     "PQ",
     "Binary",
@@ -36,4 +38,3 @@ __all__ = [
     "refine",
     "transforms",
 ]
-__all__ = ["HNSW", "PQ", "Binary", "Flat", "Index", "KMeans", "Neighbors", "kmeans", "load", "refine"]

@@ -79,6 +79,11 @@ def samples(name, dtype=torch.float32, grad=True):
             (leaf(3, 4), leaf(9, 4), 2),
             (leaf(3, 4), leaf(9, 4), 2, "cosine"),
             (leaf(3, 4), leaf(2, 4), 4, "l2"),
+            (leaf(3, 4), leaf(9, 4), 4, "l2", torch.tensor([0b00110100, 1], dtype=torch.uint8)),
+        ],
+        "range_search": [
+            (fixed(3, 4), fixed(9, 4), 0.5),
+            (fixed(3, 4), fixed(9, 4), 9.0, "l2", torch.tensor([0b00110100, 1], dtype=torch.uint8)),
         ],
         "nearest": [(leaf(5, 4), leaf(3, 4)), (leaf(5, 4), leaf(3, 4), 2, "ip")],
         "rescore": [(leaf(2, 4), leaf(7, 4), IDS, 2), (leaf(2, 4), leaf(7, 4), IDS, 2, "l2")],
@@ -132,7 +137,7 @@ def test_opcheck(name, grad):
 def test_meta_tensors_have_the_real_ones_shapes(name):
     for args in samples(name, grad=False):
         real = getattr(ops, name)(*args)
-        if name == "token_ngrams" or name == "bag_backward_rows":  # the values decide the shape
+        if name in ("token_ngrams", "bag_backward_rows", "range_search"):  # the values decide the shape
             continue
         meta = getattr(ops, name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
         pairs = zip(real, meta) if isinstance(real, tuple) else [(real, meta)]

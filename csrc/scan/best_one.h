@@ -4,8 +4,9 @@
 // vectors and replaced under a mask, without a branch. That matters where d is small (a PQ sub-space has 4 to 16
 // dimensions): the scores of a tile cost d * 2 operations a lane, and offering the many that pass an early
 // threshold would cost more. Threads share the queries, not the rows, so there is nothing to merge.
-// Scores are summed as in knn.cc, rows are taken in increasing order and replace a best only when they are better:
-// the results are those of the general way, bit for bit.
+// Rows are taken in increasing order and replace a best only when they are better. Scores are sums along d one after
+// another, not in the order of exact.h: they may differ from the general way's in their last bits, and so may the
+// choice between rows that are equally near but for those. So only address.nearest asks for this way.
 #pragma once
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -111,7 +112,8 @@ bool group(const KnnArgs& a, int64_t begin, int64_t end) {  // queries [begin, e
 
 // Whether this way is meant for a call.
 static inline bool suits(const KnnArgs& a) {
-  return a.k == 1 && a.nq >= 4 * kLanes && a.n >= 1 && a.n < (int64_t{1} << 31) && a.metric != Metric::cosine;
+  return a.k == 1 && a.nq >= 4 * kLanes && a.n >= 1 && a.n < (int64_t{1} << 31) && a.storage == DType::f32 && !a.keep &&
+         (a.metric == Metric::ip || a.metric == Metric::l2);
 }
 
 // False: a score may be NaN (the sum of all is, which infinite scores can cause too), and the results are

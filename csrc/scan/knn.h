@@ -1,13 +1,20 @@
 // Exact k nearest neighbours with selection inside the scan.
 //
-//   q (nq, d), x (n, d) fp32, row strides ldq, ldx.
-//   ip:     score = <q, x>                      larger is better
-//   l2:     score = sum (q - x)^2               smaller is better; computed from differences, not from norms
-//   cosine: score = <q, x> / (|q| |x|)          larger is better; 0 where either has norm 0
+//   q (nq, d) fp32, x (n, d) of type `storage` (CUDA: fp32), row strides ldq, ldx in elements. Sums are fp32.
+//   ip:       score = <q, x>                    larger is better
+//   l2:       score = sum (q - x)^2             smaller is better; computed from differences, not from norms
+//   cosine:   score = <q, x> / (|q| |x|)        larger is better; 0 where either has norm 0
+//   l1, linf: score = sum, max |q - x|          smaller is better
+//   poincare: arcosh(1 + 2 |q - x|^2 / ((1 - |q|^2) (1 - |x|^2)))  smaller is better; NaN outside the open unit ball.
+//             The norms and the last step are fp64.
+//   The last three have no CUDA kernel.
 //   scores, ids (nq, k): the k best, best first, equal scores by increasing id. Where k > n the rest is
-//   id -1 and score -inf (ip, cosine) or +inf (l2).
+//   id -1 and score -inf (ip, cosine) or +inf (distances).
+//   keep: bit (i & 7) of byte i >> 3 says whether row i may be found; the bits behind n are 0. Null: all may. CPU only.
+//   assign: k = 1 may be answered in another order of summation (best_one.h), whose scores differ in their last bits.
 // No score matrix is written: a tile of queries and rows is held in registers, compared with each query's
-// current k-th score, and only what passes is kept.
+// current k-th score, and only what passes is kept. On the CPU a score has the same bits whatever the batch, the
+// threads or the function (knn, range, rescore): exact.h.
 // *bad: a row of x whose score is NaN (x or q holds NaN or infinities), or -1; the results are then unspecified.
 // Limits: reading x once (bandwidth) for few queries; 2 nq n d flops (FMA rate) for many.
 //
@@ -27,6 +34,9 @@ struct KnnArgs {
   float* scores;
   int64_t* ids;
   int64_t* bad;
+  DType storage = DType::f32;
+  const uint8_t* keep = nullptr;
+  bool assign = false;
 };
 
 struct RescoreArgs {
@@ -39,6 +49,7 @@ struct RescoreArgs {
   float* scores;
   int64_t* ids;
   int64_t* bad;
+  DType storage = DType::f32;
 };
 
 }  // namespace lutra

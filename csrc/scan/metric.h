@@ -1,5 +1,5 @@
 // One step of each metric, on vectors and on single values, at a SIMD level. All keys are "greater is better":
-// an l2 key is the negated distance.
+// a distance's key is its negative.
 #pragma once
 #include "common/simd.h"
 #include "common/types.h"
@@ -18,7 +18,7 @@ LUTRA_INLINE vf accumulate(vf sum, vf q, vf x) {
   return sum + q * x;
 }
 
-LUTRA_INLINE float sign_of(Metric m) { return m == Metric::l2 ? -1.0f : 1.0f; }
+LUTRA_INLINE float sign_of(Metric m) { return m == Metric::ip || m == Metric::cosine ? 1.0f : -1.0f; }
 
 // 1 / |x|, 0 for a zero vector; in double where fp32 sums could overflow or lose small values.
 LUTRA_INLINE float inverse_norm(const float* x, int64_t d) {

@@ -9,6 +9,8 @@ from typing import Any
 from ._arrays import CODES, NAMES, Kind, kind_of, type_name, where
 
 METRICS = {"ip": 0, "l2": 1, "cosine": 2}
+#: Of the exact scans.
+EXACT_METRICS = {**METRICS, "l1": 3, "linf": 4, "poincare": 5}
 
 
 def choice(name: str, value: Any, options: dict[str, int]) -> int:

@@ -19,7 +19,7 @@ _KINDS = (
 )
 
 
-def resolve(filter: Any, n: int, ids: Any = None) -> np.ndarray | None:
+def resolve(filter: Any, n: int, ids: Any = None) -> Any:
     """A filter as a bitmap over rows, or over the positions of an index.
 
     Parameters

@@ -11,7 +11,7 @@ from .._arrays import call, eager, quick
 from .._results import Neighbors
 from ..scan._knn import _tuple, search
 
-_quick = quick("knn")
+_quick = quick("nearest")
 _NAMES = ("x", "centroids")
 
 
@@ -42,6 +42,10 @@ def nearest(x: Any, centroids: Any, k: int = 1, metric: str = "l2") -> Neighbors
 
     Notes
     -----
+    With k = 1 and 200 or more vectors, sums are taken in another order than by `lutra.scan.knn`: the last
+    bits of a score, and the choice between centroids that are equally near but for those, may differ from
+    those of a smaller call.
+
     Cost: 2 n c d flops. Gradient (torch): of the scores, to x and centroids.
 
     Examples
@@ -51,7 +55,7 @@ def nearest(x: Any, centroids: Any, k: int = 1, metric: str = "l2") -> Neighbors
     array([[1],
            [0]])
     """
-    if (type(x) is ndarray or eager(x)) and metric != "cosine":
+    if type(x) is ndarray or eager(x):
         result = _quick(x, centroids, k, metric)
         if result is not None:
             return _tuple(Neighbors, result)

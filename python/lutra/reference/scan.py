@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+#: Metrics of which the smaller score is the better.
+DISTANCES = ("l2", "l1", "linf", "poincare")
+
 
 def _wide(x: np.ndarray) -> np.ndarray:
     return x if x.dtype == np.float64 else x.astype(np.float32)
@@ -15,9 +18,24 @@ def pairwise(queries, rows, metric="ip"):
     q, x = _wide(queries)[:, None], _wide(rows)
     if metric == "l2":
         return np.square(q - x).sum(-1)
+    if metric == "l1":
+        return np.abs(q - x).sum(-1)
+    if metric == "linf":
+        return np.abs(q - x).max(-1, initial=0)
+    if metric == "poincare":
+        return _poincare(q, x)
     if metric == "cosine":
         return (_unit(q) * _unit(x)).sum(-1)
     return (q * x).sum(-1)
+
+
+def _poincare(q, x):
+    """arcosh(1 + 2 |q - x|^2 / ((1 - |q|^2) (1 - |x|^2))); NaN where one is outside the open unit ball."""
+    room = [1 - np.square(a, dtype=np.float64).sum(-1) for a in (q, x)]
+    with np.errstate(divide="ignore"):
+        y = 2 * np.square(q - x).sum(-1) / (room[0] * room[1])
+    y = np.where((room[0] > 0) & (room[1] > 0), y, np.nan)
+    return np.log1p(y + np.sqrt(y * (y + 2))).astype(np.result_type(q, x))
 
 
 def _unit(x):
@@ -31,12 +49,13 @@ def select(scores, ids, k, metric="ip"):
 
     ``ids`` (nq, n); entries with id -1 are no candidates. A NaN score is an error: the op reports the row.
     """
-    worst = np.inf if metric == "l2" else -np.inf
+    smaller = metric in DISTANCES
+    worst = np.inf if smaller else -np.inf
     if k == 1 and ids.shape[1] and (ids >= 0).all() and (np.diff(ids, axis=1) > 0).all():
         # argmin takes the first, the lowest id, among equals
-        first = np.argmin(scores if metric == "l2" else -scores, axis=1)[:, None]
+        first = np.argmin(scores if smaller else -scores, axis=1)[:, None]
         return np.take_along_axis(scores, first, 1), np.take_along_axis(ids, first, 1).astype(np.int64)
-    key = np.where(ids < 0, np.inf, scores if metric == "l2" else -scores)
+    key = np.where(ids < 0, np.inf, scores if smaller else -scores)
     # absent entries after present ones, then by score, then by id
     order = np.lexsort((ids, key, ids < 0), axis=-1)[:, :k]
     best = np.take_along_axis(np.where(ids < 0, worst, scores), order, -1)
@@ -48,22 +67,50 @@ def select(scores, ids, k, metric="ip"):
     return best.astype(scores.dtype), who.astype(np.int64)
 
 
-def knn(queries, database, k=10, metric="ip", name="database"):
-    """Scores and ids of the k nearest rows; see `lutra.scan.knn`. ``name`` is the database's in an error."""
-    nq, n, d = len(queries), len(database), queries.shape[1]
+def _row_mask(keep, n):
+    """Rows that may be found, from packed bits; None: all."""
+    return None if keep is None else np.unpackbits(keep, count=n, bitorder="little").astype(bool)
+
+
+def _parts(queries, database, metric, name, mask):
+    """Scores of some queries at a time with the rows of ``mask``: the first query's number, the scores."""
+    rows = np.arange(len(database)) if mask is None else np.flatnonzero(mask)
+    x = _wide(database if mask is None else database[rows])
+    # the broadcast holds step * n * d values
+    step = max(1, 2**24 // max(1, len(x) * queries.shape[1]))
+    for i in range(0, len(queries), step):
+        scores = pairwise(queries[i : i + step], x, metric)
+        _no_nan(scores, rows[None], name, metric)
+        yield i, scores, rows
+
+
+def knn(queries, database, k=10, metric="ip", name="database", keep=None):
+    """Scores and ids of the k nearest rows; see `lutra.scan.knn`. ``name`` is the database's in an error.
+
+    ``keep``: packed bits of the rows that may be found.
+    """
     dtype = _wide(queries[:0]).dtype
-    scores, ids = np.empty((nq, k), dtype), np.empty((nq, k), np.int64)
-    all_ids = np.arange(n)[None]
-    step = max(
-        1, 2**24 // max(1, n * d)
-    )  # rows of queries at a time: the broadcast holds step * n * d values
-    for i in range(0, nq, step):
-        part = pairwise(queries[i : i + step], database, metric)
-        _no_nan(part, all_ids, name)
-        scores[i : i + step], ids[i : i + step] = select(
-            part, np.broadcast_to(all_ids, part.shape), k, metric
-        )
+    scores, ids = np.empty((len(queries), k), dtype), np.empty((len(queries), k), np.int64)
+    mask = _row_mask(keep, len(database))
+    for i, part, rows in _parts(queries, database, metric, name, mask):
+        here = slice(i, i + len(part))
+        scores[here], ids[here] = select(part, np.broadcast_to(rows, part.shape), k, metric)
     return scores, ids
+
+
+def range_search(queries, database, radius, metric="ip", keep=None):
+    """Offsets, scores and ids of all rows within a radius; see `lutra.scan.range_search`."""
+    offsets, scores, ids = [0], [np.empty(0, _wide(queries[:0]).dtype)], [np.empty(0, np.int64)]
+    mask = _row_mask(keep, len(database))
+    for _, part, rows in _parts(queries, database, metric, "database", mask):
+        limit = part.dtype.type(radius)
+        for found in part:
+            inside = np.flatnonzero(found <= limit if metric in DISTANCES else found >= limit)
+            best, who = select(found[None, inside], rows[None, inside], max(1, len(inside)), metric)
+            scores.append(best[0, : len(inside)])
+            ids.append(who[0, : len(inside)])
+            offsets.append(offsets[-1] + len(inside))
+    return np.array(offsets), np.concatenate(scores), np.concatenate(ids)
 
 
 def rescore(queries, database, candidates, k, metric="ip"):
@@ -86,20 +133,24 @@ def rescore(queries, database, candidates, k, metric="ip"):
         else np.zeros((*ids.shape, queries.shape[1]), queries.dtype)
     )
     scores = pairwise(queries, rows, metric)
-    _no_nan(np.where(ids < 0, 0, scores), ids)
+    _no_nan(np.where(ids < 0, 0, scores), ids, "database", metric)
     return select(scores, ids, k, metric)
 
 
-def _no_nan(scores, ids, name="database"):
+def _no_nan(scores, ids, name="database", metric="ip"):
     bad = np.isnan(scores)
     if bad.any():
-        row, column = np.argwhere(bad)[0]
         ids = np.broadcast_to(ids, scores.shape)
-        raise ValueError(nan_message(name, int(ids[row, column])))
+        raise ValueError(nan_message(name, int(ids[bad].min()), metric))
 
 
-def nan_message(name, row):
+def nan_message(name, row, metric="ip"):
     """The error of a NaN score: who holds it cannot be told from the score alone."""
+    if metric == "poincare":
+        return (
+            f"the score of row {row} of {name} is NaN: for 'poincare' that row and all queries must lie in "
+            "the open unit ball (norm < 1)"
+        )
     return f"the score of row {row} of {name} is NaN: that row or a query holds NaN or infinite values"
 
 

@@ -1,14 +1,16 @@
 """Scan: queries and a stored collection in; the scores and the best k of them out."""
 
-from .._results import Neighbors
+from .._results import Neighbors, RangeResult
 from ._binary import binary, rescore_bits
 from ._fast_scan import fast_scan, pack4, unpack4
 from ._knn import knn, rescore
 from ._pq import pq
+from ._range import range_search
 from ._screen import Screen, knn_screened, quantize_int8
 
 __all__ = [
     "Neighbors",
+    "RangeResult",
     "Screen",
     "binary",
     "fast_scan",
@@ -17,6 +19,7 @@ __all__ = [
     "pack4",
     "pq",
     "quantize_int8",
+    "range_search",
     "rescore",
     "rescore_bits",
     "unpack4",

@@ -7,12 +7,29 @@ import torch
 from ..address._nearest import _nearest
 from ..scan._knn import _knn, _rescore
 from ..scan._pq import _pq
+from ..scan._range import _range_search
 from .library import gradient, register
 
 
 def _results(queries, k):
     nq = queries.shape[0]
-    return queries.new_empty((nq, k)), queries.new_empty((nq, k), dtype=torch.int64)
+    return queries.new_empty((nq, k), dtype=_score_type(queries)), queries.new_empty(
+        (nq, k), dtype=torch.int64
+    )
+
+
+def _score_type(queries):
+    return torch.float64 if queries.dtype == torch.float64 else torch.float32
+
+
+def _range_results(queries, database, radius, metric="ip", keep=None):
+    found = torch.library.get_ctx().new_dynamic_size()
+    integers = {"dtype": torch.int64}
+    return (
+        queries.new_empty((queries.shape[0] + 1,), **integers),
+        queries.new_empty((found,), dtype=_score_type(queries)),
+        queries.new_empty((found,), **integers),
+    )
 
 
 # Gradient of the scores: each is a function of one query and one row, known by its id (-1: none).
@@ -42,7 +59,7 @@ def _present(ids, grad, scores):
 
 
 def _exact_setup(ctx, inputs, output):
-    ctx.metric = inputs[-1]
+    ctx.metric = next(i for i in inputs if isinstance(i, str))
     ctx.inputs = len(inputs)
     ctx.save_for_backward(inputs[0], inputs[1], *output)
     ctx.mark_non_differentiable(output[1])
@@ -50,15 +67,22 @@ def _exact_setup(ctx, inputs, output):
 
 def _exact_backward(ctx, grad, _):
     queries, database, scores, ids = ctx.saved_tensors
+    if ctx.metric not in ("ip", "l2", "cosine"):
+        raise NotImplementedError(
+            f"scores of metric {ctx.metric!r} have no gradient; 'ip', 'l2', 'cosine' have"
+        )
     grads = [None] * ctx.inputs
     if database.shape[0] == 0:
         grads[0], grads[1] = torch.zeros_like(queries), torch.zeros_like(database)
         return tuple(grads)
     ids, grad, scores = _present(ids, grad, scores)
-    to_queries, to_rows = _pair_gradients(grad, queries, database[ids], scores, ctx.metric)
-    grads[0] = to_queries
+    kind = scores.dtype
+    to_queries, to_rows = _pair_gradients(grad, queries.to(kind), database[ids].to(kind), scores, ctx.metric)
+    grads[0] = to_queries.to(queries.dtype)
     if ctx.needs_input_grad[1]:
-        grads[1] = torch.zeros_like(database).index_add(0, ids.flatten(), to_rows.flatten(0, 1))
+        to_database = torch.zeros_like(database, dtype=kind)
+        to_database.index_add_(0, ids.flatten(), to_rows.flatten(0, 1))
+        grads[1] = to_database.to(database.dtype)
     return tuple(grads)
 
 
@@ -84,9 +108,15 @@ def _pq_backward(ctx, grad, _):
 
 
 register(
-    'knn(Tensor queries, Tensor database, int k=10, str metric="ip") -> (Tensor, Tensor)',
+    'knn(Tensor queries, Tensor database, int k=10, str metric="ip", Tensor? keep=None) -> (Tensor, Tensor)',
     _knn,
-    lambda queries, database, k=10, metric="ip": _results(queries, k),
+    lambda queries, database, k=10, metric="ip", keep=None: _results(queries, k),
+)
+register(
+    'range_search(Tensor queries, Tensor database, float radius, str metric="ip", Tensor? keep=None)'
+    " -> (Tensor, Tensor, Tensor)",
+    _range_search,
+    _range_results,
 )
 register(
     'nearest(Tensor x, Tensor centroids, int k=1, str metric="l2") -> (Tensor, Tensor)',

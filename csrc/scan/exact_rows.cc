@@ -1,0 +1,281 @@
+// Rows along d: W products of a row and a query at a time, as the memory delivers the rows, whatever they are stored
+// as. A tile has W sums in registers, of R = W / Q rows with Q queries, and adds up all their lanes together: W - 1
+// additions and twice as many shuffles for W sums, in the order in which reduce_add would take each. So a vector holds
+// the W scores of a tile and is compared with the thresholds at once.
+// Limits: reading the rows (one query); the FMA rate, at 12 queries nearly as well as the lanes way.
+#include "scan/exact.h"
+
+namespace lutra {
+namespace LUTRA_NS {
+namespace {
+
+// ------------------------------------------------------------------------------------------ W sums in one vector
+// Lane l of the result is the reduction of v[place(l)].
+constexpr int place(int l) { return W == 16 ? (l % 4) * 4 + l / 4 : W == 8 ? (l < 4 ? 2 * l : 2 * (l - 4) + 1) : l; }
+
+#if defined(LUTRA_LEVEL_v4)
+template <Kind K>
+LUTRA_INLINE vf reduce_all(const vf* v) {
+  __m512 a[8];
+  for (int i = 0; i < 4; ++i) {  // 16 vectors, two to one: lanes w and w + 8
+    __m512 half[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512 x = (__m512)v[4 * i + 2 * j], y = (__m512)v[4 * i + 2 * j + 1];
+      half[j] = (__m512)join<K>((vf)_mm512_shuffle_f32x4(x, y, 0x44), (vf)_mm512_shuffle_f32x4(x, y, 0xee));
+    }
+    a[i] = (__m512)join<K>((vf)_mm512_shuffle_f32x4(half[0], half[1], 0x88),
+                           (vf)_mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+  }
+  const auto low = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const auto high = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const __m512 e = (__m512)join<K>((vf)low(a[0], a[1]), (vf)high(a[0], a[1]));
+  const __m512 f = (__m512)join<K>((vf)low(a[2], a[3]), (vf)high(a[2], a[3]));
+  return join<K>((vf)_mm512_shuffle_ps(e, f, 0x88), (vf)_mm512_shuffle_ps(e, f, 0xdd));
+}
+#elif defined(LUTRA_LEVEL_v3)
+template <Kind K>
+LUTRA_INLINE vf reduce_all(const vf* v) {
+  __m256 a[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 x = (__m256)v[2 * i], y = (__m256)v[2 * i + 1];
+    a[i] = (__m256)join<K>((vf)_mm256_permute2f128_ps(x, y, 0x20), (vf)_mm256_permute2f128_ps(x, y, 0x31));
+  }
+  __m256 e[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256d x = _mm256_castps_pd(a[2 * i]), y = _mm256_castps_pd(a[2 * i + 1]);
+    e[i] = (__m256)join<K>((vf)_mm256_unpacklo_pd(x, y), (vf)_mm256_unpackhi_pd(x, y));
+  }
+  return join<K>((vf)_mm256_shuffle_ps(e[0], e[1], 0x88), (vf)_mm256_shuffle_ps(e[0], e[1], 0xdd));
+}
+#else
+template <Kind K>
+LUTRA_INLINE vf reduce_all(const vf* v) {
+  const vf a = join<K>(vf{v[0][0], v[0][1], v[1][0], v[1][1]}, vf{v[0][2], v[0][3], v[1][2], v[1][3]});
+  const vf b = join<K>(vf{v[2][0], v[2][1], v[3][0], v[3][1]}, vf{v[2][2], v[2][3], v[3][2], v[3][3]});
+  return join<K>(vf{a[0], a[2], b[0], b[2]}, vf{a[1], a[3], b[1], b[3]});
+}
+#endif
+
+template <class T>
+LUTRA_INLINE vf load_tail(const typename T::type* p, int n) {
+  if constexpr (sizeof(*p) == 4) return load_first(p, n);
+  typename T::type t[W] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return T::load(t);
+}
+
+// ------------------------------------------------------------------------------------------ a tile
+// Scores of W / Q rows with Q queries: query i with row r in lane i * R + r.
+template <Kind K, class T, int Q>
+LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const* x, int64_t d) {
+  constexpr int R = W / Q, G = R < 4 ? R : (Q == 4 && W == 8 ? 2 : 4);  // G rows are summed together
+  vf sum[W];
+#pragma GCC unroll 4
+  for (int g = 0; g < R; g += G) {
+    vf part[G][Q];
+#pragma GCC unroll 4
+    for (int r = 0; r < G; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; ++i) part[r][i] = (vf){};
+    int64_t j = 0;
+    for (; j + W <= d; j += W) {
+      vf qj[Q];
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; ++i) qj[i] = load(q + i * ldq + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < G; ++r) {
+        const vf xj = T::load(x[g + r] + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < Q; ++i) part[r][i] = step<K>(part[r][i], qj[i], xj);
+      }
+    }
+    if (j < d) {
+#pragma GCC unroll 4
+      for (int r = 0; r < G; ++r) {
+        const vf xj = load_tail<T>(x[g + r] + j, static_cast<int>(d - j));
+#pragma GCC unroll 4
+        for (int i = 0; i < Q; ++i) part[r][i] = step<K>(part[r][i], load(q + i * ldq + j), xj);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < G; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; ++i) sum[place(i * R + g + r)] = part[r][i];
+  }
+  return reduce_all<K>(sum);
+}
+
+template <class T>
+LUTRA_INLINE const typename T::type* row_at(const Block& b, int64_t i) {
+  return static_cast<const typename T::type*>(b.x) + (b.rows ? b.rows[i] : i) * b.ldx;
+}
+
+// Queries first .. first + Q - 1 with all rows of the block.
+template <Kind K, class T, int Q>
+void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
+  constexpr int R = W / Q;
+  constexpr int kLine = 64 / sizeof(typename T::type);
+  const float* q = c.q + first * c.ld;
+  alignas(64) float raw[W], thresholds[W], factors[W];
+  const auto refresh = [&] {
+    for (int i = 0; i < Q; ++i)
+      for (int r = 0; r < R; ++r) thresholds[i * R + r] = s->pass[first + i];
+  };
+  refresh();
+  vf threshold = load(thresholds);
+  for (int64_t i0 = 0; i0 < b.count; i0 += R) {
+    const int rows = static_cast<int>(b.count - i0 < R ? b.count - i0 : R);
+    const typename T::type* x[R];
+    for (int r = 0; r < R; ++r) x[r] = row_at<T>(b, i0 + (r < rows ? r : 0));
+    if (b.rows) {
+      for (int64_t r = i0 + R; r < i0 + 2 * R && r < b.count; ++r)
+        for (int64_t j = 0; j < b.d; j += kLine) __builtin_prefetch(row_at<T>(b, r) + j);
+    } else {  // the hardware follows the stream; this only reaches over the ends of pages
+      for (int64_t j = 0; j < b.d * R; j += kLine) __builtin_prefetch(x[0] + 4096 / sizeof(*x[0]) + b.d * R + j);
+    }
+    const vf sums = tile<K, T, Q>(q, c.ld, x, b.d);
+    vf score = sums;
+    if (b.factor) {
+      for (int i = 0; i < Q; ++i)
+        for (int r = 0; r < R; ++r) factors[i * R + r] = b.factor[i0 + (r < rows ? r : 0)];
+      score *= load(factors);
+    }
+    uint32_t mask = passes<K>(score, threshold);
+    if (__builtin_expect(mask != 0, 0)) {
+      store(raw, sums);
+      for (; mask; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask), r = lane % R;
+        if (r < rows) offer(s, first + lane / R, b, i0 + r, raw[lane]);
+      }
+      refresh();
+      threshold = load(thresholds);
+    }
+  }
+}
+
+template <Kind K, class T>
+void rows_queries(const Queries& c, int64_t first, int64_t count, const Block& b, Finds* s) {
+  int64_t i = first;
+  const int64_t end = first + count;
+  for (; i + 4 <= end; i += 4) rows_group<K, T, 4>(c, i, b, s);
+  for (; i + 2 <= end; i += 2) rows_group<K, T, 2>(c, i, b, s);
+  for (; i < end; ++i) rows_group<K, T, 1>(c, i, b, s);
+}
+
+template <class T>
+void rows_of(const Queries& c, int64_t first, int64_t count, const Block& b, Finds* s) {
+  switch (kind_of(c.metric)) {
+    case Kind::dot: return rows_queries<Kind::dot, T>(c, first, count, b, s);
+    case Kind::square: return rows_queries<Kind::square, T>(c, first, count, b, s);
+    case Kind::absolute: return rows_queries<Kind::absolute, T>(c, first, count, b, s);
+    case Kind::maximum: return rows_queries<Kind::maximum, T>(c, first, count, b, s);
+  }
+}
+
+// ------------------------------------------------------------------------------------------ factors, conversion
+template <class T>
+double wide_square(const typename T::type* x, int64_t d) {  // four sums, so that additions need not wait
+  double sum[4] = {0, 0, 0, 0};
+  for (int64_t j = 0; j < d; ++j) {
+    const double v = T::get(x + j);
+    sum[j & 3] += v * v;
+  }
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+template <class T>
+void factors_of(Metric metric, const Block& b, float* factor, double* wide) {
+  if (metric == Metric::poincare) {
+    for (int64_t i = 0; i < b.count; ++i) {
+      const double square = wide_square<T>(row_at<T>(b, i), b.d);
+      wide[i] = square < 1 ? 1 / (1 - square) : static_cast<double>(__builtin_nanf(""));
+      factor[i] = static_cast<float>(wide[i]);
+    }
+    return;
+  }
+  alignas(64) float squares[W];
+  for (int64_t i0 = 0; i0 < b.count; i0 += W) {
+    const int rows = static_cast<int>(b.count - i0 < W ? b.count - i0 : W);
+    vf sum[W];
+    for (int r = 0; r < W; ++r) sum[r] = (vf){};
+    for (int r = 0; r < rows; ++r) {
+      const typename T::type* x = row_at<T>(b, i0 + r);
+      vf part = {};
+      int64_t j = 0;
+      for (; j + W <= b.d; j += W) {
+        const vf xj = T::load(x + j);
+        part = fused(part, xj, xj);
+      }
+      if (j < b.d) {
+        const vf xj = load_tail<T>(x + j, static_cast<int>(b.d - j));
+        part = fused(part, xj, xj);
+      }
+      sum[r] = part;
+    }
+    // a vector of the W sums, in another order than their rows
+    store(squares, reduce_all<Kind::dot>(sum));
+    for (int l = 0; l < W; ++l) {
+      const int r = place(l);
+      if (r >= rows) continue;
+      const float square = squares[l];
+      if (square > 1e-24f && square < 1e37f) {
+        factor[i0 + r] = 1.0f / sqrtf(square);
+      } else {
+        const double exact = wide_square<T>(row_at<T>(b, i0 + r), b.d);
+        factor[i0 + r] = exact == 0 ? 0.0f : static_cast<float>(1.0 / sqrt(exact));
+      }
+    }
+  }
+}
+
+template <class T>
+void convert(const Block& b, float* out, int64_t ld) {
+  for (int64_t i = 0; i < b.count; ++i, out += ld) {
+    const typename T::type* x = row_at<T>(b, i);
+    if (b.rows && i + 4 < b.count)
+      for (int64_t j = 0; j < b.d; j += 64 / static_cast<int64_t>(sizeof(*x)))
+        __builtin_prefetch(row_at<T>(b, i + 4) + j);
+    int64_t j = 0;
+    for (; j + W <= b.d; j += W) store(out + j, T::load(x + j));
+    if (j < b.d) store(out + j, load_tail<T>(x + j, static_cast<int>(b.d - j)));
+  }
+}
+
+}  // namespace
+
+void scan_rows(const Queries& c, int64_t first, int64_t count, const Block& b, DType storage, Finds* s) {
+  switch (storage) {
+    case DType::f16: return rows_of<F16>(c, first, count, b, s);
+    case DType::bf16: return rows_of<BF16>(c, first, count, b, s);
+    case DType::i8: return rows_of<I8>(c, first, count, b, s);
+    case DType::u8: return rows_of<U8>(c, first, count, b, s);
+    default: return rows_of<F32>(c, first, count, b, s);
+  }
+}
+
+void row_factors(Metric metric, const Block& b, DType storage, float* factor, double* wide) {
+  switch (storage) {
+    case DType::f16: return factors_of<F16>(metric, b, factor, wide);
+    case DType::bf16: return factors_of<BF16>(metric, b, factor, wide);
+    case DType::i8: return factors_of<I8>(metric, b, factor, wide);
+    case DType::u8: return factors_of<U8>(metric, b, factor, wide);
+    default: return factors_of<F32>(metric, b, factor, wide);
+  }
+}
+
+void convert_rows(const Block& b, DType storage, float* out, int64_t ld) {
+  switch (storage) {
+    case DType::f16: return convert<F16>(b, out, ld);
+    case DType::bf16: return convert<BF16>(b, out, ld);
+    case DType::i8: return convert<I8>(b, out, ld);
+    case DType::u8: return convert<U8>(b, out, ld);
+    default: return convert<F32>(b, out, ld);
+  }
+}
+
+}  // namespace LUTRA_NS
+}  // namespace lutra

@@ -253,8 +253,8 @@ def test_refine_pads_and_refuses():
         refine(q, x, np.array([[3]]), 1)
     with pytest.raises(TypeError, match="candidates has dtype float32"):
         refine(q, x, np.zeros((2, 1), np.float32), 1)
-    with pytest.raises(TypeError, match="vectors has dtype int8"):
-        refine(q, x.astype(np.int8), np.array([[3], [1]]), 1)
+    with pytest.raises(TypeError, match="vectors has dtype int32"):
+        refine(q, x.astype(np.int32), np.array([[3], [1]]), 1)
     with pytest.raises(ValueError, match="metric must be one of"):
         refine(q, x, np.array([[3], [1]]), 1, "dot")
     with pytest.raises(ValueError, match="k must be >= 1"):

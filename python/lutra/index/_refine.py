@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _checks, scan
-from .._arrays import BF16, F16, F32, F64, I32, I64, kind_of
+from .._arrays import BF16, F16, F32, F64, I8, I32, I64, U8, kind_of
 from .._results import Neighbors
 from ._home import HOST, Home, adopt, deliver
 
@@ -15,19 +15,20 @@ _PART = 1 << 26  # bytes of candidate rows that are converted at a time
 def refine(queries: Any, vectors: Any, candidates: Any, k: int = 10, metric: str = "ip") -> Neighbors:
     """The best k of each query's candidates, by exact scores.
 
-    `lutra.scan.rescore` for vectors that may be stored in half precision: the rows of the candidates, and no
-    others, are converted to float32.
+    `lutra.scan.rescore` for vectors that may be stored in half precision, on a GPU too: there the rows of the
+    candidates, and no others, are converted to float32.
 
     Parameters
     ----------
     queries : array, shape (nq, d), float32 or float64
-    vectors : array, shape (n, d), float32, float16, bfloat16 or float64
+    vectors : array, shape (n, d), float32, float16, bfloat16, int8, uint8 or float64
     candidates : array, shape (nq, c), int64 or int32
         Rows of ``vectors``, for example the ids that `lutra.scan.pq` found; -1 is skipped, a row that is
         named twice counts once.
     k : int, default 10
         May exceed c.
-    metric : {'ip', 'l2', 'cosine'}, default 'ip'
+    metric : {'ip', 'l2', 'cosine', 'l1', 'linf', 'poincare'}, default 'ip'
+        On CUDA the first three.
 
     Returns
     -------
@@ -61,7 +62,7 @@ def _converted(home: Home, queries: Any, vectors: Any, candidates: Any, k: int, 
         _checks.same_kind(kind, a, name, queries, "queries")
         _checks.ndim(a, name, 2)
     _checks.dtype(kind, queries, "queries", (F32, F64))
-    _checks.dtype(kind, vectors, "vectors", (F32, F16, BF16, F64))
+    code = _checks.dtype(kind, vectors, "vectors", (F32, F16, BF16, I8, U8, F64))
     if _checks.dtype(kind, candidates, "candidates", (I32, I64)) == I32:
         candidates = kind.cast(candidates, I64)
     queries = kind.cast(home.bring(queries), F32)
@@ -77,6 +78,8 @@ def _converted(home: Home, queries: Any, vectors: Any, candidates: Any, k: int, 
         raise IndexError(
             f"candidates[{row}, {column}] is {int(candidates[row, column])}; candidates must be in [-1, {n})"
         )
+    if not kind.cuda and code != F64:
+        return scan.rescore(queries, vectors, candidates, k, metric)
     scores, ids = [], []
     step = max(1, _PART // (4 * c * d))
     for i in range(0, nq, step):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import scan
-from .._arrays import F32
-from ._files import File
-from ._home import HOST, check_matrix
+import numpy as np
+
+from .. import _checks, scan
+from .._arrays import BF16, F16, F32, I8, U8, kind_of
+from .._results import RangeResult
+from ._files import NAMES, File
+from ._home import HOST, check_matrix, deliver, home_of, to_float32
 from ._rows import Rows
 from .base import Index, register
+
+_STORAGE = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8, "uint8": U8}
+_WHOLE = {I8: (-128, 127), U8: (0, 255)}
 
 
 @register
@@ -20,15 +26,23 @@ class Flat(Index):
     ----------
     d : int
         Dimension of the vectors.
-    metric : {'ip', 'l2', 'cosine'}, default 'ip'
-        ``'ip'``: inner product, larger is better; ``'l2'``: squared Euclidean distance, smaller is better;
-        ``'cosine'``: inner product over both norms, 0 where a norm is 0.
+    metric : {'ip', 'l2', 'cosine', 'l1', 'linf', 'poincare'}, default 'ip'
+        As for `lutra.scan.knn`: ``'ip'`` and ``'cosine'`` are similarities, larger is better (cosine is 0
+        where a norm is 0); the others are distances, smaller is better (``'l2'`` is squared).
+        ``'poincare'`` takes vectors and queries of norm < 1.
+    dtype : {'float32', 'float16', 'bfloat16', 'int8', 'uint8'}, default 'float32'
+        What vectors are stored as. Half precision rounds them (float16 refuses what is beyond 65504); the
+        8-bit types hold whole numbers in their range and refuse others: scale and round first, or see
+        `lutra.quant`. bfloat16 needs the package ml_dtypes.
 
     Notes
     -----
-    Vectors are kept as float32, as they were added (cosine normalises nothing): 4 d bytes each, and 8 for an
-    id where ids are not simply 0, 1, 2, ... A search costs what `lutra.scan.knn` costs: 2 n d flops a query,
-    or one read of the collection where queries are few.
+    Vectors are kept as they were added (cosine normalises nothing): 4, 2 or 1 bytes a value, and 8 for an id
+    where ids are not simply 0, 1, 2, ... A search costs what `lutra.scan.knn` costs: 2 n d flops a query, or
+    one read of the collection where queries are few, and so less for narrow types. Scores are exact for the
+    values as they are stored.
+
+    On a GPU there are float32 and the metrics 'ip', 'l2' and 'cosine' only.
 
     Examples
     --------
@@ -37,31 +51,121 @@ class Flat(Index):
     >>> index.add(np.array([[0, 0], [3, 4]], np.float32), ids=[10, 20])
     >>> index.search(np.array([[0, 1]], np.float32), k=2)
     Neighbors(scores=array([[ 1., 18.]], dtype=float32), ids=array([[10, 20]]))
+    >>> index.range_search(np.array([[0, 1]], np.float32), radius=4).ids
+    array([10])
     """
 
-    def __init__(self, d: int, metric: str = "ip") -> None:
+    _metrics = _checks.EXACT_METRICS
+
+    def __init__(self, d: int, metric: str = "ip", *, dtype: str = "float32") -> None:
         super().__init__(d, metric)
-        self._rows = {"vectors": Rows(HOST, self.d, F32)}
+        self._code = _checks.choice("dtype", dtype, _STORAGE)
+        self.dtype = dtype
+        try:
+            self._rows = {"vectors": Rows(HOST, self.d, self._code)}
+        except ImportError as error:
+            raise ImportError(
+                "dtype 'bfloat16' needs the package ml_dtypes: pip install ml_dtypes"
+            ) from error
 
     def train(self, x: Any, progress: bool | None = None) -> None:
         """Nothing: an exact index needs no training. ``x`` is checked, so that code for any index runs."""
         check_matrix(x, "x", self.d)
 
     def _encode(self, x, out, first):
-        out["vectors"][:] = x
+        if self._code == F32 and self.metric != "poincare":
+            out["vectors"][:] = x
+            return
+        home = self._home or HOST
+        if self._code in _WHOLE:
+            low, high = _WHOLE[self._code]
+            good = (x >= low) & (x <= high) & (x == home.xp.round(x))
+            self._refuse(home, x, good, first, f"{self.dtype} holds whole numbers from {low} to {high}")
+        with np.errstate(over="ignore"):  # reported below
+            out["vectors"][:] = x if home is HOST else home.kind.cast(x, self._code)
+        stored = out["vectors"]
+        if self._code in (F16, BF16):
+            good = home.xp.isfinite(home.kind.cast(stored, F32))
+            self._refuse(home, x, good, first, f"which is too large for {self.dtype}")
+        if self.metric == "poincare":
+            _in_ball(home, stored, "x", first)
+
+    def _refuse(self, home, x, good, first, why):
+        if not bool(good.all()):
+            row, column = divmod(int(HOST.bring(good).argmin()), self.d)
+            raise ValueError(f"x[{row + first}, {column}] is {float(x[row, column])}; {why}")
 
     def _search(self, q, k, keep):
-        if keep is None:
-            return scan.knn(q, self._rows["vectors"].view, k, self.metric)
-        options: dict[str, Any] = {"filter": keep}
-        return scan.knn(q, self._rows["vectors"].view, k, self.metric, **options)
+        self._check_queries(q)
+        return scan.knn(q, self._rows["vectors"].view, k, self.metric, filter=keep)
+
+    def _check_queries(self, q):
+        if self.metric == "poincare":
+            _in_ball(self._home or HOST, q, "q", 0)
+
+    def range_search(self, q: Any, radius: float, *, filter: Any = None) -> RangeResult:
+        """All vectors within a radius of each query.
+
+        Parameters
+        ----------
+        q : array, shape (nq, d)
+            As for `search`.
+        radius : float
+            Vectors with score >= radius for 'ip' and 'cosine', <= radius for the distances ('l2' is squared).
+        filter : optional
+            Which ids may be found, as for `search`.
+
+        Returns
+        -------
+        offsets : array, shape (nq + 1,), int64
+            What was found for query i is at ``offsets[i] : offsets[i + 1]`` of the others.
+        scores : array, shape (offsets[-1],), float32
+            Best first within a query.
+        ids : array, shape (offsets[-1],), int64
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `search`, and for a radius that is no number.
+        NotImplementedError
+            The index is on a GPU: move it with ``to("cpu")``.
+
+        Notes
+        -----
+        See `lutra.scan.range_search`.
+        """
+        with self._lock.reading():
+            native = check_matrix(q, "q", self.d)
+            home = self._home or home_of(native, "q")
+            if home is not HOST:
+                raise NotImplementedError(f"range_search is for the CPU; this index is on {home.device}")
+            part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
+            if not self._ids.n:
+                self._nothing()
+            self._check_queries(part)
+            keep = None if filter is None else self._keep(home, filter)
+            view = self._rows["vectors"].view
+            offsets, scores, positions = scan.range_search(part, view, radius, self.metric, filter=keep)
+            return RangeResult(*deliver(home, (offsets, scores, self._ids.of(home, positions)), q))
 
     def _reconstruct(self, positions):
-        return self._rows["vectors"].view[positions]
+        return (self._home or HOST).kind.cast(self._rows["vectors"].view[positions], F32)
 
     def _config(self):
-        return {"d": self.d, "metric": self.metric}
+        config = {"d": self.d, "metric": self.metric}
+        return config if self._code == F32 else {**config, "dtype": self.dtype}
 
     def _restore(self, file: File, n: int, mmap: bool) -> None:
-        vectors, mapped = file.tensor("vectors", "F32", (n, self.d), mmap=mmap)
-        self._rows["vectors"] = Rows.of(vectors, F32, mapped=mapped)
+        vectors, mapped = file.tensor("vectors", NAMES[self._code], (n, self.d), mmap=mmap)
+        self._rows["vectors"] = Rows.of(vectors, self._code, mapped=mapped)
+
+
+def _in_ball(home, x, name, first):
+    """Vectors of a metric that is defined in the open unit ball."""
+    square = np.square(home.kind.to_numpy(x), dtype=np.float64).sum(1)
+    outside = np.flatnonzero(square >= 1)
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"{name}[{row + first}] has norm {square[row] ** 0.5:.6g}; for metric 'poincare' norms must be < 1"
+        )

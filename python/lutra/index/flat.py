@@ -167,5 +167,5 @@ def _in_ball(home, x, name, first):
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"{name}[{row + first}] has norm {square[row] ** 0.5:.6g}; for metric 'poincare' norms must be < 1"
+            f"{name}[{row + first}] has norm {square[row] ** 0.5:.6g}; for 'poincare' norms must be < 1"
         )

@@ -127,10 +127,10 @@ def test_poincare_refuses_what_lies_outside_the_ball():
     index = Flat(2, "poincare")
     inside = np.array([[0.5, 0.5], [0, 0]], np.float32)
     index.add(inside)
-    with pytest.raises(ValueError, match=r"x\[1\] has norm 1; for metric 'poincare' norms must be < 1"):
+    with pytest.raises(ValueError, match=r"x\[1\] has norm 1; for 'poincare' norms must be < 1"):
         index.add(np.array([[0, 0], [0, 1]], np.float32))
     for search in (lambda q: index.search(q, 1), lambda q: index.range_search(q, 1.0)):
-        with pytest.raises(ValueError, match=r"q\[0\] has norm 5; for metric 'poincare'"):
+        with pytest.raises(ValueError, match=r"q\[0\] has norm 5; for 'poincare'"):
             search(np.array([[3, 4]], np.float32))
     assert len(index) == 2
     np.testing.assert_allclose(

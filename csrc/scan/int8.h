@@ -87,9 +87,10 @@ struct Quantized {
 };
 
 // v = x * factor - mean (null: 0), into codes of at most `limit`. `work` has room for d + W floats, `bytes` for
-// d + W codes; behind the d-th they are zero. The norms are rounded up a little: they are used in bounds.
+// d + W codes; behind the d-th they are zero. The norms are rounded up a little: they are used in bounds. A scale can
+// be given that suits several vectors; values beyond its limit are then cut off, and counted as lost.
 static inline Quantized quantize(const float* x, float factor, const float* mean, int64_t d, float limit, float* work,
-                                 int8_t* bytes) {
+                                 int8_t* bytes, float scale = 0) {
   const int64_t padded = (d + W - 1) / W * W;
   vf top = {}, square = {};
   const vi positive = (vi){} + 0x7fffffff;
@@ -112,13 +113,19 @@ static inline Quantized quantize(const float* x, float factor, const float* mean
   store(most, top);
   for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
   Quantized out;
-  out.scale = largest > 1e-30f ? largest / limit : 1e-30f;
+  out.scale = scale > 0 ? scale : largest > 1e-30f ? largest / limit : 1e-30f;
   const float inverse = 1.0f / out.scale;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   vf lost = {}, length = {};
   vi total = {};
   for (j = 0; j < padded; j += W) {
-    const vf v = load(work + j), shifted = v * inverse + magic, whole = shifted - magic;
+    const vf v = load(work + j);
+    vf units = v * inverse;
+    if (scale > 0) {
+      units = units > splat(limit) ? splat(limit) : units;
+      units = units < splat(-limit) ? splat(-limit) : units;
+    }
+    const vf shifted = units + magic, whole = shifted - magic;
     const vi code = (vi)shifted - (vi)magic;
     const vf rest = v - whole * out.scale;
     lost += rest * rest;

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("num_threads", &lutra::num_threads);
   m.def("set_num_threads", &lutra::set_num_threads);
   lutra::register_address(m);
+  lutra::register_assign(m);
   lutra::register_binary(m);
   lutra::register_fast_scan(m);
   lutra::register_gather(m);

@@ -46,11 +46,11 @@ def nearest(x: Any, centroids: Any, k: int = 1, metric: str = "l2") -> Neighbors
 
     Notes
     -----
-    With k = 1, 128 centroids or more and 32 dimensions or more, products of 8-bit integers (four times as fast
-    with AVX-512 VNNI) bound every score, and the few centroids that the bounds leave are scored in float32:
-    the result is exact, and does not depend on the batch. With fewer centroids, k = 1 and 200 or more vectors,
-    sums are taken in another order than by `lutra.scan.knn`: the last bits of a score, and the choice between
-    centroids that are equally near but for those, may differ from those of a smaller call.
+    With k = 1, 128 centroids or more and 32 dimensions or more, products of 8-bit integers (four times as
+    fast with AVX-512 VNNI) bound every score, and the few centroids that the bounds leave are scored in
+    float32: the result is exact, and does not depend on the batch. With fewer centroids, k = 1 and 200 or
+    more vectors, sums are taken in another order than by `lutra.scan.knn`: the last bits of a score, and the
+    choice between centroids that are equally near but for those, may differ from those of a smaller call.
 
     Cost: 2 n c d flops. Gradient (torch): of the scores, to x and centroids.
 
@@ -77,7 +77,7 @@ def _nearest(kind, x, centroids, k=1, metric="l2"):
     if metric not in ("l2", "ip"):
         _checks.choice("metric", metric, {"l2": 1, "ip": 0})
     if k == 1 and kind.kernels is not None and not kind.cuda and _many(centroids):
-        code = pair(kind, x, centroids, _NAMES)
+        x, code = pair(kind, x, centroids, _NAMES)
         if code == F32:
             return assign(kind, x, centroids, metric)
     return search(kind, x, centroids, k, metric, _NAMES, "nearest")

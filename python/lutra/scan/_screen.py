@@ -254,8 +254,7 @@ def _knn_screened(
             raise ValueError(nan_message("database", bad))
         if bad == -1:
             return scores, ids
-        if keep is None and kind.code(database) == F32:  # scores beyond what the bounds are made for
-            return _knn(kind, queries, database, k, metric)
+        return _knn(kind, queries, database, k, metric, keep)  # scores beyond what the bounds are made for
     q, x, bits = (None if a is None else kind.to_numpy(a) for a in (queries, database, keep))
     scores, ids = reference.knn_screened(q, x, None, k, metric, bits)
     return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)

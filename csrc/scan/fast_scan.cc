@@ -128,16 +128,22 @@ LUTRA_INLINE uint64_t passing(const int32_t* sums, int rows, int32_t least) {
   return pass;
 }
 
-// Keys of a tile with terms of their rows; `rows` of them exist.
+// W terms of rows from `row` on, of which a.n exist.
+LUTRA_INLINE vf row_terms(const float* terms, int64_t row, int64_t n) {
+  if (n - row >= W) return load(terms + row);
+  return n > row ? load_first(terms + row, static_cast<int>(n - row)) : (vf){};
+}
+
+// Keys of a tile with terms of their rows; `rows` of them exist, `keys` has room for whole vectors.
 void keys_with_terms(const FastScanArgs& a, const Query& q, float base, int64_t row, int rows, const int32_t* sums,
                      float* keys) {
   const float sign = order_of(a);
-  for (int r = 0; r < rows; ++r) {
-    float key = q.least + q.step * static_cast<float>(sums[r]);
-    if (a.mul) key *= a.mul[row + r];
+  for (int r = 0; r < rows; r += W) {
+    vf key = q.least + q.step * __builtin_convertvector(*reinterpret_cast<const vi_unaligned*>(sums + r), vf_unaligned);
+    if (a.mul) key *= row_terms(a.mul, row + r, a.n);
     key += base;
-    if (a.add) key += sign * a.add[row + r];
-    keys[r] = key;
+    if (a.add) key += sign * row_terms(a.add, row + r, a.n);
+    store(keys + r, key);
   }
 }
 
@@ -159,7 +165,6 @@ void scan_rows(const FastScanArgs& a, Query* const* q, const float* base, int64_
       if (terms) {
         alignas(64) float keys[kTile];
         keys_with_terms(a, *q[i], base[i], begin + at, count, sum[i], keys);
-        for (int r = count; r < kTile; ++r) keys[r] = 0;
         for (int r = 0; r < count; r += W)
           for (uint32_t pass = mask_bits(load(keys + r) >= splat(best->threshold)); pass; pass &= pass - 1) {
             const int row = r + __builtin_ctz(pass);

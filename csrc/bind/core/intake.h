@@ -69,6 +69,7 @@ void register_binary(py::module_& m);
 void register_fast_scan(py::module_& m);
 void register_gather(py::module_& m);
 void register_graph(py::module_& m);
+void register_ivf(py::module_& m);
 void register_lists(py::module_& m);
 void register_quick(py::module_& m);
 void register_scan(py::module_& m);

@@ -172,8 +172,25 @@ class Codec:
         """float32 vectors of rows of the arena; ``centroids`` those of their lists."""
         if self.quantizer is None:
             return arena.take("vectors_in_lists", rows)[:, :, 0].astype(np.float32)
-        x = self.quantizer._decode(self._codes(arena.take("codes", rows)))
+        codes = arena.take("codes", rows)
+        if self.form == "decode" or hasattr(self.quantizer, "pack"):
+            x = self.quantizer._decode(self._codes(codes))
+        else:
+            entries = self._entries(codes) if self.form == "lut4" else codes[:, 0]
+            x = self._from_tables(entries, arena.take("mul", rows)[:, 0] if "mul" in self.fields else None)
         return x + centroids if self.residual else x
+
+    def _from_tables(self, entries: np.ndarray, mul: np.ndarray | None) -> np.ndarray:
+        """Vectors by the linear form: its values at the unit vectors, less that at 0."""
+        points = np.concatenate([np.zeros((1, self.d), np.float32), np.eye(self.d, dtype=np.float32)])
+        lut, bias = self.quantizer._tables(points, "ip")
+        lut = lut[1:] - lut[:1]
+        x = np.zeros((len(entries), self.d), np.float32)
+        for j in range(entries.shape[1]):
+            x += lut[:, j, entries[:, j]].T
+        if mul is not None:
+            x *= mul
+        return x if bias is None else x + (bias[1:] - bias[0])
 
     # ---- scanning
     def tables(self, q: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -217,20 +234,36 @@ class Codec:
         lut, bias = self.tables(q)
         base = base if self.residual else None
         flat = [None if a is None else a.reshape(-1) for a in (add, mul)]
-        if self.form == "lut8":
-            scores, ids = _lists.lut8(
-                lut, codes.reshape(-1, self.quantizer.m), lists, k, self.metric, base, bias, *flat
-            )
+        if self.form == "lut4":  # only where nothing is compiled
+            codes = self._entries(codes.transpose(0, 2, 1, 3).reshape(-1, codes.shape[1], 4))
         else:
-            scores, ids = self._scan4(q, lut, codes, lists, k, base, bias, *flat)
+            codes = codes.reshape(-1, self.quantizer.m)
+        scores, ids = _lists.lut8(lut, codes, lists, k, self.metric, base, bias, *flat)
         if self.metric == "l2":  # rounding may leave small negative ones
             np.maximum(scores, 0, out=scores)
         return scores, ids
 
-    def _scan4(self, q, lut, codes, lists, k, base, bias, add, mul):
-        """Until there is a kernel: the entries as bytes."""
-        entries = self._entries(codes.transpose(0, 2, 1, 3).reshape(-1, codes.shape[1], 4))
-        return _lists.lut8(lut, entries, lists, k, self.metric, base, bias, add, mul)
+    def describe(self, arena: Arena) -> dict[str, Any]:
+        """What `_core.ListSearcher` asks about the codes, but for the lists."""
+        quantizer = self.quantizer
+        names = {"rows": 0, "lut8": 1, "lut4": 2}
+        about: dict[str, Any] = {
+            "form": names[self.form], "type": 0, "m": 0, "ksub": 0, "dsub": 0, "books": None, "add": None,
+            "mul": None, "distances": int(self._distances), "residual": int(self.residual),
+        }  # fmt: skip
+        if quantizer is None:
+            about.update(codes=arena.arrays["vectors_in_lists"], type=_lists._TYPES[self.name])
+            return about
+        about.update(codes=arena.arrays["codes"], m=quantizer.m, ksub=16)
+        about.update({name: arena.arrays[name] for name in ("add", "mul") if name in arena.arrays})
+        if type(quantizer).__name__ == "PQ" and quantizer.dsub:
+            ksub = max(16, quantizer.ksub)  # unused entries are 0, as in PQ's own tables
+            books = np.zeros((quantizer.m, quantizer.dsub, ksub), np.float32)
+            books[:, :, : quantizer.ksub] = quantizer._books.transpose(0, 2, 1)
+            about.update(books=books, dsub=quantizer.dsub, ksub=ksub)
+        elif self.form == "lut8":
+            about.update(ksub=quantizer._tables(np.zeros((1, self.d), np.float32), "ip").lut.shape[2])
+        return about
 
     def _scan_decoded(self, q, arena, lists, k, centroids):
         """Decode the probed lists, a few at a time, and score the vectors exactly."""

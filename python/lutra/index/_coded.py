@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks, scan
+from .. import _backend, _checks, scan
 from .._arrays import BF16, F16, F32, I8
+from .._checks import METRICS
 from ..scan._lists import Lists
 from . import _files
 from ._arena import BLOCK, Arena
@@ -18,6 +19,7 @@ from ._rows import Rows
 from .base import Index
 
 _KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
+_BATCH = 4096  # queries of a part
 _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
 
 
@@ -35,6 +37,8 @@ class CodedIndex(Index):
         self._codec: Codec | None = None
         self._arena: Arena | None = None
         self._pending: list[Any] = []
+        self._unchecked = False  # whether positions come from a file
+        self._searcher: Any = None  # of the compiled module; made again after each change
         if refine is not None:
             self._rows["vectors"] = Rows(HOST, self.d, _KEPT[refine])
         if refine == "int8":
@@ -105,6 +109,7 @@ class CodedIndex(Index):
         """Give back the room that lists have to grow; bulk additions leave none."""
         with self._lock.writing():
             if self._arena is not None:
+                self._searcher = None
                 self._arena.compact()
 
     # ---- adding and removing
@@ -138,6 +143,7 @@ class CodedIndex(Index):
 
     def _added(self, first: int, count: int) -> None:
         pending, self._pending = self._pending, []
+        self._searcher = None
         if not pending:
             return
         lists = np.concatenate([p[0] for p in pending])
@@ -148,6 +154,7 @@ class CodedIndex(Index):
         self._lists.append(lists, positions, values)
 
     def _removed(self, keep: np.ndarray, before: int) -> None:
+        self._searcher = None
         self._lists.remove(keep, before)
 
     def _reconstruct(self, positions: np.ndarray) -> np.ndarray:
@@ -185,17 +192,83 @@ class CodedIndex(Index):
             )
         return factor
 
-    def _refined(
-        self, q: np.ndarray, k: int, factor: int, find: Any, repeated: bool
+    def _coarse(self) -> np.ndarray | None:
+        """Centroids (blocks, d, 16) of which a search takes the nearest; None: every list is searched."""
+        return None
+
+    def _probe(self, q: np.ndarray, nprobe: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Scores and numbers of each query's lists; None: every list."""
+        return None, None
+
+    def _find(
+        self, q: np.ndarray, k: int, keep: np.ndarray | None, nprobe: int, factor: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best k of what ``find(count)`` gives by codes, scored again where ``factor`` says so."""
-        copies = 2 if repeated else 1
-        most = copies * self.ntotal
-        if not factor:
-            found = find(min(copies * k, most) if repeated else k)
-            return merge([found], len(q), k, self._inner) if repeated else found
-        candidates = find(max(1, min(copies * k * factor, most)))[1]
-        return self._rescore(q, candidates, k)
+        """Scores and positions, in parts of the batch."""
+        step = min(self._coder.part(k * max(1, factor)), _BATCH)
+        if len(q) <= step:
+            return self._find_part(q, k, keep, nprobe, factor)
+        parts = [self._find_part(q[i : i + step], k, keep, nprobe, factor) for i in range(0, len(q), step)]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def _find_part(self, q, k, keep, nprobe, factor):
+        searcher = self._searcher
+        if searcher is None:
+            searcher = self._searcher = self._make_searcher()
+        if searcher is False:
+            return self._compose(q, k, keep, nprobe, factor)
+        count = min(k * factor, self.ntotal)
+        lut = bias = None
+        if not self._own_tables:
+            lut, bias = self._coder.tables(self._unit(q))
+        fused = not count or self._fused_refine
+        scores, ids, bad = searcher.search(
+            q, k if fused else count, nprobe, count if fused else 0, keep, lut, bias
+        )
+        if bad != -1:
+            self._explain(bad)
+        return (scores, ids) if fused else self._rescore(q, ids, k)
+
+    def _explain(self, bad: int) -> None:
+        if bad >= 1 << 40:
+            raise ValueError(f"list {bad - (1 << 40)} of the index leaves its memory: the index is damaged")
+        raise ValueError("a score is NaN or infinite, or a position is none of the index: it is damaged")
+
+    def _make_searcher(self) -> Any:
+        """What holds the index for searches in one call; False where it cannot."""
+        core, codec = _backend.core, self._coder
+        if core is None or codec.form == "decode":
+            return False
+        arena = self._lists
+        if arena.positions is not None and self._unchecked and arena.size:
+            low, high = int(arena.positions.min()), int(arena.positions.max())
+            if low < -1 or high >= self.ntotal:
+                raise ValueError(f"the lists hold positions from {low} to {high}: the index is damaged")
+            self._unchecked = False
+        about = codec.describe(arena)
+        self._own_tables = codec.form == "rows" or about["books"] is not None
+        # The other forms rescore by `lutra.scan.rescore`, which knows no scales of rows.
+        self._fused_refine = codec.form == "lut4" or self.refine != "int8"
+        view = self._rows["vectors"].view if self.refine is not None and self._fused_refine else None
+        scales = self._rows["scales"].view if self.refine == "int8" and view is not None else None
+        return core.ListSearcher({
+            **about, "d": self.d, "inner": METRICS[self._inner], "metric": METRICS[self.metric],
+            "nlist": self._nlist, "coarse": self._coarse(), "arena_rows": arena.size,
+            "npositions": self.ntotal, "list_begin": arena.begin, "list_rows": arena.rows,
+            "positions": arena.positions, "repeated": int(self._copies > 1), "vectors": view,
+            "vector_type": _KEPT[self.refine] if self.refine else 0, "scales": scales,
+        })  # fmt: skip
+
+    def _compose(self, q, k, keep, nprobe, factor):
+        """The search made of its parts: on the reference, and for codes that are decoded."""
+        unit = self._unit(q)
+        base, probes = self._probe(unit, nprobe)
+        lists = self._of_lists(keep, probes)
+        copies, most = self._copies, self._copies * self.ntotal
+        count = min(copies * k * max(1, factor), most) if factor or copies > 1 else k
+        found = self._coder.scan(unit, self._lists, lists, count, base, self._centers())
+        if factor:
+            return self._rescore(q, found[1], k)
+        return merge([found], len(q), k, self._inner) if copies > 1 else found
 
     def _rescore(self, q: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         vectors = self._rows["vectors"].view
@@ -310,6 +383,7 @@ class CodedIndex(Index):
             shape = (blocks, field.a, BLOCK, field.b)
             arrays[name], _ = file.tensor(name, _files.name_of(field.dtype), shape, mmap=mmap)
         arena.restore(rows, arrays, positions)
+        self._unchecked = True  # until the first search: opening a file reads no more than it must
 
     @property
     def _copies(self) -> int:

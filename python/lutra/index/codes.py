@@ -84,7 +84,7 @@ class Codes(CodedIndex):
                 raise ValueError(f"the index holds {self.ntotal} coded vectors; train a new one")
             points = sampled(native, _SAMPLE, 0)
             self.quantizer.train(self._unit(points), progress=progress)
-            self._codec = self._arena = None
+            self._codec = self._arena = self._searcher = None
 
     def search(
         self, q: Any, k: int = 10, *, filter: Any = None, refine_factor: int | None = None
@@ -115,21 +115,7 @@ class Codes(CodedIndex):
         return self._answer(q, k, filter, refine_factor=refine_factor)
 
     def _search(self, q, k, keep, refine_factor):
-        factor = self._factor(refine_factor)
-        lists = self._of_lists(keep, None)
-        step = self._coder.part(k * max(1, factor))
-        parts = []
-        for i in range(0, max(1, len(q)), step):
-            part = q[i : i + step]
-            unit = self._unit(part)
-
-            def find(count, unit=unit):
-                return self._coder.scan(unit, self._lists, lists, count, None, None)
-
-            parts.append(self._refined(part, k, factor, find, False))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        return self._find(q, k, keep, 1, self._factor(refine_factor))
 
     def _config(self):
         return {

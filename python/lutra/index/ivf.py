@@ -21,7 +21,6 @@ from .codes import sampled
 
 _PER_LIST = 256  # vectors that a centroid is trained on at most
 _SAMPLE = 1 << 17  # vectors that the quantizer is trained on at most
-_COARSE = 64  # centroids of a piece of work
 
 
 @register
@@ -212,16 +211,11 @@ class IVF(CodedIndex):
 
     def _set_centroids(self, centroids: np.ndarray) -> None:
         self._centroids = np.ascontiguousarray(centroids, np.float32)
-        # For the search they are lists of their own, cut into pieces for the threads.
         blocks = (self.nlist + BLOCK - 1) // BLOCK
         padded = np.zeros((blocks * BLOCK, self.d), np.float32)
         padded[: self.nlist] = self._centroids
         self._coarse_rows = np.ascontiguousarray(padded.reshape(blocks, BLOCK, self.d).transpose(0, 2, 1))
-        begin = np.arange(0, self.nlist, _COARSE)
-        self._coarse_lists = Lists(
-            begin, np.minimum(_COARSE, self.nlist - begin), None, self.nlist, None, np.empty((0, 0), np.int64)
-        )
-        self._codec = self._arena = None
+        self._codec = self._arena = self._searcher = None
 
     # ---- adding
     def _assign(self, x):
@@ -272,29 +266,18 @@ class IVF(CodedIndex):
 
     def _search(self, q, k, keep, nprobe, refine_factor):
         factor = self._factor(refine_factor)
-        nprobe = _checks.integer("nprobe", self.nprobe if nprobe is None else nprobe, 1)
-        nprobe = min(nprobe, self.nlist)
-        step = min(self._coder.part(k * max(1, factor)), 4096)
-        parts = []
-        for i in range(0, max(1, len(q)), step):
-            part = q[i : i + step]
-            unit = self._unit(part)
-            base, probes = self._probe(unit, nprobe)
-            lists = self._of_lists(keep, probes)
+        nprobe = self.nprobe if nprobe is None else nprobe
+        if type(nprobe) is not int or nprobe < 1:
+            nprobe = _checks.integer("nprobe", nprobe, 1)
+        return self._find(q, k, keep, min(nprobe, self.nlist), factor)
 
-            def find(count, unit=unit, lists=lists, base=base):
-                return self._coder.scan(unit, self._lists, lists, count, base, self._centroids)
+    def _coarse(self):
+        return self._coarse_rows
 
-            parts.append(self._refined(part, k, factor, find, self.soar))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-    def _probe(self, q: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+    def _probe(self, q, nprobe):
         """Scores and numbers of each query's nearest lists, the same for a query alone and in a batch."""
-        pieces = len(self._coarse_lists.begin)
-        every = np.broadcast_to(np.arange(pieces), (len(q), pieces))
-        lists = self._coarse_lists._replace(probes=np.ascontiguousarray(every))
+        every = np.zeros((len(q), 1), np.int64)
+        lists = Lists(np.zeros(1, np.int64), np.array([self.nlist]), None, self.nlist, None, every)
         return _lists.list_rows(q, self._coarse_rows, lists, nprobe, self._inner)
 
     # ---- configuration and files

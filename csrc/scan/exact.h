@@ -73,7 +73,7 @@ struct Block {
   const int64_t* rows;     // where each is in x, or null: one after another from x on
   const int64_t* numbers;  // what each is called, or null: first, first + 1, ...
   int64_t first, count;
-  const float* factor;  // of each row of the block, or null: 1 / |x| (cosine), 1 / (1 - |x|^2) (poincare)
+  const float* factor;  // of each row of the block, or null: 1 / |x| (cosine), 1 / (1 - |x|^2) (poincare); and W more
   const double* wide;   // the same, for poincare
   int64_t number(int64_t i) const { return numbers ? numbers[i] : first + i; }
 };

@@ -69,41 +69,46 @@ LUTRA_INLINE vf load_tail(const typename T::type* p, int n) {
 }
 
 // ------------------------------------------------------------------------------------------ a tile
-// Scores of W / Q rows with Q queries: query i with row r in lane i * R + r.
+// Scores of W / Q rows with Q queries: query i with row r in lane i * R + r. `next`: rows that will be wanted soon.
 template <Kind K, class T, int Q>
-LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const* x, int64_t d) {
-  constexpr int R = W / Q, G = R < 4 ? R : (Q == 4 && W == 8 ? 2 : 4);  // G rows are summed together
+LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const* x, const typename T::type* const* next,
+                     int64_t d) {
+  constexpr int R = W / Q, G = R < 8 ? R : 8;  // G rows are summed together
   vf sum[W];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int g = 0; g < R; g += G) {
     vf part[G][Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < G; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) part[r][i] = (vf){};
     int64_t j = 0;
     for (; j + W <= d; j += W) {
       vf qj[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) qj[i] = load(q + i * ldq + j);
-#pragma GCC unroll 4
+      if (j * sizeof(typename T::type) % 64 < W * sizeof(typename T::type)) {  // a new line
+#pragma GCC unroll 8
+        for (int r = 0; r < G; ++r) __builtin_prefetch(next[g + r] + j);
+      }
+#pragma GCC unroll 8
       for (int r = 0; r < G; ++r) {
         const vf xj = T::load(x[g + r] + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) part[r][i] = step<K>(part[r][i], qj[i], xj);
       }
     }
     if (j < d) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < G; ++r) {
         const vf xj = load_tail<T>(x[g + r] + j, static_cast<int>(d - j));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) part[r][i] = step<K>(part[r][i], load(q + i * ldq + j), xj);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < G; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) sum[place(i * R + g + r)] = part[r][i];
   }
   return reduce_all<K>(sum);
@@ -114,13 +119,25 @@ LUTRA_INLINE const typename T::type* row_at(const Block& b, int64_t i) {
   return static_cast<const typename T::type*>(b.x) + (b.rows ? b.rows[i] : i) * b.ldx;
 }
 
+// Rows i, i + 1, ... of the block; behind its end, the last one.
+template <class T, int R>
+LUTRA_INLINE void rows_at(const Block& b, int64_t i, const typename T::type** out) {
+  const auto* x = static_cast<const typename T::type*>(b.x);
+  const int64_t last = b.count - 1;
+  if (b.rows)
+    for (int r = 0; r < R; ++r) out[r] = x + b.rows[i + r < last ? i + r : last] * b.ldx;
+  else
+    for (int r = 0; r < R; ++r) out[r] = x + (i + r < last ? i + r : last) * b.ldx;
+  asm volatile("" ::"r"(out) : "memory");  // in memory they stay: there are more of them than registers
+}
+
 // Queries first .. first + Q - 1 with all rows of the block.
 template <Kind K, class T, int Q>
 void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
-  constexpr int R = W / Q;
-  constexpr int kLine = 64 / sizeof(typename T::type);
+  constexpr int R = W / Q, kAhead = R < 16 ? 16 : R;
   const float* q = c.q + first * c.ld;
   alignas(64) float raw[W], thresholds[W], factors[W];
+  const typename T::type *x[R], *next[R];
   const auto refresh = [&] {
     for (int i = 0; i < Q; ++i)
       for (int r = 0; r < R; ++r) thresholds[i * R + r] = s->pass[first + i];
@@ -128,20 +145,12 @@ void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
   refresh();
   vf threshold = load(thresholds);
   for (int64_t i0 = 0; i0 < b.count; i0 += R) {
-    const int rows = static_cast<int>(b.count - i0 < R ? b.count - i0 : R);
-    const typename T::type* x[R];
-    for (int r = 0; r < R; ++r) x[r] = row_at<T>(b, i0 + (r < rows ? r : 0));
-    if (b.rows) {
-      for (int64_t r = i0 + R; r < i0 + 2 * R && r < b.count; ++r)
-        for (int64_t j = 0; j < b.d; j += kLine) __builtin_prefetch(row_at<T>(b, r) + j);
-    } else {  // the hardware follows the stream; this only reaches over the ends of pages
-      for (int64_t j = 0; j < b.d * R; j += kLine) __builtin_prefetch(x[0] + 4096 / sizeof(*x[0]) + b.d * R + j);
-    }
-    const vf sums = tile<K, T, Q>(q, c.ld, x, b.d);
+    rows_at<T, R>(b, i0, x);
+    rows_at<T, R>(b, i0 + kAhead, next);
+    const vf sums = tile<K, T, Q>(q, c.ld, x, next, b.d);
     vf score = sums;
-    if (b.factor) {
-      for (int i = 0; i < Q; ++i)
-        for (int r = 0; r < R; ++r) factors[i * R + r] = b.factor[i0 + (r < rows ? r : 0)];
+    if (b.factor) {  // readable for W values more than there are rows
+      for (int i = 0; i < Q; ++i) memcpy(factors + i * R, b.factor + i0, R * sizeof(float));
       score *= load(factors);
     }
     uint32_t mask = passes<K>(score, threshold);
@@ -149,7 +158,7 @@ void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
       store(raw, sums);
       for (; mask; mask &= mask - 1) {
         const int lane = __builtin_ctz(mask), r = lane % R;
-        if (r < rows) offer(s, first + lane / R, b, i0 + r, raw[lane]);
+        if (i0 + r < b.count) offer(s, first + lane / R, b, i0 + r, raw[lane]);
       }
       refresh();
       threshold = load(thresholds);

@@ -164,7 +164,7 @@ void exact_pass(const ExactCall& a, int64_t first, int64_t count, int threads, F
     const double wanted = static_cast<double>(capacity) * a.n / kept;
     block = wanted < a.n ? static_cast<int64_t>(wanted) / 64 * 64 + 64 : (a.n + 63) / 64 * 64;
   }
-  Buffer<float> rows(lanes && copies(a) ? threads * capacity * padded(a.d) : 0), factors(threads * capacity);
+  Buffer<float> rows(lanes && copies(a) ? threads * capacity * padded(a.d) : 0), factors(threads * capacity + W);
   Buffer<double> wide(a.metric == Metric::poincare ? threads * capacity : 0);
   Buffer<int64_t> numbers(a.keep ? threads * capacity : 0);
   for (int t = 0; t < threads; ++t) {

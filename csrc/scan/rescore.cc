@@ -46,7 +46,7 @@ int64_t unique_ids(const RescoreArgs& a, int64_t i, int64_t* sorted, int64_t* sc
 void some_queries(const RescoreArgs& a, int64_t begin, int64_t end, int64_t* bad) {
   const int64_t capacity = topk_capacity(a.k, a.c);
   Buffer<int64_t> work(2 * a.c), who(capacity);
-  Buffer<float> keys(capacity), factor(a.c);
+  Buffer<float> keys(capacity), factor(a.c + W);
   Buffer<double> wide(a.metric == Metric::poincare ? a.c : 0);
   alignas(64) float pass[W];
   const ExactCall call{a.q, a.x, a.nq, a.n, a.d, a.ldq, a.ldx, a.metric, a.storage, nullptr};

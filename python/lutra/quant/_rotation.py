@@ -1,4 +1,4 @@
-"""Random rotations, and the product of vectors with a matrix."""
+"""Random rotations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ def random_rotation(d: int, seed: int) -> np.ndarray:
     gaussian = np.random.default_rng(seed).standard_normal((d, d))
     q, r = np.linalg.qr(gaussian)
     return (q * np.where(np.diagonal(r) < 0, -1.0, 1.0)).astype(np.float32)
-
-
-def multiply(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Rows (n, a) times (a, b), float32, each row by itself: its result never depends on the other rows."""
-    return x @ matrix
 
 
 def check_rotation(matrix: np.ndarray, name: str) -> None:

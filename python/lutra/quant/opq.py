@@ -8,7 +8,9 @@ import numpy as np
 
 from .. import _checks
 from ..index._progress import Progress
-from ._rotation import check_rotation, multiply
+from ._anisotropic import fit
+from ._kernels import multiply, pq_entries
+from ._rotation import check_rotation
 from .base import Tables
 from .pq import PQ
 
@@ -49,6 +51,9 @@ class OPQ(PQ):
         n_iter: int = 25,
         init: str = "random",
         max_points_per_centroid: int | None = 256,
+        loss: str = "l2",
+        threshold: float = 0.2,
+        directions: Any = None,
         rotations: int = 40,
         progress: bool | None = None,
     ) -> OPQ:
@@ -56,8 +61,9 @@ class OPQ(PQ):
 
         Parameters
         ----------
-        x, n_iter, init, max_points_per_centroid, progress
-            As `PQ.train`; ``n_iter`` is that of the last codebooks.
+        x, n_iter, init, max_points_per_centroid, loss, threshold, directions, progress
+            As `PQ.train`; ``n_iter`` is that of the last codebooks. The rotation is always that of the
+            loss 'l2'.
         rotations : int, default 40
             Rounds in which the rotation is improved.
 
@@ -78,32 +84,39 @@ class OPQ(PQ):
         n_iter = _checks.integer("n_iter", n_iter, 1)
         rotations = _checks.integer("rotations", rotations, 0)
         self._check_init(init)
+        weighted, threshold = self._check_loss(loss, threshold, directions)
         points = self._sample(x, max_points_per_centroid)
         rotation = principal_rotation(points, self.m)
         few = 4
-        with Progress(rotations + self.m * (few + n_iter), "OPQ training", progress) as bar:
-            rotated = multiply(points, np.ascontiguousarray(rotation.T))
+        toward = points if directions is None else self._sample_directions(directions, x, len(points))
+        steps = rotations + self.m * (few + n_iter) + (n_iter if weighted else 0)
+        with Progress(steps, "OPQ training", progress) as bar:
+            rotated = multiply(points, rotation.T)
             books = self._kmeans(rotated, few, init, bar)
             for _ in range(rotations):
-                entries = self._nearest_entries(rotated, books)
+                entries = pq_entries(rotated, books)
                 books = update(rotated, entries, books)
                 decoded = books[np.arange(self.m), entries].reshape(-1, self.d)
                 u, _, vt = np.linalg.svd(decoded.T.astype(np.float64) @ points.astype(np.float64))
                 rotation = (u @ vt).astype(np.float32)
-                rotated = multiply(points, np.ascontiguousarray(rotation.T))
+                rotated = multiply(points, rotation.T)
                 bar.tick()
-            self._codebooks = self._kmeans(rotated, n_iter, init, bar)
-            self._rotation = rotation
+            books = self._kmeans(rotated, n_iter, init, bar)
+            if weighted:
+                books = fit(rotated, multiply(toward, rotation.T), books, threshold, n_iter, bar)
+        self._rotation, self._codebooks = rotation, books
+        self._threshold = threshold if weighted else 0.0
         return self
 
     # ---- codes
     @property
     def _turn(self) -> np.ndarray:
         assert self._rotation is not None
-        return np.ascontiguousarray(self._rotation.T)
+        return self._rotation.T
 
-    def _encode(self, x: np.ndarray) -> np.ndarray:
-        return super()._encode(multiply(x, self._turn))
+    def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
+        turned = None if directions is None else multiply(directions, self._turn)
+        return super()._entries_of(multiply(x, self._turn), turned)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         assert self._rotation is not None

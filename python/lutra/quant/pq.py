@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks, address
-from ..index._home import HOST
+from .. import _checks
+from .._arrays import U8, kind_of
+from ..index._home import HOST, adopt, deliver, to_float32
 from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
 from . import _bits
-from .base import Quantizer, Tables, training_matrix
+from ._anisotropic import fit
+from ._kernels import pq_entries
+from .base import PART, Quantizer, Tables, training_matrix, vectors
+
+_LOSSES = {"l2": 0, "anisotropic": 1}
 
 
 class PQ(Quantizer):
@@ -37,7 +42,8 @@ class PQ(Quantizer):
 
     References
     ----------
-    Jégou, Douze, Schmid, Product quantization for nearest neighbor search, PAMI 2011.
+    Jégou, Douze, Schmid, Product quantization for nearest neighbor search, PAMI 2011. Guo et al.,
+    Accelerating large-scale inference with anisotropic vector quantization, ICML 2020 (arXiv 1908.10396).
 
     Examples
     --------
@@ -58,6 +64,7 @@ class PQ(Quantizer):
         self.code_size = _bits.packed_size(self.m, self.bits)
         self.scan = "lut4" if self.bits <= 4 else "lut8"
         self._codebooks: np.ndarray | None = None
+        self._threshold = 0.0
 
     @property
     def ksub(self) -> int:
@@ -91,6 +98,9 @@ class PQ(Quantizer):
         n_iter: int = 25,
         init: str = "random",
         max_points_per_centroid: int | None = 256,
+        loss: str = "l2",
+        threshold: float = 0.2,
+        directions: Any = None,
         progress: bool | None = None,
     ) -> PQ:
         """Learn the codebooks from a sample of vectors.
@@ -101,6 +111,16 @@ class PQ(Quantizer):
             At least 2**bits vectors; 39 * 2**bits and more are advisable.
         n_iter, init, max_points_per_centroid, progress
             As in `lutra.index.kmeans`, which is run in each sub-space.
+        loss : {'l2', 'anisotropic'}, default 'l2'
+            What codebooks and codes are chosen for: the least error of the vectors, or the least error of
+            their inner products with queries that find them (anisotropic vector quantization, AVQ). The
+            latter raises the recall of inner products and cosines, not of distances.
+        threshold : float, default 0.2
+            For the anisotropic loss: the cosine beyond which inner products matter, times the vectors' norm;
+            for vectors that are not of unit norm take 0.2 times their norm.
+        directions : array, shape (n, d), optional
+            For the anisotropic loss of residuals: the vectors themselves, along which inner products are
+            taken. `encode` needs them too then.
 
         Returns
         -------
@@ -125,14 +145,32 @@ class PQ(Quantizer):
         """
         n_iter = _checks.integer("n_iter", n_iter, 1)
         self._check_init(init)
+        weighted, threshold = self._check_loss(loss, threshold, directions)
         points = self._sample(x, max_points_per_centroid)
-        with Progress(self.m * n_iter, "PQ training", progress) as bar:
-            self._codebooks = self._kmeans(points, n_iter, init, bar)
+        toward = points if directions is None else self._sample_directions(directions, x, len(points))
+        with Progress(self.m * n_iter + (n_iter if weighted else 0), "PQ training", progress) as bar:
+            books = self._kmeans(points, n_iter, init, bar)
+            if weighted:
+                books = fit(points, toward, books, threshold, n_iter, bar)
+        self._codebooks, self._threshold = books, threshold if weighted else 0.0
         return self
+
+    def _sample_directions(self, directions: Any, x: Any, most: int) -> np.ndarray:
+        """The same rows of ``directions`` as `_sample` has taken of ``x``."""
+        if len(directions) != len(x):
+            raise ValueError(f"directions has {len(directions)} rows, x has {len(x)}; they must be as many")
+        return training_matrix(directions, self.d, self.ksub, most, self.seed)
 
     @staticmethod
     def _check_init(init: str) -> None:
         _checks.choice("init", init, INITS)
+
+    @staticmethod
+    def _check_loss(loss: str, threshold: float, directions: Any) -> tuple[bool, float]:
+        weighted = _checks.choice("loss", loss, _LOSSES) == 1
+        if directions is not None and not weighted:
+            raise ValueError("directions are for loss='anisotropic'")
+        return weighted, _checks.positive("threshold", threshold)
 
     def _sample(self, x: Any, max_points_per_centroid: int | None) -> np.ndarray:
         most = None
@@ -155,15 +193,37 @@ class PQ(Quantizer):
         return books
 
     # ---- codes
-    def _nearest_entries(self, x: np.ndarray, books: np.ndarray) -> np.ndarray:
-        entries = np.empty((len(x), self.m), np.uint8)
-        for j in range(self.m):
-            part = np.ascontiguousarray(x[:, j * self.dsub : (j + 1) * self.dsub])
-            entries[:, j] = address.nearest(part, books[j], 1, "l2").ids[:, 0]
-        return entries
+    def encode(self, x: Any, *, directions: Any = None, progress: bool | None = None) -> Any:
+        """The codes of vectors, as `Quantizer.encode`.
+
+        ``directions`` (n, d), for codebooks of the anisotropic loss only: the vectors whose residuals
+        ``x`` are.
+        """
+        if directions is None:
+            return super().encode(x, progress=progress)
+        self._need_training()
+        if not self._threshold:
+            raise ValueError("directions are for codebooks that were trained with loss='anisotropic'")
+        native, toward = vectors(x, "x", self.d), vectors(directions, "directions", self.d)
+        if native.shape != toward.shape:
+            raise ValueError(
+                f"x has {native.shape[0]} rows, directions {toward.shape[0]}; they must be as many"
+            )
+        codes = np.empty((native.shape[0], self.code_size), np.uint8)
+        with Progress(len(codes), f"{type(self).__name__} encoding", progress) as bar:
+            for i in range(0, len(codes), PART):
+                part = to_float32(HOST, native[i : i + PART], "x", i)
+                along = to_float32(HOST, toward[i : i + PART], "directions", i)
+                entries = self._entries_of(part, along)
+                codes[i : i + PART] = _bits.pack(entries, self.bits)
+                bar.tick(len(part))
+        return deliver(HOST, (codes,), x)[0]
 
     def _encode(self, x: np.ndarray) -> np.ndarray:
-        return _bits.pack(self._nearest_entries(x, self._books), self.bits)
+        return _bits.pack(self._entries_of(x, None), self.bits)
+
+    def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
+        return pq_entries(x, self._books, directions, self._threshold)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         return self._books[np.arange(self.m), self._entries(codes)].reshape(-1, self.d)
@@ -201,20 +261,22 @@ class PQ(Quantizer):
         return {"d": self.d, "m": self.m, "bits": self.bits, "seed": self.seed}
 
     def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"codebooks": ("F32", (self.m, self.ksub, self.dsub))}
+        return {"codebooks": ("F32", (self.m, self.ksub, self.dsub)), "threshold": ("F32", (1,))}
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        return {"codebooks": self._books} if self.is_trained else {}
+        if not self.is_trained:
+            return {}
+        return {"codebooks": self._books, "threshold": np.array([self._threshold], np.float32)}
 
     def _assign(self, tensors: dict[str, np.ndarray]) -> None:
-        self._codebooks = tensors["codebooks"]
+        threshold = float(tensors["threshold"][0])
+        if threshold < 0:
+            raise ValueError(f"'threshold' is {threshold}, it must be 0 or more")
+        self._codebooks, self._threshold = tensors["codebooks"], threshold
 
 
 def pack_entries(entries: Any, m: int, bits: int) -> Any:
     """`PQ.pack` for m entries of so many bits."""
-    from .._arrays import U8, kind_of
-    from ..index._home import adopt, deliver
-
     native = adopt(entries, "entries")
     _checks.dtype(kind_of(native, "entries"), native, "entries", (U8,))
     if len(native.shape) != 2 or native.shape[1] != m:

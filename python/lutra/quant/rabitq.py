@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
-from ._rotation import check_rotation, multiply, random_rotation
+from ._kernels import multiply
+from ._rotation import check_rotation, random_rotation
 from .base import Quantizer, RowTerms, Tables, training_matrix
 from .rotated import floats
 
@@ -99,7 +100,7 @@ class RaBitQ(Quantizer):
     def _encode(self, x: np.ndarray) -> np.ndarray:
         mean = self._state["mean"]
         difference = x - mean
-        r = multiply(difference, np.ascontiguousarray(self._state["rotation"].T))
+        r = multiply(difference, self._state["rotation"].T)
         u = self._grid(r)
         v = u.astype(np.float32) - np.float32(((1 << self.bits) - 1) / 2)
         squares, products = np.einsum("ij,ij->i", r, r), np.einsum("ij,ij->i", v, r)
@@ -157,7 +158,7 @@ class RaBitQ(Quantizer):
             return None
         mean = self._state["mean"]
         rotated = np.zeros((len(q), 4 * self._groups), np.float32)
-        rotated[:, : self.d] = multiply(q - mean, np.ascontiguousarray(self._state["rotation"].T))
+        rotated[:, : self.d] = multiply(q - mean, self._state["rotation"].T)
         groups = rotated.reshape(len(q), self._groups, 4)
         signs = ((np.arange(16)[:, None] >> np.arange(4)) & 1).astype(np.float32) - np.float32(0.5)
         low = np.zeros((len(q), self._groups, 16), np.float32)  # of the lowest plane

@@ -8,7 +8,8 @@ import numpy as np
 
 from .. import _checks
 from . import _bits
-from ._rotation import check_rotation, multiply, random_rotation
+from ._kernels import multiply
+from ._rotation import check_rotation, random_rotation
 from .base import Quantizer, RowTerms, Tables, training_matrix
 
 _POINTS = 1 << 15  # vectors that the levels are learnt from
@@ -84,7 +85,7 @@ class RotatedSQ(Quantizer):
         points = training_matrix(x, self.d, 1, _POINTS, self.seed)
         rotation = random_rotation(self.d, self.seed)
         mean = points.mean(0, dtype=np.float64).astype(np.float32)
-        values, norms = self._normal(points, mean, np.ascontiguousarray(rotation.T))
+        values, norms = self._normal(points, mean, rotation.T)
         levels = lloyd_max(values[norms > 0].ravel(), 1 << self.bits)
         self._state = {"rotation": rotation, "mean": mean, "levels": levels}
         return self
@@ -99,7 +100,7 @@ class RotatedSQ(Quantizer):
     # ---- codes
     def _encode(self, x: np.ndarray) -> np.ndarray:
         state, levels = self._state, self._state["levels"]
-        values, norms = self._normal(x, state["mean"], np.ascontiguousarray(state["rotation"].T))
+        values, norms = self._normal(x, state["mean"], state["rotation"].T)
         entries = np.searchsorted((levels[1:] + levels[:-1]) / 2, values.ravel()).reshape(values.shape)
         chosen = levels[entries]
         lengths = np.sqrt(np.einsum("ij,ij->i", chosen, chosen))
@@ -122,7 +123,7 @@ class RotatedSQ(Quantizer):
         if metric == "l2":
             return None
         levels = self._state["levels"]
-        rotated = multiply(q, np.ascontiguousarray(self._state["rotation"].T))
+        rotated = multiply(q, self._state["rotation"].T)
         lut = np.zeros((len(q), self.m, max(16, len(levels))), np.float32)
         np.multiply(rotated[:, :, None], levels, out=lut[:, :, : len(levels)])
         return Tables(lut, np.einsum("ij,j->i", q, self._state["mean"]))

@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks, address
+from .. import _checks
 from ..index._home import HOST
 from ..index._kmeans import lloyd
 from ..index._progress import Progress
 from . import _bits
-from ._rotation import multiply
+from ._kernels import multiply, rq_entries, rq_gram
 from .base import Quantizer, Tables, training_matrix
 from .pq import pack_entries
-
-_BYTES = 128 << 20  # of residuals that are held at a time
 
 
 class RQ(Quantizer):
@@ -38,8 +36,9 @@ class RQ(Quantizer):
     Notes
     -----
     <q, x> is the sum of m look-ups, in tables of d rather than d / m dimensions; squared distances need the
-    vector's norm besides (`norms`). Encoding costs 2 d 2**bits m beam flops a vector, m beam times `PQ`'s.
-    Codes are packed as `PQ`'s.
+    vector's norm besides (`norms`). Encoding works on inner products with all centroids and between them,
+    which take (m 2**bits)**2 * 4 bytes of memory: 2 d m 2**bits flops and m**2 beam 2**bits / 2 additions a
+    vector. Codes are packed as `PQ`'s.
 
     References
     ----------
@@ -55,6 +54,7 @@ class RQ(Quantizer):
         self.code_size = _bits.packed_size(self.m, self.bits)
         self.scan = "lut4" if self.bits <= 4 else "lut8"
         self._codebooks: np.ndarray | None = None
+        self._gram: np.ndarray | None = None
 
     @property
     def ksub(self) -> int:
@@ -119,36 +119,16 @@ class RQ(Quantizer):
                 rng = np.random.default_rng((self.seed, j))
                 books[j], _ = lloyd(HOST, left, self.ksub, n_iter, init, False, rng, bar)
                 if j + 1 < self.m:
-                    left = points - _sum(self._search(points, books[: j + 1]), books[: j + 1])
-        self._codebooks = books
+                    so_far = books[: j + 1]
+                    left = points - _sum(rq_entries(points, so_far, rq_gram(so_far), self.beam), so_far)
+        self._codebooks, self._gram = books, None
         return self
 
     # ---- codes
-    def _search(self, x: np.ndarray, books: np.ndarray) -> np.ndarray:
-        """Entries (n, stages) of each vector, by beam search through some of the codebooks."""
-        n, d = x.shape
-        stages = len(books)
-        out = np.empty((n, stages), np.uint8)
-        step = max(1, _BYTES // (4 * d * self.beam))
-        for begin in range(0, n, step):
-            part = x[begin : begin + step]
-            rows = len(part)
-            residuals, chosen = part[:, None], np.empty((rows, 1, 0), np.uint8)
-            for book in books:
-                width = residuals.shape[1]
-                count = min(self.beam, self.ksub)
-                scores, ids = address.nearest(residuals.reshape(-1, d), book, count, "l2")
-                keep = min(self.beam, width * count)
-                order = np.argsort(scores.reshape(rows, -1), axis=1, kind="stable")[:, :keep]
-                parent, entry = order // count, np.take_along_axis(ids.reshape(rows, -1), order, 1)
-                every = np.arange(rows)[:, None]
-                residuals = residuals[every, parent] - book[entry]
-                chosen = np.concatenate([chosen[every, parent], entry[:, :, None].astype(np.uint8)], axis=2)
-            out[begin : begin + step] = chosen[:, 0]
-        return out
-
     def _encode(self, x: np.ndarray) -> np.ndarray:
-        return _bits.pack(self._search(x, self._books), self.bits)
+        if self._gram is None:
+            self._gram = rq_gram(self._books)  # two threads may both do it: the results are the same
+        return _bits.pack(rq_entries(x, self._books, self._gram, self.beam), self.bits)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         return _sum(self._entries(codes), self._books)
@@ -164,7 +144,7 @@ class RQ(Quantizer):
     def _tables(self, q: np.ndarray, metric: str) -> Tables | None:
         if metric == "l2":
             return None
-        products = multiply(q, np.ascontiguousarray(self._books.reshape(-1, self.d).T))
+        products = multiply(q, self._books.reshape(-1, self.d).T)
         lut = products.reshape(len(q), self.m, self.ksub)
         if self.ksub < 16:
             lut = np.pad(lut, ((0, 0), (0, 0), (0, 16 - self.ksub)))
@@ -181,7 +161,7 @@ class RQ(Quantizer):
         return {"codebooks": self._books} if self.is_trained else {}
 
     def _assign(self, tensors: dict[str, np.ndarray]) -> None:
-        self._codebooks = tensors["codebooks"]
+        self._codebooks, self._gram = tensors["codebooks"], None
 
 
 def _sum(entries: np.ndarray, books: np.ndarray) -> np.ndarray:

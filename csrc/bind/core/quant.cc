@@ -1,0 +1,38 @@
+#include "address/linear.h"
+#include "address/pq_encode.h"
+#include "address/rq_encode.h"
+#include "bind/core/intake.h"
+
+namespace lutra {
+
+void register_quant(py::module_& m) {
+  m.def("linear", [](Ptr x, Ptr matrix, int64_t n, int64_t a, int64_t b, Ptr y) {
+    LinearArgs args{x.as<float>(n * a), matrix.as<float>(a * b), n, a, b, y.as<float>(n * b)};
+    run(&linear, args, 0.02 * n * a * b);
+  });
+  m.def("pq_encode", [](Ptr x, Ptr books, int64_t n, int64_t m, int64_t ksub, int64_t dsub, Ptr entries, Ptr directions,
+                        float threshold, int rounds) {
+    if (ksub < 1 || ksub > 256) throw py::value_error("lutra: ksub must be in [1, 256]");
+    const int64_t d = m * dsub;
+    PqEncodeArgs args{x.as<float>(n * d),
+                      books.as<float>(m * ksub * dsub),
+                      n,
+                      m,
+                      ksub,
+                      dsub,
+                      entries.as<uint8_t>(n * m),
+                      directions.p ? directions.as<float>(n * d) : nullptr,
+                      threshold,
+                      rounds};
+    run(&pq_encode, args, 0.03 * n * d * ksub);
+  });
+  m.def("rq_encode", [](Ptr dots, Ptr norms, Ptr gram, int64_t n, int64_t m, int64_t ksub, int64_t beam, Ptr entries) {
+    if (ksub < 1 || ksub > 256 || beam < 1) throw py::value_error("lutra: ksub must be in [1, 256], beam at least 1");
+    const int64_t all = m * ksub;
+    RqEncodeArgs args{dots.as<float>(n * all),   norms.as<float>(all), gram.as<float>(all * all), n, m, ksub, beam,
+                      entries.as<uint8_t>(n * m)};
+    run(&rq_encode, args, 0.05 * n * m * all * beam);
+  });
+}
+
+}  // namespace lutra

@@ -69,7 +69,7 @@ def nearest(x: Any, centroids: Any, k: int = 1, metric: str = "l2") -> Neighbors
 
 
 def _many(centroids):
-    shape = getattr(centroids, "shape", ())
+    shape: Any = getattr(centroids, "shape", ())
     return len(shape) == 2 and shape[0] >= SCREENED[0] and SCREENED[1] <= shape[1] <= 65536
 
 

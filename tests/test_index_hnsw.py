@@ -101,6 +101,23 @@ def test_graph_is_the_references(simd_level, monkeypatch, storage, metric, d):
 
 
 @needs_core
+def test_bytes_with_and_without_vnni(simd_level):
+    """Sums of products of bytes are exact: the instruction changes no bit."""
+    x, q = vectors(1500, 70), vectors(40, 70, 1)
+    results = []
+    try:
+        for wanted in (True, False):
+            _backend.core.use_features(wanted)
+            index = HNSW(70, 6, "l2", ef_construction=20, refine=None)
+            index.add(x)
+            results.append((index._graph.tables["links"].view, *index.search(q, 5)))
+    finally:
+        _backend.core.use_features(True)
+    for a, b in zip(*results):
+        np.testing.assert_array_equal(a, b)
+
+
+@needs_core
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("refine", ["float32", "float16"])
 def test_exact_scores_are_the_references(simd_level, monkeypatch, metric, refine):

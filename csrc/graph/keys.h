@@ -103,7 +103,7 @@ static inline KeysFn keys_of(const Graph& g) {
     case DType::bf16: return l2 ? &float_keys<BF16, Metric::l2> : &float_keys<BF16, Metric::ip>;
     case DType::i8:
 #ifdef LUTRA_LEVEL_v4
-      if (have_vnni()) return &int8_keys_vnni;
+      if (g_features.vnni) return &int8_keys_vnni;
 #endif
       return &int8_keys;
     default: return l2 ? &float_keys<F32, Metric::l2> : &float_keys<F32, Metric::ip>;

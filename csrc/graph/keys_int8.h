@@ -1,6 +1,7 @@
 // Sums of products of unsigned bytes (rows, 128 added) and signed bytes (a query): exact in int32 up to
 // 255 * 127 * 65536 values. Four rows at a time, so that their sums are four chains.
 #pragma once
+#include "common/features.h"
 #include "common/simd.h"
 
 #include <math.h>
@@ -26,7 +27,6 @@ static inline float int8_codes(const float* x, int64_t d, float factor, int8_t* 
 
 #if defined(LUTRA_LEVEL_v4)
 #define LUTRA_VNNI __attribute__((target("avx512vnni")))
-static inline bool have_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 
 template <int R>
 LUTRA_VNNI static inline void int8_block_vnni(const uint8_t* rows, int64_t stride, const int8_t* q, const int32_t* ids,

@@ -47,6 +47,7 @@ class Graph:
         self.ef, self.seed = ef_construction, seed
         self.storage, self.size = STORAGES[storage]
         self.stride = -(-d * self.size // _LINE) * _LINE
+        self.fill = 2 * M * 3 // 4  # full lists would be chosen anew with every node that comes to them
         #: what there is one row of for each node
         self.tables: dict[str, Table] = {
             "rows": Table(self.stride, np.uint8),
@@ -168,7 +169,7 @@ class Graph:
         if len(self._heads) < lists:
             self._heads = np.full(lists + lists // 4, -1, np.int32)
         _kernels().graph_insert(
-            parts, nodes, len(nodes), self.ef, _ALPHA, 2 * self.M, self.owners.view, self._heads
+            parts, nodes, len(nodes), self.ef, _ALPHA, self.fill, self.owners.view, self._heads
         )
         self.changed()
 
@@ -200,7 +201,7 @@ class Graph:
             self.entry = int(np.argmax(np.where(stay, self.levels.astype(np.int64), -1)))
         self.changed()
         dead = np.packbits(~stay, bitorder="little")
-        _kernels().graph_repair(self.parts(), dead, _ALPHA, 2 * self.M)
+        _kernels().graph_repair(self.parts(), dead, _ALPHA, self.fill)
         self.changed()
 
     def removed(self, keep: np.ndarray, before: int) -> None:

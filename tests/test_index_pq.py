@@ -397,3 +397,17 @@ def test_bad_searches_and_codes():
         index.decode(np.full((3, 4), 32, np.uint8))
     with pytest.raises(TypeError, match="codes has dtype int64"):
         index.decode(np.zeros((3, 4), np.int64))
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_filter(metric):
+    index = trained(metric=metric, refine="float32")
+    x, q = vectors(400, 16, 1), vectors(9, 16, 2)
+    ids = np.arange(400) * 2 + 1
+    index.add(x, ids)
+    for factor in (0, 3):
+        every, want = index.search(q, 400, refine=factor).ids, np.random.default_rng(0).choice(ids, 50, False)
+        got = index.search(q, 60, refine=factor, filter=want)
+        for found, order in zip(got.ids, every):
+            np.testing.assert_array_equal(found[:50], order[np.isin(order, want)])
+            assert (found[50:] == -1).all()

@@ -6,6 +6,7 @@ import pytest
 import lutra
 from lutra import _backend
 from lutra.reference import lists as reference
+from lutra.reference.scan import pq_tables
 from lutra.scan import _lists
 from lutra.scan._lists import Lists
 
@@ -164,3 +165,18 @@ def test_damage_is_reported(simd_level):
         rows[1] = 10**6
         with pytest.raises(ValueError, match="list 1 of the index leaves its memory"):
             _lists.list_rows(q, x, lists, 5, "l2")
+
+
+@pytest.mark.parametrize("distances", [False, True])
+def test_lut_tables(simd_level, distances):
+    if _backend.core is None:
+        pytest.skip("the reference makes tables with NumPy")
+    rng = np.random.default_rng(0)
+    for nq, m, dsub, ksub in ((1, 1, 1, 16), (3, 5, 4, 16), (17, 2, 3, 33), (40, 3, 2, 256), (2, 7, 1, 65)):
+        q = rng.integers(-3, 4, (nq, m * dsub)).astype(np.float32)
+        books = rng.integers(-3, 4, (m, ksub, dsub)).astype(np.float32)
+        want = pq_tables(q, books, "l2") if distances else -2 * pq_tables(q, books, "ip")
+        out = np.empty((nq, m, ksub), np.float32)
+        sides = np.ascontiguousarray(books.transpose(0, 2, 1))
+        _backend.core.lut_tables(q, nq, m * dsub, sides, m, dsub, ksub, distances, -2.0, out)
+        np.testing.assert_array_equal(out, want)

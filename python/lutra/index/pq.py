@@ -9,7 +9,9 @@ import numpy as np
 from .. import _checks, address, scan
 from .._arrays import F16, F32, I64, U8, kind_of
 from .._results import Neighbors
+from ..reference.scan import pq_tables
 from ..scan._knn import CUDA_MAX_K
+from ..scan._lists import Lists, lut8
 from . import _files
 from ._home import HOST, Home, adopt, check_matrix, deliver, home_of, to_float32
 from ._kmeans import INITS, lloyd, sample
@@ -21,6 +23,7 @@ from .base import Index, register
 _KEPT = {"float32": F32, "float16": F16}
 _ENCODE = 1 << 14  # rows that are encoded at a time: their sub-vectors stay in the caches
 _REFINE = 4
+_TABLES = 1 << 24  # bytes that the tables of filtered searches take at a time
 
 
 @register
@@ -270,19 +273,29 @@ class PQ(Index):
         return self._answer(q, k, filter, refine=refine)
 
     def _search(self, q, k, keep, refine):
-        if keep is not None:
-            raise NotImplementedError("PQ takes no filter yet")
         metric, coded = self.metric, q
         if metric == "cosine":
             metric, coded = "ip", self._here.normalise(q)
         codes = self._rows["codes"].view
         if not refine:
-            return scan.pq(coded, codes, self._codebooks, k, metric)
+            return self._scan(coded, codes, k, metric, keep)
         count = max(1, min(k * refine, self.ntotal))
         if self._here.kind.cuda:
             count = min(count, CUDA_MAX_K)
-        candidates = scan.pq(coded, codes, self._codebooks, count, metric).ids
+        candidates = self._scan(coded, codes, count, metric, keep)[1]
         return refine_candidates(q, self._rows["vectors"].view, candidates, k, self.metric)
+
+    def _scan(self, q, codes, k, metric, keep):
+        if keep is None:
+            return scan.pq(q, codes, self._codebooks, k, metric)
+        n = len(codes)
+        lists = Lists(np.zeros(1, np.int64), np.array([n]), None, n, keep, None)
+        parts = []
+        step = max(1, _TABLES // (4 * self.ksub * self.d))
+        for i in range(0, max(1, len(q)), step):
+            tables = pq_tables(q[i : i + step], self._codebooks, metric)
+            parts.append(lut8(tables, codes, lists, k, metric))
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def _reconstruct(self, positions):
         kept = self._rows.get("vectors")

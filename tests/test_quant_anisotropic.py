@@ -29,6 +29,8 @@ def test_recall_rises():
     x, q = clustered(n, 64, queries=100)
     plain = quant.PQ(64, 32, 4).train(x)
     along = quant.PQ(64, 32, 4).train(x, loss="anisotropic")
+    same = quant.PQ(64, 32, 4, loss="anisotropic").train(x)
+    np.testing.assert_array_equal(same.codebooks, along.codebooks)
     decoded = [a.decode(a.encode(x)) for a in (plain, along)]
     assert loss(x, decoded[1], x, 0.2) < 0.95 * loss(x, decoded[0], x, 0.2)
     assert np.square(x - decoded[1]).sum() > np.square(x - decoded[0]).sum()
@@ -82,6 +84,8 @@ def test_residuals(kind, tmp_path):
 def test_errors():
     x = clustered(100, 8, queries=1)[0]
     plain = quant.PQ(8, 4, 2)
+    with pytest.raises(ValueError, match="loss must be one of"):
+        quant.PQ(8, 4, 2, loss=None)
     with pytest.raises(ValueError, match="loss must be one of 'l2', 'anisotropic'; got 'l1'"):
         plain.train(x, loss="l1")
     with pytest.raises(ValueError, match="threshold must be a positive finite number, got -1"):
@@ -92,8 +96,7 @@ def test_errors():
         plain.train(x, loss="anisotropic", directions=x[1:])
     with pytest.raises(ValueError, match="trained with loss='anisotropic'"):
         plain.train(x).encode(x, directions=x)
-    along = quant.PQ(8, 4, 2).train(x, loss="anisotropic")
+    along = quant.PQ(8, 4, 2, loss="anisotropic").train(x)
+    assert along.loss == "anisotropic"
     with pytest.raises(ValueError, match="x has 100 rows, directions 3"):
         along.encode(x, directions=x[:3])
-    with pytest.raises(ValueError, match="'threshold' is -1"):
-        along._restore({**along._tensors(), "threshold": np.array([-1], np.float32)})

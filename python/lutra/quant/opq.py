@@ -20,7 +20,7 @@ class OPQ(PQ):
 
     Parameters
     ----------
-    d, m, bits, seed
+    d, m, bits, loss, threshold, seed
         As `PQ`.
 
     Notes
@@ -35,8 +35,10 @@ class OPQ(PQ):
     Ge, He, Ke, Sun, Optimized product quantization for approximate nearest neighbor search, CVPR 2013.
     """
 
-    def __init__(self, d: int, m: int, bits: int = 8, *, seed: int = 0) -> None:
-        super().__init__(d, m, bits, seed=seed)
+    def __init__(
+        self, d: int, m: int, bits: int = 8, *, loss: str = "l2", threshold: float = 0.2, seed: int = 0
+    ) -> None:
+        super().__init__(d, m, bits, loss=loss, threshold=threshold, seed=seed)
         self._rotation: np.ndarray | None = None
 
     @property
@@ -51,8 +53,8 @@ class OPQ(PQ):
         n_iter: int = 25,
         init: str = "random",
         max_points_per_centroid: int | None = 256,
-        loss: str = "l2",
-        threshold: float = 0.2,
+        loss: str | None = None,
+        threshold: float | None = None,
         directions: Any = None,
         rotations: int = 40,
         progress: bool | None = None,
@@ -84,12 +86,12 @@ class OPQ(PQ):
         n_iter = _checks.integer("n_iter", n_iter, 1)
         rotations = _checks.integer("rotations", rotations, 0)
         self._check_init(init)
-        weighted, threshold = self._check_loss(loss, threshold, directions)
+        loss, threshold = self._training_loss(loss, threshold, directions)
         points = self._sample(x, max_points_per_centroid)
         rotation = principal_rotation(points, self.m)
         few = 4
         toward = points if directions is None else self._sample_directions(directions, x, len(points))
-        steps = rotations + self.m * (few + n_iter) + (n_iter if weighted else 0)
+        steps = rotations + self.m * (few + n_iter) + (n_iter if loss != "l2" else 0)
         with Progress(steps, "OPQ training", progress) as bar:
             rotated = multiply(points, rotation.T)
             books = self._kmeans(rotated, few, init, bar)
@@ -102,10 +104,10 @@ class OPQ(PQ):
                 rotated = multiply(points, rotation.T)
                 bar.tick()
             books = self._kmeans(rotated, n_iter, init, bar)
-            if weighted:
+            if loss != "l2":
                 books = fit(rotated, multiply(toward, rotation.T), books, threshold, n_iter, bar)
         self._rotation, self._codebooks = rotation, books
-        self._threshold = threshold if weighted else 0.0
+        self.loss, self.threshold = loss, threshold
         return self
 
     # ---- codes

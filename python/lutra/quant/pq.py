@@ -31,6 +31,13 @@ class PQ(Quantizer):
         Number of sub-vectors; divides d.
     bits : int, default 8
         Bits of a sub-vector's code, 1 to 8; m * bits / 8 bytes a vector, rounded up.
+    loss : {'l2', 'anisotropic'}, default 'l2'
+        What codebooks and codes are chosen for: the least error of the vectors, or the least error of their
+        inner products with queries that find them (anisotropic vector quantization, AVQ). The latter raises
+        the recall of inner products and cosines, not of distances.
+    threshold : float, default 0.2
+        For the anisotropic loss: the inner product of unit vectors beyond which errors matter. For vectors
+        that are not of unit norm take 0.2 to 0.3 times their norm.
     seed : int, default 0
         Of the training.
 
@@ -54,7 +61,9 @@ class PQ(Quantizer):
     (5, 8)
     """
 
-    def __init__(self, d: int, m: int, bits: int = 8, *, seed: int = 0) -> None:
+    def __init__(
+        self, d: int, m: int, bits: int = 8, *, loss: str = "l2", threshold: float = 0.2, seed: int = 0
+    ) -> None:
         super().__init__(d)
         self.m = _checks.integer("m", m, 1)
         if self.d % self.m:
@@ -64,7 +73,7 @@ class PQ(Quantizer):
         self.code_size = _bits.packed_size(self.m, self.bits)
         self.scan = "lut4" if self.bits <= 4 else "lut8"
         self._codebooks: np.ndarray | None = None
-        self._threshold = 0.0
+        self.loss, self.threshold = self._check_loss(loss, threshold)
 
     @property
     def ksub(self) -> int:
@@ -98,8 +107,8 @@ class PQ(Quantizer):
         n_iter: int = 25,
         init: str = "random",
         max_points_per_centroid: int | None = 256,
-        loss: str = "l2",
-        threshold: float = 0.2,
+        loss: str | None = None,
+        threshold: float | None = None,
         directions: Any = None,
         progress: bool | None = None,
     ) -> PQ:
@@ -111,13 +120,8 @@ class PQ(Quantizer):
             At least 2**bits vectors; 39 * 2**bits and more are advisable.
         n_iter, init, max_points_per_centroid, progress
             As in `lutra.index.kmeans`, which is run in each sub-space.
-        loss : {'l2', 'anisotropic'}, default 'l2'
-            What codebooks and codes are chosen for: the least error of the vectors, or the least error of
-            their inner products with queries that find them (anisotropic vector quantization, AVQ). The
-            latter raises the recall of inner products and cosines, not of distances.
-        threshold : float, default 0.2
-            For the anisotropic loss: the cosine beyond which inner products matter, times the vectors' norm;
-            for vectors that are not of unit norm take 0.2 times their norm.
+        loss, threshold : optional
+            Instead of the constructor's, from now on.
         directions : array, shape (n, d), optional
             For the anisotropic loss of residuals: the vectors themselves, along which inner products are
             taken. `encode` needs them too then.
@@ -145,14 +149,14 @@ class PQ(Quantizer):
         """
         n_iter = _checks.integer("n_iter", n_iter, 1)
         self._check_init(init)
-        weighted, threshold = self._check_loss(loss, threshold, directions)
+        loss, threshold = self._training_loss(loss, threshold, directions)
         points = self._sample(x, max_points_per_centroid)
         toward = points if directions is None else self._sample_directions(directions, x, len(points))
-        with Progress(self.m * n_iter + (n_iter if weighted else 0), "PQ training", progress) as bar:
+        with Progress(self.m * n_iter + (n_iter if loss != "l2" else 0), "PQ training", progress) as bar:
             books = self._kmeans(points, n_iter, init, bar)
-            if weighted:
+            if loss != "l2":
                 books = fit(points, toward, books, threshold, n_iter, bar)
-        self._codebooks, self._threshold = books, threshold if weighted else 0.0
+        self._codebooks, self.loss, self.threshold = books, loss, threshold
         return self
 
     def _sample_directions(self, directions: Any, x: Any, most: int) -> np.ndarray:
@@ -166,11 +170,16 @@ class PQ(Quantizer):
         _checks.choice("init", init, INITS)
 
     @staticmethod
-    def _check_loss(loss: str, threshold: float, directions: Any) -> tuple[bool, float]:
-        weighted = _checks.choice("loss", loss, _LOSSES) == 1
-        if directions is not None and not weighted:
+    def _check_loss(loss: str, threshold: float) -> tuple[str, float]:
+        _checks.choice("loss", loss, _LOSSES)
+        return loss, _checks.positive("threshold", threshold)
+
+    def _training_loss(self, loss: str | None, threshold: float | None, directions: Any) -> tuple[str, float]:
+        loss = self.loss if loss is None else loss
+        threshold = self.threshold if threshold is None else threshold
+        if directions is not None and loss != "anisotropic":
             raise ValueError("directions are for loss='anisotropic'")
-        return weighted, _checks.positive("threshold", threshold)
+        return self._check_loss(loss, threshold)
 
     def _sample(self, x: Any, max_points_per_centroid: int | None) -> np.ndarray:
         most = None
@@ -202,7 +211,7 @@ class PQ(Quantizer):
         if directions is None:
             return super().encode(x, progress=progress)
         self._need_training()
-        if not self._threshold:
+        if self.loss != "anisotropic":
             raise ValueError("directions are for codebooks that were trained with loss='anisotropic'")
         native, toward = vectors(x, "x", self.d), vectors(directions, "directions", self.d)
         if native.shape != toward.shape:
@@ -223,7 +232,7 @@ class PQ(Quantizer):
         return _bits.pack(self._entries_of(x, None), self.bits)
 
     def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
-        return pq_entries(x, self._books, directions, self._threshold)
+        return pq_entries(x, self._books, directions, self.threshold if self.loss == "anisotropic" else 0.0)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         return self._books[np.arange(self.m), self._entries(codes)].reshape(-1, self.d)
@@ -258,21 +267,19 @@ class PQ(Quantizer):
 
     # ---- files
     def _config(self) -> dict[str, Any]:
-        return {"d": self.d, "m": self.m, "bits": self.bits, "seed": self.seed}
+        return {
+            "d": self.d, "m": self.m, "bits": self.bits, "loss": self.loss, "threshold": self.threshold,
+            "seed": self.seed,
+        }  # fmt: skip
 
     def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"codebooks": ("F32", (self.m, self.ksub, self.dsub)), "threshold": ("F32", (1,))}
+        return {"codebooks": ("F32", (self.m, self.ksub, self.dsub))}
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        if not self.is_trained:
-            return {}
-        return {"codebooks": self._books, "threshold": np.array([self._threshold], np.float32)}
+        return {"codebooks": self._books} if self.is_trained else {}
 
     def _assign(self, tensors: dict[str, np.ndarray]) -> None:
-        threshold = float(tensors["threshold"][0])
-        if threshold < 0:
-            raise ValueError(f"'threshold' is {threshold}, it must be 0 or more")
-        self._codebooks, self._threshold = tensors["codebooks"], threshold
+        self._codebooks = tensors["codebooks"]
 
 
 def pack_entries(entries: Any, m: int, bits: int) -> Any:

@@ -1,8 +1,8 @@
 """Quantizers on real and made vectors: reconstruction error, recall of codes alone, time, beside FAISS's.
 
-``pytest benchmarks/bench_quant.py -s`` prints a table for each data set: bytes a vector; mean squared error over the
-variance; recall at 10 by inner product against exact search, by codes alone; seconds to train and to encode.
-FAISS's figures are in brackets. ``--full`` takes a million made vectors.
+``pytest benchmarks/bench_quant.py -s`` prints a table for each data set: bytes a vector; mean squared error
+over the variance; recall at 10 by inner product against exact search, by codes alone; seconds to train and to
+encode. FAISS's figures are in brackets. ``--full`` takes a million made vectors.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_rabitq_first_plane(bits):
     exact = (q - quantizer.mean) @ (x - quantizer.mean).T
     far = np.linalg.norm(q - quantizer.mean, axis=1)[:, None]
     inner = (q - quantizer.mean) @ (first.decode(short) - quantizer.mean).T
-    assert (np.abs(inner - exact) <= first.error_bound(short) * far).mean() > 0.9
+    assert (np.abs(inner - exact) <= first.error_bound(short) * far).mean() > 0.8
     with pytest.raises(ValueError, match="epsilon must be a positive finite number"):
         quantizer.error_bound(codes, epsilon=0)
     with pytest.raises(TypeError, match="center must be True or False"):

@@ -1,4 +1,4 @@
-"""k-means: Lloyd's algorithm on `lutra.address.nearest` and `lutra.gather.bag`."""
+"""k-means on `lutra.address.nearest` and `lutra.gather.bag`: Lloyd's iterations, and batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from .. import _checks, address, gather
 from .._arrays import F32
 from ._home import HOST, Home, check_matrix, deliver, home_of, to_float32
+from ._kmeans_variants import batches, bounded, check_slack, is_stream
 from ._progress import Progress
 
 _PIECE = 256  # points that are summed one after another
@@ -40,16 +41,19 @@ def kmeans(
     max_points_per_centroid: int | None = 256,
     seed: int = 0,
     progress: bool | None = None,
+    balanced: bool | float = False,
+    batch_size: int | None = None,
 ) -> KMeans:
     """Cluster vectors around k centroids.
 
     Parameters
     ----------
     x : array, shape (n, d), float32, float16, bfloat16, float64, uint8 or int8
-        At least k vectors. Computed where ``x`` lies, in float32.
+        At least k vectors. Computed where ``x`` lies, in float32. Or an iterator, or a list, of such arrays,
+        for what does not fit in memory: each is one batch, the first of at least k vectors.
     k : int
     n_iter : int, default 25
-        Iterations; fewer where no assignment changes any more.
+        Iterations; fewer where no assignment changes any more. With batches: how many of them at most.
     init : {'random', 'k-means++'}, default 'random'
         ``'random'``: k different points, each equally likely; ``'k-means++'``: each drawn with a probability
         in proportion to its squared distance from those before. k-means++ costs k passes over the points.
@@ -61,6 +65,14 @@ def kmeans(
         The same seed, input and backend give the same bits, whatever the number of threads.
     progress : bool or None
         A progress bar (tqdm): None shows one where it takes more than two seconds, on a terminal.
+    balanced : bool or float, default False
+        Bound the size of clusters: True, at most 1.25 times the mean size (rounded up); a number >= 1: so
+        many times. Each iteration assigns as `balanced_assignment` does, which gives the bounded clusters of
+        the centroids, too.
+    batch_size : int or None, default None
+        Mini-batches: each iteration takes so many vectors at random (at least k), and moves each centroid to
+        the mean of all vectors that it was ever given. ``x`` may be a mapped file: only the rows of a batch
+        are read. `max_points_per_centroid` has no meaning then.
 
     Returns
     -------
@@ -81,22 +93,35 @@ def kmeans(
 
     Notes
     -----
-    Cost: 2 n k d flops an iteration; no (n, k) matrix is written. A cluster that loses all points starts
-    again at the point of the largest cluster that is farthest from its centroid.
+    Cost: 2 n k d flops an iteration, on 8-bit integers where k >= 128 and d >= 32 (see
+    `lutra.address.nearest`; the assignment is exact); no (n, k) matrix is written. A cluster that loses all
+    points starts again at the point of the largest cluster that is farthest from its centroid.
 
     References
     ----------
-    Lloyd, Least squares quantization in PCM, 1982. Arthur, Vassilvitskii, k-means++, SODA 2007.
+    Lloyd, Least squares quantization in PCM, 1982. Arthur, Vassilvitskii, k-means++, SODA 2007. Sculley,
+    Web-scale k-means clustering, WWW 2010 (mini-batches).
     """
-    native = check_matrix(x, "x")
+    stream = is_stream(x)
+    native = x if stream else check_matrix(x, "x")
     k = _checks.integer("k", k, 1)
     n_iter = _checks.integer("n_iter", n_iter, 1)
     _checks.choice("init", init, INITS)
     rng = np.random.default_rng(seed)
+    slack = check_slack(balanced) if balanced is not False else None
+    if stream or batch_size is not None:
+        if slack is not None:
+            raise ValueError("balanced needs all vectors at once: leave batch_size and streams, or balanced")
+        size = None if stream else _checks.integer("batch_size", batch_size, k)
+        if not stream and native.shape[0] < k:
+            raise ValueError(f"x has {native.shape[0]} rows; at least {k} are needed, one for each centroid")
+        with Progress(n_iter, "k-means", progress) as bar:
+            parts = batches(native, size, n_iter, rng)
+            return _in_batches(parts, x, k, init, bool(spherical), rng, bar)
     home = home_of(native)
     points = sample(home, native, k, max_points_per_centroid, rng)
     with Progress(n_iter, "k-means", progress) as bar:
-        centroids, objective = lloyd(home, points, k, n_iter, init, bool(spherical), rng, bar)
+        centroids, objective = lloyd(home, points, k, n_iter, init, bool(spherical), rng, bar, slack)
     return KMeans(deliver(home, (centroids,), x)[0], objective)
 
 
@@ -126,19 +151,21 @@ def lloyd(
     spherical: bool,
     rng: np.random.Generator,
     bar: Progress,
+    slack: float | None = None,
 ) -> tuple[Any, np.ndarray]:
-    """Centroids and the objective of each iteration."""
+    """Centroids and the objective of each iteration; with ``slack``, of clusters of bounded size."""
     xp = home.xp
     metric = "ip" if spherical else "l2"
-    centroids = points[home.positions((_plus_plus if init == "k-means++" else _random)(home, points, k, rng))]
-    if spherical:
-        centroids = home.normalise(centroids)
+    centroids = _start(home, points, k, init, spherical, rng)
     every = home.positions(np.arange(k))
     objective: list[float] = []
     before = None
     for i in range(n_iter):
-        scores, ids = address.nearest(points, centroids, 1, metric)
-        codes, scores = ids[:, 0], scores[:, 0]
+        if slack is None:
+            scores, ids = address.nearest(points, centroids, 1, metric)
+            codes, scores = ids[:, 0], scores[:, 0]
+        else:
+            codes, scores = (home.bring(a) for a in bounded(home, points, centroids, slack, metric))
         objective.append(float(HOST.bring(scores).mean(dtype=np.float64)))
         if before is not None and bool((codes == before).all()):
             bar.tick(n_iter - i)
@@ -154,6 +181,53 @@ def lloyd(
             _reseed(points, centroids, order, first, counts, scores if metric == "l2" else -scores)
         bar.tick()
     return centroids, np.array(objective)
+
+
+def _start(home: Home, points: Any, k: int, init: str, spherical: bool, rng: np.random.Generator) -> Any:
+    """The first centroids: k of the points."""
+    chosen = (_plus_plus if init == "k-means++" else _random)(home, points, k, rng)
+    centroids = points[home.positions(chosen)]
+    return home.normalise(centroids) if spherical else centroids
+
+
+def _in_batches(
+    parts: Any, like: Any, k: int, init: str, spherical: bool, rng: np.random.Generator, bar: Progress
+) -> KMeans:
+    """Mini-batch k-means: a centroid is the mean of all points that it was ever given."""
+    metric = "ip" if spherical else "l2"
+    centroids: Any = None
+    sums: Any = None  # of all points of each centroid so far; a unit vector does not tell for spherical ones
+    seen = np.zeros(k, np.int64)
+    objective: list[float] = []
+    home = HOST
+    for home, points in parts:
+        if centroids is None:
+            if points.shape[0] < k:
+                raise ValueError(f"the first batch has {points.shape[0]} rows; at least {k} are needed")
+            centroids = _start(home, points, k, init, spherical, rng)
+            sums = centroids
+        scores, ids = address.nearest(points, centroids, 1, metric)
+        codes, scores = ids[:, 0], scores[:, 0]
+        objective.append(float(HOST.bring(scores).mean(dtype=np.float64)) if points.shape[0] else 0.0)
+        order = home.argsort(codes, k)
+        first = HOST.bring(home.xp.searchsorted(codes[order], home.positions(np.arange(k))))
+        counts = np.diff(first, append=points.shape[0])
+        seen += counts
+        means = _means(home, points, order, first, counts)
+        share = home.kind.cast(home.bring(counts / np.maximum(seen, 1)), F32)[:, None]
+        sums = sums + (means - sums) * share
+        centroids = home.normalise(sums) if spherical else sums
+        if not seen.all():  # never given a point: begin again elsewhere
+            centroids = centroids.clone() if home.kind.name == "torch" else centroids.copy()
+            lonely = np.where((counts == 0) & (seen > 0), 1, counts)
+            _reseed(points, centroids, order, first, lonely, scores if metric == "l2" else -scores)
+            sums = centroids
+        bar.tick()
+    if centroids is None:
+        raise ValueError("x gave no batch")
+    native = like[0] if isinstance(like, (list, tuple)) else like
+    result = deliver(home, (centroids,), native)[0] if not hasattr(like, "__next__") else centroids
+    return KMeans(result, np.array(objective))
 
 
 def _means(home: Home, points: Any, order: Any, first: np.ndarray, counts: np.ndarray) -> Any:

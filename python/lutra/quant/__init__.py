@@ -5,6 +5,7 @@ All have one interface, `Quantizer`: ``train``, ``encode``, ``decode``, ``save``
 """
 
 from .. import index as _index  # noqa: F401  (first: indexes hold quantizers, quantizers use index's helpers)
+from ..index._kmeans import KMeans, kmeans
 from ._load import build, load
 from .base import Quantizer, RowTerms, Tables
 from .opq import OPQ
@@ -15,5 +16,6 @@ from .rq import RQ
 from .sq import SQ
 
 __all__ = [
-    "OPQ", "PQ", "RQ", "SQ", "Quantizer", "RaBitQ", "RotatedSQ", "RowTerms", "Tables", "build", "load",
+    "OPQ", "PQ", "RQ", "SQ", "KMeans", "Quantizer", "RaBitQ", "RotatedSQ", "RowTerms", "Tables", "build",
+    "kmeans", "load",
 ]  # fmt: skip

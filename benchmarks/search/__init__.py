@@ -1,0 +1,1 @@
+"""The comparison of vector search with its peers; ``python benchmarks/bench_search.py`` prints it."""

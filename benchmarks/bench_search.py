@@ -1,8 +1,8 @@
 """Vector search beside its peers: one table, with ratios, goals and recalls.
 
 ``python benchmarks/bench_search.py`` runs everything on 10^6 x 128 clustered vectors (about a quarter of an
-hour on two cores), ``--only lists graph`` some sections, ``--quick`` all of it on 50,000 vectors. Each peer is
-timed in turns with lutra, on the same vectors, with the same number of threads; recall@10 is against exact
+hour on two cores), ``--only lists graph`` some sections, ``--quick`` all of it on 50,000 vectors. Each peer
+is timed in turns with lutra, on the same vectors, with the same number of threads; recall@10 is against exact
 search. Peers that are not installed (faiss-cpu, hnswlib, scann, turbovec) are left out.
 
 ``pytest benchmarks/bench_search.py`` runs the quick form, whose recalls and memory are asserted.

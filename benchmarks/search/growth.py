@@ -1,27 +1,23 @@
 """How the time of a search grows with the collection and with the dimension: docs/images/search_growth.svg.
 
-``python benchmarks/search/growth.py`` (needs matplotlib; 10^7 vectors are made and coded in parts, so that codes are
-all that is kept). ``--quick`` stops at 10^5.
+``python benchmarks/search/growth.py`` (needs matplotlib; 10^7 vectors are made and coded in parts, so that
+codes are all that is kept). ``--quick`` stops at 10^5.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
-
-from search.context import K
-
 from lutra.bench import interleaved
 from lutra.index import IVF, Codes, Flat
 from lutra.quant import PQ
 
+K = 10
 PART = 500_000
 BATCH = 64
 

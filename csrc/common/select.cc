@@ -121,13 +121,15 @@ void topk_finish(TopK* const* parts, int64_t count, int64_t k, float sign, float
   }
 }
 
-int64_t candidates_capacity(int64_t want) { return want < 96 ? 256 : 2 * want + 64; }
+constexpr int64_t kRoom = 16;  // for a whole vector beyond the last place
+
+int64_t candidates_capacity(int64_t want) { return (want < 96 ? 256 : 2 * want + 64) + kRoom; }
 
 void candidates_start(Candidates* c, uint64_t* memory, int64_t want) {
   c->packed = memory;
   c->count = 0;
   c->want = want;
-  c->capacity = candidates_capacity(want);
+  c->capacity = candidates_capacity(want) - kRoom;
   c->worst = 0;
   c->threshold = -std::numeric_limits<float>::infinity();
 }
@@ -148,7 +150,7 @@ void candidates_merge(Candidates* const* parts, int64_t count) {
   for (int64_t p = 1; p < count; ++p)
     for (int64_t i = 0; i < parts[p]->count; ++i) {
       if (parts[p]->packed[i] <= all->worst) continue;
-      if (all->count == all->capacity) candidates_cut(all);
+      if (all->count >= all->capacity) candidates_cut(all);
       all->packed[all->count++] = parts[p]->packed[i];
     }
 }

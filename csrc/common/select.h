@@ -55,7 +55,7 @@ static inline __attribute__((always_inline)) int64_t candidate_id(uint64_t packe
   return 0xffffffffu - static_cast<uint32_t>(packed);
 }
 
-int64_t candidates_capacity(int64_t want);
+int64_t candidates_capacity(int64_t want);  // places of memory; `capacity` is a vector less
 void candidates_start(Candidates* c, uint64_t* memory, int64_t want);
 void candidates_cut(Candidates* c);                              // keeps the `want` best
 void candidates_merge(Candidates* const* parts, int64_t count);  // all into the first

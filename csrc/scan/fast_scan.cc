@@ -5,6 +5,7 @@
 
 #include "common/parallel.h"
 #include "common/select.h"
+#include "scan/candidates.h"
 #include "scan/exact_row.h"
 #include "scan/fast_scan_tiles.h"
 
@@ -102,8 +103,33 @@ __attribute__((noinline)) void offer(const FastScanArgs& a, Candidates* best, fl
   const uint64_t packed = pack_candidate(key, position);
   if (packed <= best->worst) return;
   best->packed[best->count++] = packed;
-  if (best->count == best->capacity) candidates_cut(best);
+  if (best->count >= best->capacity) cut(best);
 }
+
+#if defined(LUTRA_LEVEL_v4)
+// Sixteen rows at once, those of `pass`: without a branch for each, which would be guessed wrongly again and again.
+// Nothing is compared with `worst`: what is too low goes with the next cut. Buffers have room for 16 beyond capacity.
+LUTRA_INLINE void offer_block(const FastScanArgs& a, Candidates* best, __m512 keys, __mmask16 pass, int64_t row) {
+  __m512i who = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(row)),
+                                 _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  if (a.positions) {
+    who = _mm512_maskz_loadu_epi32(pass, a.positions + row);
+    pass = _mm512_mask_cmpge_epi32_mask(pass, who, _mm512_setzero_si512());
+  }
+  const __m512i bits = _mm512_castps_si512(keys), sign = _mm512_srai_epi32(bits, 31);
+  const __m512i order = _mm512_xor_si512(bits, _mm512_or_si512(sign, _mm512_set1_epi32(INT32_MIN)));
+  const __m512i high = _mm512_maskz_compress_epi32(pass, order);
+  const __m512i low = _mm512_maskz_compress_epi32(pass, _mm512_andnot_si512(who, _mm512_set1_epi32(-1)));
+  uint64_t* to = best->packed + best->count;
+  const auto pair = [](__m256i h, __m256i l) {
+    return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(h), 32), _mm512_cvtepu32_epi64(l));
+  };
+  _mm512_storeu_si512(to, pair(_mm512_castsi512_si256(high), _mm512_castsi512_si256(low)));
+  _mm512_storeu_si512(to + 8, pair(_mm512_extracti32x8_epi32(high, 1), _mm512_extracti32x8_epi32(low, 1)));
+  best->count += __builtin_popcount(pass);
+  if (best->count >= best->capacity) cut(best);
+}
+#endif
 
 // The sum from which on a key of threshold or more is possible. Some below it may pass: keys are rounded.
 int32_t least_sum(float threshold, float constant, float step) {
@@ -165,6 +191,16 @@ void scan_rows(const FastScanArgs& a, Query* const* q, const float* base, int64_
       if (terms) {
         alignas(64) float keys[kTile];
         keys_with_terms(a, *q[i], base[i], begin + at, count, sum[i], keys);
+#if defined(LUTRA_LEVEL_v4)
+        if (!a.keep) {
+          for (int r = 0; r < count; r += 16) {
+            const vf keys16 = load(keys + r);
+            const auto pass = static_cast<__mmask16>(mask_bits(keys16 >= splat(best->threshold)) & (exist >> r));
+            if (pass) offer_block(a, best, (__m512)keys16, pass, begin + at + r);
+          }
+          continue;
+        }
+#endif
         for (int r = 0; r < count; r += W)
           for (uint32_t pass = mask_bits(load(keys + r) >= splat(best->threshold)); pass; pass &= pass - 1) {
             const int row = r + __builtin_ctz(pass);
@@ -174,6 +210,17 @@ void scan_rows(const FastScanArgs& a, Query* const* q, const float* base, int64_
       }
       const float constant = base[i] + q[i]->least;
       uint64_t pass = passing(sum[i], count, least_sum(best->threshold, constant, q[i]->step)) & exist;
+      if (!pass) continue;
+#if defined(LUTRA_LEVEL_v4)
+      if (!a.keep) {
+        for (int r = 0; r < count; r += 16) {
+          const auto block = static_cast<__mmask16>(pass >> r);
+          const vf sums16 = __builtin_convertvector(*reinterpret_cast<const vi*>(sum[i] + r), vf);
+          if (block) offer_block(a, best, (__m512)(constant + q[i]->step * sums16), block, begin + at + r);
+        }
+        continue;
+      }
+#endif
       for (; pass; pass &= pass - 1) {
         const int row = __builtin_ctzll(pass);
         offer(a, best, constant + q[i]->step * static_cast<float>(sum[i][row]), begin + at + row);
@@ -263,7 +310,7 @@ void finish(const FastScanArgs& a, int64_t i, Candidates* best, int64_t* bad) {
     const int64_t count = candidates_sort(best, a.repeated);
     return write(a, i, order_of(a), best->packed, count);
   }
-  candidates_cut(best);
+  cut(best);
   const float* q = a.queries + i * a.ldq;
   Buffer<float> unit(a.d);
   if (a.exact == Metric::cosine) {

@@ -90,6 +90,28 @@ def test_rounding_is_within_its_bound():
     assert error.max() > 0  # tables are rounded: otherwise this test tests nothing
 
 
+@compiled
+@pytest.mark.parametrize("misleading", (False, True))
+def test_guessed_thresholds(misleading):
+    """Many rows and a large k: a threshold is guessed from a sample of tiles, which may mislead."""
+    n, m, k, nq = 140_000, 8, 200, 70
+    tables, entries = data(nq, n, m)
+    if misleading:  # all good rows lie where the sample looks, and they are too few
+        tables = np.abs(tables)
+        tables[:, :, 0] = 0
+        entries[np.arange(n) // 64 % 32 != 0] = 0
+        entries[np.arange(n) // 64 % 32 == 0] *= (
+            np.arange((np.arange(n) // 64 % 32 == 0).sum())[:, None] % 40 == 0
+        )
+    codes = scan.pack4(entries)
+    got = scan.fast_scan(tables, codes, n, k)
+    few = [scan.fast_scan(tables[i : i + 1], codes, n, k) for i in range(0, nq, 23)]  # without a guess
+    for i, want in zip(range(0, nq, 23), few):
+        np.testing.assert_array_equal(got.ids[i], want.ids[0])
+        np.testing.assert_array_equal(got.scores[i], want.scores[0])
+    same(scan.Neighbors(got.scores[:2], got.ids[:2]), reference.fast_scan(tables[:2], codes, n, k))
+
+
 @pytest.mark.parametrize("m", (1, 4, 7, 8, 9, 31))
 @pytest.mark.parametrize("n", (0, 1, 15, 16, 17, 100))
 def test_pack_and_unpack(simd_level, n, m):

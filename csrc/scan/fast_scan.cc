@@ -254,6 +254,43 @@ void scan_all(const FastScanArgs& a, Query* q, const float* base, int64_t querie
   }
 }
 
+// A threshold from every 32nd tile, for one pass over all rows: so low that with near certainty `want` rows reach it,
+// and so high that few more do. Without one, a row that will not last is offered for each of the want * ln(n / want)
+// that once were among the best. A guess too high is noticed at the end, when fewer than `want` were found.
+constexpr int64_t kStride = 32;
+
+bool guess_thresholds(const FastScanArgs& a, Query* q, const float* base, int64_t queries) {
+  const int64_t want = wanted(a);
+  const float share = static_cast<float>(want) / kStride;
+  const int64_t rank = static_cast<int64_t>(share + 3 * sqrtf(share)) + 3;
+  // Few queries wait for the memory, and a few wanted rows cost less than the sample.
+  if (queries < kQueries || want < 64 || a.n < 64 * kStride * kTile || a.n < 64 * want) return false;
+  for (int64_t i = 0; i < queries; ++i) q[i].best.want = rank;
+  for (int64_t row = 0; row < a.n; row += kStride * kTile) {
+    const int64_t rows = a.n - row < kTile ? a.n - row : kTile;
+    for (int64_t i = 0; i < queries; i += kQueries)
+      scan_group(a, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row, rows);
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    Candidates* best = &q[i].best;
+    cut(best);
+    const bool enough = best->count >= rank;
+    const uint64_t worst = best->worst >> 32 << 32;  // every row with this key may pass
+    candidates_start(best, best->packed, want);
+    if (!enough) continue;
+    best->worst = worst > 0 ? worst - 1 : 0;
+    best->threshold = candidate_key(worst);
+  }
+  return true;
+}
+
+// Whether a guess let fewer than `want` pass, so that the rows must be scanned again.
+bool guessed_badly(const FastScanArgs& a, Query* q) {
+  if (q->best.count >= wanted(a) || q->best.threshold == -__builtin_inff()) return false;
+  candidates_start(&q->best, q->best.packed, wanted(a));
+  return true;
+}
+
 float base_of(const FastScanArgs& a, int64_t i, int64_t probe) {
   float base = a.bias ? a.bias[i] : 0.0f;
   if (a.base && probe >= 0) base += a.base[i * a.nprobe + probe];
@@ -364,7 +401,10 @@ void by_queries(const FastScanArgs& a, int64_t share, double nanoseconds, int64_
       for (int64_t i = 0; i < n; ++i)
         for (int64_t p = 0; p < a.nprobe; ++p) scan_probe(a, &work.queries[i], first + i, p);
     } else {
+      const bool guessed = guess_thresholds(a, work.queries.data, work.base.data, n);
       scan_all(a, work.queries.data, work.base.data, n, 0, a.n);
+      for (int64_t i = 0; guessed && i < n; ++i)
+        if (guessed_badly(a, &work.queries[i])) scan_all(a, &work.queries[i], &work.base[i], 1, 0, a.n);
     }
     for (int64_t i = 0; i < n; ++i) finish(a, first + i, &work.queries[i].best, &worst[s]);
   });

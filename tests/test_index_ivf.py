@@ -1,6 +1,8 @@
 """IVF and Codes against brute force, in every form of their lists."""
 
+import copy
 import json
+import pickle
 import threading
 import warnings
 
@@ -23,9 +25,10 @@ def quantizers():
     """One of each kind that this lutra has, trained on less than is advisable."""
     made = {"PQ4": PQ(D, 12, 4), "PQ6": PQ(D, 8, 6), "PQ8": PQ(D, 6, 8)}
     for name, arguments in {
-        "OPQ": (D, 6, 4), "RQ": (D, 4, 4), "SQ": (D, "8bit"), "RaBitQ": (D,), "RotatedSQ": (D,),
+        "OPQ": (D, 6, 4), "RQ": (D, 4, 4), "SQ": (D, "8bit"), "SQ16": (D, "fp16"), "RaBitQ": (D,),
+        "RotatedSQ": (D,),
     }.items():  # fmt: skip
-        kind = getattr(lutra.quant, name, None)
+        kind = getattr(lutra.quant, name.removesuffix("16"), None)
         if kind is not None:
             made[name] = kind(*arguments)
     return made
@@ -349,6 +352,28 @@ def test_errors():
     half = trained(IVF(D, 4, PQ(D, 6, 4), refine="float16"), x)
     with pytest.raises(ValueError, match=r"beyond float16, in which refine='float16' keeps"):
         half.add(x * 1e6)
+
+
+def test_copies():
+    x, q = vectors(500), vectors(3, seed=1)
+    index = trained(IVF(D, 8, PQ(D, 6, 8), nprobe=3), x)
+    index.add(x)
+    want = index.search(q, 5)
+    for twin in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        twin.add(x)
+        np.testing.assert_array_equal(index.search(q, 5).ids, want.ids)
+        assert len(twin) == 1000 and twin.search(q, 5).ids[0, 0] == want.ids[0, 0]
+
+
+def test_a_batch_in_parts(monkeypatch):
+    x, q = vectors(500), vectors(50, seed=1)
+    index = trained(IVF(D, 8, PQ(D, 12, 4), refine="float16", nprobe=3), x)
+    index.add(x)
+    want = index.search(q, 5)
+    monkeypatch.setattr("lutra.index._coded._PROBES", 21)
+    got = index.search(q, 5)
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_array_equal(got.scores, want.scores)
 
 
 def test_torch():

@@ -33,6 +33,7 @@ from ._arena import BLOCK, Arena, Field
 from ._home import HOST
 
 ROWS = ("float32", "float16", "bfloat16", "int8")
+_SQ_ROWS = {"fp16": "float16", "bf16": "bfloat16"}
 _TABLES = 32 << 20  # bytes of the tables of a part of a batch
 _DECODED = 16 << 20  # bytes of rows that are decoded at a time
 
@@ -76,6 +77,8 @@ class Codec:
     def __init__(self, d: int, store: Any, metric: str, residual: bool) -> None:
         self.d = d
         self.metric = metric
+        if type(store).__name__ == "SQ" and store.kind in _SQ_ROWS:
+            store = _SQ_ROWS[store.kind]  # whose codes are the rows themselves
         self.quantizer: Any = None if isinstance(store, str) else store
         self.residual = residual and self.quantizer is not None
         self.form = "rows" if self.quantizer is None else self.quantizer.scan

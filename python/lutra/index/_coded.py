@@ -19,7 +19,7 @@ from ._rows import Rows
 from .base import Index
 
 _KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
-_BATCH = 4096  # queries of a part
+_BATCH, _PROBES = 4096, 1 << 20  # queries of a part, and the lists that they look into
 _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
 
 
@@ -45,6 +45,10 @@ class CodedIndex(Index):
             self._rows["scales"] = Rows(HOST, 1, F32)
         #: A search scores the best ``k * refine_factor`` by codes again, where vectors are kept; 0: not.
         self.refine_factor = 0 if refine is None else 10 if self._coarse_codes else 4
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the searcher is made again."""
+        return {**self.__dict__, "_searcher": None}
 
     def _check_quantizer(self, quantizer: Any) -> Any:
         from ..quant.base import Quantizer
@@ -204,7 +208,7 @@ class CodedIndex(Index):
         self, q: np.ndarray, k: int, keep: np.ndarray | None, nprobe: int, factor: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions, in parts of the batch."""
-        step = min(self._coder.part(k * max(1, factor)), _BATCH)
+        step = max(1, min(self._coder.part(k * max(1, factor)), _BATCH, _PROBES // nprobe))
         if len(q) <= step:
             return self._find_part(q, k, keep, nprobe, factor)
         parts = [self._find_part(q[i : i + step], k, keep, nprobe, factor) for i in range(0, len(q), step)]

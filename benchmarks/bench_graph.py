@@ -1,9 +1,9 @@
 """`lutra.index.HNSW` beside hnswlib at equal recall: queries a second and the time to build.
 
-``python benchmarks/bench_graph.py [--n 100000] [--storage int8 float32]`` prints a table for clustered vectors
-and, where LUTRA_DATA (or ../shared/data) has them, sentence embeddings. Both libraries take turns at every
-ef, in one run; recall is against exact search; the queries a second at a recall are interpolated between two
-ef. hnswlib has M = 16 and ef_construction = 200, as is its custom, and so has lutra.
+``python benchmarks/bench_graph.py [--n 100000] [--storage int8 float32]`` prints a table for clustered
+vectors and, where LUTRA_DATA (or ../shared/data) has them, sentence embeddings. Both libraries take turns at
+every ef, in one run; recall is against exact search; the queries a second at a recall are interpolated
+between two ef. hnswlib has M = 16 and ef_construction = 200, as is its custom, and so has lutra.
 """
 
 from __future__ import annotations

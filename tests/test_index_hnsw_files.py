@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from lutra import _backend
 from lutra.index import HNSW, load
 from lutra.index._graph import STORAGES
 
@@ -131,7 +132,8 @@ def test_any_bytes(tmp_path):
     start = 8 + int.from_bytes(good[:8], "little")
     q = vectors(3, 5, 1)
     refused = answered = 0
-    for round_ in range(400):
+    rounds = 400 if _backend.core is not None else 40
+    for round_ in range(rounds):
         data = bytearray(good)
         low = 0 if round_ % 4 == 0 else start
         for at in rng.integers(low, len(data), rng.integers(1, 20)):
@@ -148,7 +150,7 @@ def test_any_bytes(tmp_path):
             continue
         assert found.ids.shape == (3, 3)
         answered += 1
-    assert refused > 20 and answered > 20
+    assert refused > rounds // 20 and answered > rounds // 20
 
 
 def test_lists_that_change_behind_our_back():

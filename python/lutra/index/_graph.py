@@ -300,6 +300,8 @@ class Graph:
             table.take_over(values, mapped=mapped)
         values, mapped = file.tensor("rows", "U8", (n, self.stride), mmap=mmap)
         self.tables["rows"].take_over(values, mapped=mapped)
+        if values.ctypes.data % 4:  # a file that lutra did not write may begin anywhere
+            self.tables["rows"].own()
         if "terms" in self.tables:
             values, mapped = file.tensor("terms", "F32", (n, 2), mmap=mmap)
             self.tables["terms"].take_over(values, mapped=mapped)

@@ -61,9 +61,12 @@ struct Pairs {
 };
 
 // R blocks of rows (each `steps` * 64 bytes, one after another) with Q queries, whose bytes lie as (steps, Q, 4).
-template <class Dot, int R, int Q>
+// Ahead: the blocks behind them are fetched meanwhile, for they come from memory.
+template <class Dot, int R, int Q, bool Ahead = false>
 LUTRA_INLINE void products(const uint8_t* rows, const int8_t* queries, int64_t steps, vi sum[R * kParts][Q]) {
   for (int64_t g = 0; g < steps; ++g) {
+    if (Ahead)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(rows + (R * steps + g * R + r) * (4 * kBlock));
     vi x[R * kParts];
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < kParts; ++p)

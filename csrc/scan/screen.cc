@@ -155,14 +155,14 @@ __attribute__((noinline)) void gather_passing(Scan* s, const vi (*sum)[Q], int64
   }
 }
 
-template <class Dot, bool L2, int R, int Q>
+template <class Dot, bool L2, int R, int Q, bool Ahead>
 LUTRA_INLINE void tile(Scan* s, const uint8_t* rows, int64_t steps, int64_t first_row, int64_t first_query) {
   constexpr int V = R * kParts;
   const Queries& q = *s->q;
   vi sum[V][Q];
   for (int i = 0; i < Q; ++i)
     for (int v = 0; v < V; ++v) sum[v][i] = (vi){} + q.start[first_query + i];
-  products<Dot, R, Q>(rows, q.codes + first_query * steps * 4, steps, sum);
+  products<Dot, R, Q, Ahead>(rows, q.codes + first_query * steps * 4, steps, sum);
   vi negative = (vi){} - 1;  // stays so where all are
   for (int i = 0; i < Q; ++i) {
     const vf t = splat(s->threshold[first_query + i]);
@@ -181,11 +181,15 @@ template <class Dot, bool L2, int R>
 void row_tile(Scan* s, const uint8_t* rows, int64_t steps, int64_t first_row) {
   int64_t i = 0;
   const int64_t slots = s->q->slots;
-  for (; i + kWide <= slots; i += kWide) tile<Dot, L2, R, kWide>(s, rows, steps, first_row, i);
+  if (slots >= kWide) {  // the first group reads the rows from memory, the others from the L1
+    tile<Dot, L2, R, kWide, true>(s, rows, steps, first_row, 0);
+    i = kWide;
+  }
+  for (; i + kWide <= slots; i += kWide) tile<Dot, L2, R, kWide, false>(s, rows, steps, first_row, i);
   switch (slots - i) {
-    case 1: return tile<Dot, L2, R, 1>(s, rows, steps, first_row, i);
-    case 2: return tile<Dot, L2, R, 2>(s, rows, steps, first_row, i);
-    case 4: return tile<Dot, L2, R, 4>(s, rows, steps, first_row, i);
+    case 1: return tile<Dot, L2, R, 1, true>(s, rows, steps, first_row, i);
+    case 2: return tile<Dot, L2, R, 2, true>(s, rows, steps, first_row, i);
+    case 4: return tile<Dot, L2, R, 4, true>(s, rows, steps, first_row, i);
   }
 }
 

@@ -167,7 +167,7 @@ LUTRA_INLINE __m512i dwords(int a, int b, int c, int d, int e, int f, int g, int
 
 template <bool And>
 LUTRA_VPOPCNT void count_rows(const uint8_t* q, const uint8_t* x, int64_t b, int rows, int32_t* out) {
-  constexpr int64_t kAhead = 2048;  // the hardware follows the stream; this only reaches over the ends of pages
+  constexpr int64_t kAhead = 6144;  // the hardware follows the stream; this only reaches over the ends of pages
   int r = 0;
   if (b == 32) {
     const __m512i order = dwords(0, 4, 2, 6, 8, 12, 10, 14), v = at(q);
@@ -259,10 +259,14 @@ void rows_block(const BinaryArgs& a, const Patterns& p, int64_t from, int64_t qu
       uint64_t pass = 0;
       for (int g = 0; g < kGroup; g += W) {
         const vf score = score_of<M>(load_ints(counts + g), load_ints(totals + g) + p.bits[i]);
-        store(scores + g, score);
+        if (M == BinaryMetric::jaccard) store(scores + g, score);
         pass |= static_cast<uint64_t>(passes<Metric::l2>(score, t)) << g;
       }
-      for (pass &= keep; pass; pass &= pass - 1) {
+      pass &= keep;
+      if (!pass) continue;
+      if (M == BinaryMetric::hamming)  // kept apart: most groups hold nothing that passes
+        for (int g = 0; g < kGroup; g += W) store(scores + g, __builtin_convertvector(load_ints(counts + g), vf));
+      for (; pass; pass &= pass - 1) {
         const int r = __builtin_ctzll(pass);
         if (!(scores[r] >= s->threshold[i])) offer(s, i, scores[r], i0 + r, Metric::l2);
       }

@@ -281,6 +281,8 @@ class Binary(Index):
             )
             if rescore == "bits":
                 return scores, candidates
+        if self.refine == "int8" and self.similarity == "cosine":  # which scales do not change
+            return scan.rescore(q, self._rows["vectors"].view.view(np.int8), candidates, k, "cosine")
         if self.refine == "int8":
             return rescore_fetched(q, self._vectors_at, candidates, k, self.similarity)
         return refine_candidates(q, self._rows["vectors"].view, candidates, k, self.similarity)

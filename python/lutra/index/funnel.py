@@ -189,12 +189,12 @@ class Funnel(Index):
 
 def narrow(q, vectors, candidates, k, dims, counts, metric):
     """The stages behind the first: the longer prefixes of the candidates, then whole vectors."""
-    for width, count in zip((*dims[1:], q.shape[1]), (*counts[1:], k)):
+    for width, count in zip(dims[1:], counts[1:]):
         prefixes = vectors[:, :width]
-        scores, candidates = rescore_fetched(
+        _, candidates = rescore_fetched(
             np.ascontiguousarray(q[:, :width]), prefixes.__getitem__, candidates, count, metric
         )
-    return scores, candidates
+    return scan.rescore(q, vectors, candidates, k, metric)
 
 
 def funnel(
@@ -240,6 +240,8 @@ def funnel(
     counts = plan(check_keep(keep, len(prefixes)), len(prefixes), k, x.shape[0])
     q = to_float32(HOST, native, "queries")
     x = HOST.bring(x)
+    if x.dtype == np.float64:
+        x = x.astype(np.float32)
     first = np.ascontiguousarray(x[:, : prefixes[0]], np.float32)
     start = np.ascontiguousarray(q[:, : prefixes[0]])
     candidates = scan.knn(start, first, counts[0], metric).ids

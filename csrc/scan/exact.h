@@ -165,6 +165,7 @@ static inline __attribute__((noinline)) void offer(Finds* s, int64_t query, cons
 
 // ---- exact_rows.cc: few queries with rows of any element type, as the memory delivers them
 void scan_rows(const Queries& c, int64_t first, int64_t count, const Block& b, DType storage, Finds* s);
+// `factor` has room for W values more than there are rows.
 void row_factors(Metric metric, const Block& b, DType storage, float* factor, double* wide);
 // Rows as float32 (count, ld), zeros behind d.
 void convert_rows(const Block& b, DType storage, float* out, int64_t ld);

@@ -208,36 +208,39 @@ void factors_of(Metric metric, const Block& b, float* factor, double* wide) {
   }
   alignas(64) float squares[W];
   for (int64_t i0 = 0; i0 < b.count; i0 += W) {
-    const int rows = static_cast<int>(b.count - i0 < W ? b.count - i0 : W);
+    const typename T::type* x[W];
+    rows_at<T, W>(b, i0, x);
     vf sum[W];
-    for (int r = 0; r < W; ++r) sum[r] = (vf){};
-    for (int r = 0; r < rows; ++r) {
-      const typename T::type* x = row_at<T>(b, i0 + r);
-      vf part = {};
+#pragma GCC unroll 4
+    for (int g = 0; g < W; g += 4) {
+      vf part[4] = {};
       int64_t j = 0;
-      for (; j + W <= b.d; j += W) {
-        const vf xj = T::load(x + j);
-        part = fused(part, xj, xj);
-      }
-      if (j < b.d) {
-        const vf xj = load_tail<T>(x + j, static_cast<int>(b.d - j));
-        part = fused(part, xj, xj);
-      }
-      sum[r] = part;
+      for (; j + W <= b.d; j += W)
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          const vf xj = T::load(x[g + r] + j);
+          part[r] = fused(part[r], xj, xj);
+        }
+      if (j < b.d)
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          const vf xj = load_tail<T>(x[g + r] + j, static_cast<int>(b.d - j));
+          part[r] = fused(part[r], xj, xj);
+        }
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sum[place(g + r)] = part[r];
     }
-    // a vector of the W sums, in another order than their rows
-    store(squares, reduce_all<Kind::dot>(sum));
-    for (int l = 0; l < W; ++l) {
-      const int r = place(l);
-      if (r >= rows) continue;
-      const float square = squares[l];
-      if (square > 1e-24f && square < 1e37f) {
-        factor[i0 + r] = 1.0f / sqrtf(square);
-      } else {
-        const double exact = wide_square<T>(row_at<T>(b, i0 + r), b.d);
-        factor[i0 + r] = exact == 0 ? 0.0f : static_cast<float>(1.0 / sqrt(exact));
-      }
-    }
+    const vf square = reduce_all<Kind::dot>(sum);
+    store(squares, square);
+    float* out = factor + i0;  // W more are writable
+    for (int r = 0; r < W; ++r) out[r] = 1.0f / sqrtf(squares[r]);
+    // where fp32 sums could overflow or lose small values
+    if (bits_not_le(square, splat(1e37f)) | bits_not_le(splat(1e-24f), square))
+      for (int r = 0; r < W && i0 + r < b.count; ++r)
+        if (!(squares[r] >= 1e-24f && squares[r] <= 1e37f)) {
+          const double exact = wide_square<T>(x[r], b.d);
+          out[r] = exact == 0 ? 0.0f : static_cast<float>(1.0 / sqrt(exact));
+        }
   }
 }
 

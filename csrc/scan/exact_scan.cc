@@ -138,9 +138,9 @@ Prepared::Prepared(const ExactCall& a, int64_t first, int64_t count)
     const float scale = a.metric == Metric::cosine ? inverse_norm(from, a.d) : 1.0f;
     for (int64_t j = 0; j < ld; ++j) to[j] = j < a.d ? from[j] * scale : 0.0f;
     const Block one{to, ld, a.d, nullptr, nullptr, 0, 1, nullptr, nullptr};
-    float unused;
+    float unused[W];
     if (a.metric == Metric::ip) norm_[i] = norm_bound(one);
-    if (a.metric == Metric::poincare) row_factors(a.metric, one, DType::f32, &unused, wide_.data + i);
+    if (a.metric == Metric::poincare) row_factors(a.metric, one, DType::f32, unused, wide_.data + i);
   }
   queries = Queries{a.metric, first, count, a.d, ld, q_.data, norm_.data, wide_.data, nullptr};
 }

@@ -78,6 +78,49 @@ def _knn(batch: int, metric: str, quick: bool) -> Prepared:
     )
 
 
+def _half(batch: int, quick: bool) -> Prepared:
+    n, d = (100_000 if quick else 1_000_000), 128
+    database, queries = data.vectors(n, d).astype(np.float16), data.vectors(batch, d, seed=1)
+    wide = database.astype(np.float32)
+    return Prepared(
+        ours=lambda: scan.knn(queries, database, K),
+        check=lambda: expect.neighbours(scan.knn(queries, database, K), queries, wide, K, "ip"),
+        peers={"lutra, float32": lambda: scan.knn(queries, wide, K)},
+        bytes=2.0 * n * d,
+        flops=2.0 * batch * n * d,
+        work=batch,
+        unit="queries",
+    )
+
+
+def _filtered(batch: int, share: float, quick: bool) -> Prepared:
+    n, d = (100_000 if quick else 1_000_000), 128
+    database, queries = data.vectors(n, d), data.vectors(batch, d, seed=1)
+    mask = np.random.default_rng(3).random(n) < share
+    bits, rows = np.packbits(mask, bitorder="little"), np.flatnonzero(mask)
+
+    def check():
+        scores, ids = scan.knn(queries, database, K, filter=bits)
+        places = np.searchsorted(rows, ids)
+        expect.equal(rows[places], ids, what="ids, of rows that pass")
+        expect.neighbours((scores, places), queries, database[rows], K, "ip")
+
+    peers = {}
+    faiss, index = data.installed("faiss"), faiss_flat(database, "ip")
+    if faiss is not None and index is not None:
+        some = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+        peers["faiss"] = lambda: index.search(queries, K, params=some)
+    return Prepared(
+        ours=lambda: scan.knn(queries, database, K, filter=bits),
+        check=check,
+        peers=peers,
+        bytes=4.0 * len(rows) * d + n / 8,
+        flops=2.0 * batch * len(rows) * d,
+        work=batch,
+        unit="queries",
+    )
+
+
 def _pq(batch: int, quick: bool) -> Prepared:
     n, m, dsub = (100_000 if quick else 1_000_000), 16, 8
     rng = np.random.default_rng(2)
@@ -145,6 +188,8 @@ CASES = [
     Case("knn ip, 1024 queries", "scan", partial(_knn, 1024, "ip")),
     Case("knn l2, 16 queries", "scan", partial(_knn, 16, "l2")),
     Case("knn l2, 1024 queries", "scan", partial(_knn, 1024, "l2"), full_only=True),
+    Case("knn ip float16, 1 query", "scan", partial(_half, 1)),
+    Case("knn ip, 1 row in 100 passes, 16 queries", "scan", partial(_filtered, 16, 0.01)),
     Case("pq 16 x 8 bits, 1 query", "scan", partial(_pq, 1)),
     Case("pq 16 x 8 bits, 64 queries", "scan", partial(_pq, 64)),
 ]

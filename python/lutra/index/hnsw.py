@@ -60,9 +60,7 @@ class HNSW(Index):
     Memory a vector: the row by ``storage`` (rounded up to 64 bytes), the vector by ``refine``, 8 M bytes of
     links and about 10 more. Searching takes n / 8 bytes a thread besides.
 
-    Scores are exact with ``refine`` and with ``storage='float32'``, else those of the stored rows. With
-    ``metric='ip'`` and vectors of very different norms a graph of inner products is a poor map: expect to
-    need a larger ``ef_search``.
+    Scores are exact with ``refine`` and with ``storage='float32'``, else those of the stored rows.
 
     References
     ----------

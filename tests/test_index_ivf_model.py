@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lutra import _backend
 from lutra.index import IVF, Codes, load
 from lutra.quant import PQ
 
@@ -143,4 +144,4 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+TestModel.settings = settings(max_examples=50 if _backend.core else 10, stateful_step_count=25, deadline=None)

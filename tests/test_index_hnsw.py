@@ -409,6 +409,21 @@ def test_interrupted(monkeypatch, first):
     assert recall(index.search(q, 10), exact(q, x, 10, "l2")) > 0.95
 
 
+def test_short_and_long_way_agree():
+    """A few plain queries take a short way: the same results, the same errors."""
+    x = vectors(60, 5)
+    for ids in (None, np.arange(60) * 2):
+        index = HNSW(5, 4, ef_construction=10)
+        index.add(x, ids)
+        short = index.search(x[:7], 4)
+        for other in (index.search(x[:7].astype(np.float64), 4), index.search(np.asfortranarray(x[:7]), 4)):
+            np.testing.assert_array_equal(short.ids, other.ids)
+            np.testing.assert_array_equal(short.scores, other.scores)
+    assert index.search(x[:0], 4).ids.shape == (0, 4)
+    with pytest.raises(ValueError, match="2-d"):
+        index.search(x[0])
+
+
 # ---- libraries
 def test_torch():
     torch = pytest.importorskip("torch")

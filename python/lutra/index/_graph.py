@@ -260,10 +260,12 @@ class Graph:
     ) -> tuple[np.ndarray, np.ndarray]:
         scores = np.empty((len(q), k), np.float32)
         positions = np.empty((len(q), k), np.int64)
+        if not q.flags.c_contiguous:
+            q = np.ascontiguousarray(q)
         code = 0 if exact is None or exact.dtype == np.float32 else 1
         _kernels().graph_search(
-            self.parts(), np.ascontiguousarray(q), len(q), k, ef, rescore, keep, allowed, exact, code,
-            score_metric, scores, positions, None,
+            self.parts(), q, len(q), k, ef, rescore, keep, allowed, exact, code, score_metric, scores,
+            positions, None,
         )  # fmt: skip
         return scores, positions
 

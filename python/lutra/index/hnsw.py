@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,26 @@ class HNSW(Index):
         third of are scanned.
         """
         ef = self.ef_search if ef_search is None else ef_search
+        if filter is None and type(q) is np.ndarray and type(k) is int and type(ef) is int:
+            found = self._plain(q, k, ef)
+            if found is not None:
+                return found
         return self._answer(q, k, filter, ef=_checks.integer("ef_search", ef, 1))
+
+    def _plain(self, q: np.ndarray, k: int, ef: int) -> Neighbors | None:
+        """The short way of a few float32 queries, where microseconds count; None where it does not serve."""
+        if q.dtype != np.float32 or q.ndim != 2 or q.size > 8192 or k < 1 or ef < 1:
+            return None
+        if q.shape[1] != self.d or not q.flags.c_contiguous or not isfinite(np.vdot(q, q)):
+            return None
+        self._lock.acquire_read()
+        try:
+            if not self._ids.n:
+                return None
+            scores, positions = self._search(q, k, None, ef)
+            return Neighbors(scores, self._ids.of(HOST, positions))
+        finally:
+            self._lock.release_read()
 
     def _search(self, q, k, keep, ef):
         n = self._ids.n

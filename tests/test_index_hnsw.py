@@ -1,6 +1,8 @@
 """lutra.index.HNSW: recall, the graph against its reference, changes, filters, bad input."""
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -422,6 +424,20 @@ def test_short_and_long_way_agree():
     assert index.search(x[:0], 4).ids.shape == (0, 4)
     with pytest.raises(ValueError, match="2-d"):
         index.search(x[0])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+def test_copies_are_independent(duplicate):
+    x = vectors(80, 5)
+    index = HNSW(5, 4, ef_construction=10)
+    index.add(x[:60])
+    before = index.search(x, 4)
+    other = duplicate(index)
+    other.add(x[60:])
+    other.remove_ids(np.arange(30))
+    for a, b in zip(before, index.search(x, 4)):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(other.search(x[30:], 1).ids[:, 0], np.arange(30, 80))
 
 
 # ---- libraries

@@ -63,6 +63,9 @@ class Graph:
         self._heads = np.empty(0, np.int32)
         self._tuple: tuple[Any, ...] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:  # views would be copied as arrays of their own
+        return {**self.__dict__, "_tuple": None, "_heads": np.empty(0, np.int32)}
+
     @property
     def nbytes(self) -> int:
         """Beside the tables."""

@@ -45,6 +45,18 @@ def test_nearest_codes(simd_level, m, ksub, dsub):
         np.testing.assert_allclose(found, errors.min(2), atol=1e-5)
 
 
+@pytest.mark.parametrize("dsub", (1, 2, 3, 4, 5, 8, 16, 17))
+@pytest.mark.parametrize("ksub", (2, 16, 256))
+def test_decoding(simd_level, dsub, ksub):
+    for n in SIZES:
+        m = n % 7 + 1
+        books = normal(m, ksub, dsub)
+        entries = np.random.default_rng(n).integers(0, ksub, (n, m)).astype(np.uint8)
+        np.testing.assert_array_equal(
+            _kernels.pq_vectors(entries, books), reference.pq_decode(entries, books)
+        )
+
+
 def test_ties_go_to_the_lowest(simd_level):
     books = np.repeat(normal(2, 4, 3), 4, axis=1)  # each centroid four times
     entries = _kernels.pq_entries(normal(50, 6), books)

@@ -1,4 +1,5 @@
 #include "address/linear.h"
+#include "address/pq_decode.h"
 #include "address/pq_encode.h"
 #include "address/rq_encode.h"
 #include "bind/core/intake.h"
@@ -25,6 +26,11 @@ void register_quant(py::module_& m) {
                       threshold,
                       rounds};
     run(&pq_encode, args, 0.03 * n * d * ksub);
+  });
+  m.def("pq_decode", [](Ptr entries, Ptr books, int64_t n, int64_t m, int64_t ksub, int64_t dsub, Ptr x) {
+    PqDecodeArgs args{entries.as<uint8_t>(n * m), books.as<float>(m * ksub * dsub), n, m, ksub, dsub,
+                      x.as<float>(n * m * dsub)};
+    run(&pq_decode, args, 1.0 * n * m);
   });
   m.def("rq_encode", [](Ptr dots, Ptr norms, Ptr gram, int64_t n, int64_t m, int64_t ksub, int64_t beam, Ptr entries) {
     if (ksub < 1 || ksub > 256 || beam < 1) throw py::value_error("lutra: ksub must be in [1, 256], beam at least 1");

@@ -40,6 +40,16 @@ def pq_entries(
     return out
 
 
+def pq_vectors(entries: np.ndarray, books: np.ndarray) -> np.ndarray:
+    """Vectors (n, m * dsub) of entries (n, m), each below ksub, see csrc/address/pq_decode.h."""
+    (n, m), (_, ksub, dsub) = entries.shape, books.shape
+    if _backend.core is None:
+        return reference.pq_decode(entries, books)
+    x = np.empty((n, m * dsub), np.float32)
+    _backend.core.pq_decode(entries, np.ascontiguousarray(books), n, m, ksub, dsub, x)
+    return x
+
+
 def rq_entries(x: np.ndarray, books: np.ndarray, gram: np.ndarray, beam: int) -> np.ndarray:
     """Entries (n, m) uint8 of vectors (n, d), see csrc/address/rq_encode.h; ``gram`` is from `rq_gram`."""
     m, ksub, d = books.shape

@@ -9,7 +9,7 @@ import numpy as np
 from .. import _checks
 from ..index._progress import Progress
 from ._anisotropic import fit
-from ._kernels import multiply, pq_entries
+from ._kernels import multiply, pq_entries, pq_vectors
 from ._rotation import check_rotation
 from .base import Tables
 from .pq import PQ
@@ -98,7 +98,7 @@ class OPQ(PQ):
             for _ in range(rotations):
                 entries = pq_entries(rotated, books)
                 books = update(rotated, entries, books)
-                decoded = books[np.arange(self.m), entries].reshape(-1, self.d)
+                decoded = pq_vectors(entries, books)
                 u, _, vt = np.linalg.svd(decoded.T.astype(np.float64) @ points.astype(np.float64))
                 rotation = (u @ vt).astype(np.float32)
                 rotated = multiply(points, rotation.T)

@@ -14,7 +14,7 @@ from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
 from . import _bits
 from ._anisotropic import fit
-from ._kernels import pq_entries
+from ._kernels import pq_entries, pq_vectors
 from .base import PART, Quantizer, Tables, training_matrix, vectors
 
 _LOSSES = {"l2": 0, "anisotropic": 1}
@@ -235,7 +235,7 @@ class PQ(Quantizer):
         return pq_entries(x, self._books, directions, self.threshold if self.loss == "anisotropic" else 0.0)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
-        return self._books[np.arange(self.m), self._entries(codes)].reshape(-1, self.d)
+        return pq_vectors(self._entries(codes), self._books)
 
     def _entries(self, codes: np.ndarray) -> np.ndarray:
         return _bits.unpack(codes, self.m, self.bits)

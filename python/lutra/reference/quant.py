@@ -45,6 +45,11 @@ def pq_encode(x, books, directions=None, threshold=0.0, rounds=0):
     return entries.astype(np.uint8)
 
 
+def pq_decode(entries, books):
+    """Vectors (n, m * dsub) of entries (n, m); see csrc/address/pq_decode.h."""
+    return books[np.arange(len(books)), entries].reshape(len(entries), -1)
+
+
 def rq_encode(dots, norms, gram, m, beam):
     """Entries (n, m) uint8 by beam search; see csrc/address/rq_encode.h."""
     n, ksub = len(dots), norms.size // m

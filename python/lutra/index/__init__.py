@@ -6,20 +6,27 @@ nearest to a query, `HNSW` a graph; `load` opens what their ``save`` wrote. `kme
 """
 
 from .._results import Neighbors
+from . import _factory_steps as _steps  # noqa: F401  (its transform is one that files may hold)
 from . import transforms
+from ._faiss import read_faiss, to_faiss, write_faiss
 from ._kmeans import KMeans, kmeans
 from ._kmeans_variants import balanced_assignment
 from ._load import load
 from ._refine import refine
+from .auto import auto
 from .base import Index
 from .binary import Binary
 from .codes import Codes
+from .factory import factory
 from .flat import Flat
 from .funnel import Funnel, funnel
 from .hnsw import HNSW
 from .ivf import IVF
 from .pq import PQ
+from .segments import Store, compact, create
+from .segments import open_store as open
 from .transformed import Transformed
+from .tune import Tuned, tune
 
 __all__ = [
     "HNSW",
@@ -32,11 +39,22 @@ __all__ = [
     "Index",
     "KMeans",
     "Neighbors",
+    "Store",
     "Transformed",
+    "Tuned",
+    "auto",
     "balanced_assignment",
+    "compact",
+    "create",
+    "factory",
     "funnel",
     "kmeans",
     "load",
+    "open",
+    "read_faiss",
     "refine",
+    "to_faiss",
     "transforms",
+    "tune",
+    "write_faiss",
 ]

@@ -155,7 +155,7 @@ class Codec:
             return entries[:, None]
         n, m = entries.shape
         groups = np.zeros((n, (m + 7) // 8, 2, 4), np.uint8)
-        groups.reshape(n, -1)[:, :m] = entries
+        groups.reshape(n, 8 * groups.shape[1])[:, :m] = entries
         return groups[:, :, 0] | groups[:, :, 1] << 4
 
     def _codes(self, values: np.ndarray) -> np.ndarray:
@@ -168,7 +168,7 @@ class Codec:
 
     def _entries(self, values: np.ndarray) -> np.ndarray:
         """4-bit entries, a byte each."""
-        every = np.stack([values & 15, values >> 4], 2).reshape(len(values), -1)
+        every = np.stack([values & 15, values >> 4], 2).reshape(len(values), 8 * values.shape[1])
         return np.ascontiguousarray(every[:, : self.quantizer.m])
 
     def vectors(self, arena: Arena, rows: np.ndarray, centroids: np.ndarray | None) -> np.ndarray:

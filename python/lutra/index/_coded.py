@@ -298,7 +298,10 @@ class CodedIndex(Index):
     def _quantizer_config(self) -> Any:
         if isinstance(self.quantizer, str):
             return self.quantizer
-        return {"kind": type(self.quantizer).__name__, **self.quantizer._config()}
+        return {
+            "name": type(self.quantizer).__name__,
+            **self.quantizer._config(),
+        }  # SQ has a "kind" of its own
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> Any:
@@ -308,7 +311,7 @@ class CodedIndex(Index):
         quantizer = config.pop("quantizer")
         if isinstance(quantizer, dict):
             quantizer = dict(quantizer)
-            quantizer = build(quantizer.pop("kind", None), quantizer)
+            quantizer = build(quantizer.pop("name", None), quantizer)
         factor = config.pop("refine_factor", None)
         index = cls(quantizer=quantizer, **config)
         if factor is not None:

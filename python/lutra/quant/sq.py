@@ -126,7 +126,8 @@ class SQ(Quantizer):
     # ---- scanning
     def _tables(self, q: np.ndarray, metric: str) -> Tables:
         assert self._low is not None and self._width is not None
-        levels = self._decode(np.repeat(np.arange(16, dtype=np.uint8) * 17, self.code_size).reshape(16, -1)).T
+        levels = self._decode(np.repeat(np.arange(16, dtype=np.uint8) * 17, self.code_size).reshape(16, -1))
+        levels = np.ascontiguousarray(levels.T)  # whose order the tables take
         lut = np.square(q[:, :, None] - levels) if metric == "l2" else q[:, :, None] * levels
         return Tables(lut, None)
 

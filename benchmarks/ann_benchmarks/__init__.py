@@ -1,0 +1,1 @@
+"""What ann-benchmarks copies into its folder of algorithms."""

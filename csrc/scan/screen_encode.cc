@@ -1,8 +1,9 @@
 // Codes of rows, block by block. Limit: reading the rows once.
+#include "scan/screen.h"
+
 #include <math.h>
 
 #include "scan/int8.h"
-#include "scan/screen.h"
 
 namespace lutra {
 namespace LUTRA_NS {

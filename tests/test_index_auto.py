@@ -75,7 +75,7 @@ def test_tune_reaches_the_recall_and_no_more_than_it_must(kind, metric):
     for name, value in tuned.parameters.items():
         assert getattr(index, name) == value
     assert tuned.seconds > 0 and len(tuned.trials) >= 1
-    higher = tune(index, q, 0.99, 10, truth=want)
+    higher = index.tune(q, 0.99, truth=want)
     assert higher.recall >= 0.99
     if "nprobe" in tuned.parameters and "refine_factor" not in tuned.parameters:
         assert tuned.parameters["nprobe"] <= higher.parameters["nprobe"]
@@ -127,7 +127,7 @@ def test_memory():
 
 @pytest.mark.parametrize("memory, metric", [(None, "cosine"), ("45%", "l2")])
 def test_auto_keeps_its_word(memory, metric, capsys):
-    n = 6000
+    n = 5000
     x, q = vectors(n), vectors(100, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

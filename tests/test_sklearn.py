@@ -33,6 +33,7 @@ def test_check_estimator(estimator, check):
 
 METRICS = [
     ("euclidean", 2), ("sqeuclidean", 2), ("cosine", 2), ("minkowski", 2), ("l2", 2),
+    ("manhattan", 2), ("chebyshev", 2), ("minkowski", 1), ("minkowski", np.inf),
 ]  # fmt: skip
 
 

@@ -337,6 +337,14 @@ class Index:
                 self._removed(keep, before)
             return before - len(keep)
 
+    def tune(
+        self, queries: Any, recall: float = 0.95, k: int = 10, *, vectors: Any = None, truth: Any = None
+    ) -> Any:
+        """Set the fastest search parameters that reach a recall: `lutra.index.tune`, which says more."""
+        from .tune import tune
+
+        return tune(self, queries, recall, k, vectors=vectors, truth=truth)
+
     # ---- where it lives
     def _settle(self, native: Any) -> Home:
         """The home, decided by this first array where it was still open."""

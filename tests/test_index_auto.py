@@ -5,9 +5,11 @@ import warnings
 import numpy as np
 import pytest
 
-from lutra import quant
+from lutra import _backend, quant
 from lutra.index import HNSW, IVF, Codes, Flat, Transformed, Tuned, auto, transforms, tune
 from lutra.index.tune import ground_truth, recall_of
+
+pytestmark = pytest.mark.skipif(_backend.core is None, reason="the NumPy reference takes too long")
 
 D = 32
 

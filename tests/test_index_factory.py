@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lutra import _backend
 from lutra.index import _factory_text as words
 from lutra.index import factory
 
@@ -122,6 +123,7 @@ SEARCHED = [(text, "l2") for text in (*TEXTS, *OWN) if text not in ALIASES] + [
 ]
 
 
+@pytest.mark.skipif(_backend.core is None, reason="the NumPy reference takes too long")
 @pytest.mark.parametrize("text, metric", SEARCHED)
 def test_they_search(text, metric):
     """Each finds what an exact search finds, as far as its codes allow, and survives a file."""

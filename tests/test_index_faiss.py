@@ -5,8 +5,10 @@ import pytest
 
 faiss = pytest.importorskip("faiss")
 
-from lutra import quant  # noqa: E402
+from lutra import _backend, quant  # noqa: E402
 from lutra.index import HNSW, IVF, PQ, Codes, Flat, read_faiss, to_faiss, write_faiss  # noqa: E402
+
+pytestmark = pytest.mark.skipif(_backend.core is None, reason="the NumPy reference takes too long")
 
 faiss.omp_set_num_threads(1)  # its threads spin: slow beside other work
 D = 32

@@ -13,6 +13,8 @@ import lutra
 from lutra import _backend
 from lutra.index import factory, load
 
+pytestmark = pytest.mark.skipif(_backend.core is None, reason="the NumPy reference takes too long")
+
 D = 16
 TEXTS = [
     "Flat", "SQfp16", "PQ8x4", "PQ4,RFlat", "SQ8", "SQ4", "RaBitQ4", "RSQ4", "RQ2x4", "IVF8,Flat",

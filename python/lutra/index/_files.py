@@ -158,7 +158,7 @@ class File:
         self._file = file
         self._header, self._start = self._read_header()
         self._validate()
-        metadata = self._header.pop("__metadata__", {})
+        metadata = self._header.pop("__metadata__", None) or {}  # a null passes for a missing one
         if metadata.get("format") != FORMAT:
             self.fail(
                 "this is a safetensors file, but not one of lutra.index (metadata 'format' says otherwise)"

@@ -71,7 +71,7 @@ def edit(value):
     if rng.random() < 0.15:
         del inner[path[-1]]
     else:
-        inner[path[-1]] = INTERESTING[rng.integers(len(INTERESTING))]
+        inner[path[-1]] = json.loads(json.dumps(INTERESTING[rng.integers(len(INTERESTING))]))
 
 def mutate(raw):
     way = rng.integers(6)

@@ -3,6 +3,7 @@
 #include "common/math.h"
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/team.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -211,7 +212,7 @@ void backward_rows(const SignHashBackwardArgs& a, int64_t begin, int64_t end) {
 void sign_hash(const SignHashArgs& a) {
   const double cost = static_cast<double>(a.rows) * a.tables * a.bits;
   const int64_t grain = 1 + 8192 / (1 + a.tables * a.bits);
-  parallel_ranges(a.rows, grain, cost, [&](int64_t begin, int64_t end) {
+  team_ranges(a.rows, grain, cost, [&](int64_t begin, int64_t end) {
     switch (a.dtype) {
       case DType::f16: return forward_rows<F16>(a, begin, end);
       case DType::bf16: return forward_rows<BF16>(a, begin, end);
@@ -223,7 +224,7 @@ void sign_hash(const SignHashArgs& a) {
 void sign_hash_backward(const SignHashBackwardArgs& a) {
   const double cost = static_cast<double>(a.rows) * a.tables * a.bits * 2;
   const int64_t grain = 1 + 8192 / (1 + a.tables * a.bits);
-  parallel_ranges(a.rows, grain, cost, [&](int64_t begin, int64_t end) {
+  team_ranges(a.rows, grain, cost, [&](int64_t begin, int64_t end) {
     switch (a.dtype) {
       case DType::f16: return backward_rows<F16>(a, begin, end);
       case DType::bf16: return backward_rows<BF16>(a, begin, end);

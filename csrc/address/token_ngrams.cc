@@ -2,6 +2,7 @@
 
 #include "address/ngram_hash.h"
 #include "common/parallel.h"
+#include "common/team.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -26,7 +27,7 @@ void token_ngrams(const TokenNgramsArgs& a) {
   const Modulus m = modulus(static_cast<uint64_t>(a.buckets));
   const int64_t total = a.out_offsets[a.texts];
   const int64_t grain = 1 + a.texts * 8192 / (total > 0 ? total : 1);
-  parallel_ranges(a.texts, grain, static_cast<double>(total) * 2, [&](int64_t begin, int64_t end) {
+  team_ranges(a.texts, grain, static_cast<double>(total) * 2, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       one_text(a, m, a.tokens + a.offsets[b], a.offsets[b + 1] - a.offsets[b], a.ids + a.out_offsets[b]);
   });

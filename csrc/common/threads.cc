@@ -1,12 +1,16 @@
 #include "common/threads.h"
 
 #include <omp.h>
+#include <pthread.h>
 
 #include <atomic>
 
 namespace lutra {
 namespace {
 std::atomic<int> g_override{0};
+std::atomic<bool> g_forked{false};
+void in_child() { g_forked = true; }
+[[maybe_unused]] const int g_installed = pthread_atfork(nullptr, nullptr, in_child);
 }  // namespace
 
 int num_threads() {
@@ -15,5 +19,7 @@ int num_threads() {
 }
 
 void set_num_threads(int n) { g_override = n; }
+
+int team_threads() { return g_forked ? 1 : num_threads(); }
 
 }  // namespace lutra

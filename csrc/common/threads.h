@@ -8,4 +8,8 @@ namespace lutra {
 int num_threads();
 void set_num_threads(int n);  // 0: follow OpenMP
 
+// The same for OpenMP's own threads (common/team.h): 1 in a forked child, for libgomp's threads do not survive fork,
+// and a parallel region there would hang.
+int team_threads();
+
 }  // namespace lutra

@@ -1,6 +1,7 @@
 #include "gather/bag.h"
 
 #include "common/parallel.h"
+#include "common/team.h"
 #include "gather/bag_ids.h"
 #include "gather/rows.h"
 
@@ -114,7 +115,7 @@ void all_bags(const BagArgs& a, const BagBounds& bounds, BadFirst* bad) {
   const double cost = static_cast<double>(n) * each + static_cast<double>(a.bag.bags) * 10;
   const double pieces = cost / 60e3;  // of that many nanoseconds
   const int64_t grain = pieces <= 1 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / pieces) + 1;
-  parallel_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
+  team_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
     if (a.bag.id_type == DType::i32)
       bags<T, int32_t>(a, bounds, b0, b1, bad);
     else

@@ -1,5 +1,6 @@
 // The table's gradient from a sorted plan: each touched row is the sum of the gradients of its bags.
 #include "common/parallel.h"
+#include "common/team.h"
 #include "gather/bag.h"
 #include "gather/rows.h"
 
@@ -140,13 +141,13 @@ void backward(const BagBackwardArgs& a) {
   const double sums = static_cast<double>(a.starts[count]) * (4 + static_cast<double>(row_bytes) / 16);
   if (!a.dense) {
     const int64_t grain = sums <= 40e3 ? count : static_cast<int64_t>(count / (sums / 40e3)) + 1;
-    parallel_ranges(count, grain, sums, [&](int64_t k0, int64_t k1) { touched_rows<T>(a, k0, k1); });
+    team_ranges(count, grain, sums, [&](int64_t k0, int64_t k1) { touched_rows<T>(a, k0, k1); });
     return;
   }
   auto* out = static_cast<char*>(a.grad_table);
   const double cost = sums + static_cast<double>(a.rows) * static_cast<double>(row_bytes) / 10;
   const int64_t grain = cost <= 100e3 ? a.rows : static_cast<int64_t>(a.rows / (cost / 100e3)) + 1;
-  parallel_ranges(a.rows, grain, cost, [&](int64_t r0, int64_t r1) {
+  team_ranges(a.rows, grain, cost, [&](int64_t r0, int64_t r1) {
     const int64_t k0 = lower_bound(a.touched, count, r0), k1 = lower_bound(a.touched, count, r1);
     int64_t row = r0;
     for (int64_t k = k0; k < k1; row = a.touched[k++] + 1)  // zeros up to the next touched row

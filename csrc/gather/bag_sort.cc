@@ -5,6 +5,7 @@
 // Every thread has a fixed part of the list in each pass and its own histogram; the places follow from all
 // histograms, so the result does not depend on who does what.
 #include "common/parallel.h"
+#include "common/team.h"
 #include "gather/bag.h"
 #include "gather/bag_ids.h"
 
@@ -43,7 +44,7 @@ struct Sort {
   // fn(share) for every share of the work, all of them done when it returns.
   template <class Fn>
   void phase(const Fn& fn) const {
-    parallel_slots(threads, threads, [&](int, int64_t share) { fn(static_cast<int>(share)); });
+    team_chunks(threads, threads, [&](int64_t share) { fn(static_cast<int>(share)); });
   }
 
   // Keys of this thread's entries, padding left out; they are written at the place they have without padding, and
@@ -211,7 +212,7 @@ void bag_sort(const BagSortArgs& a) {
       for (int64_t b = 0; b < a.bag.bags; ++b) a.bag_scale[b] = 1;
     return;
   }
-  s.threads = s.n < 16384 ? 1 : num_threads();
+  s.threads = s.n < 16384 ? 1 : team_threads();
   if (s.threads > kMaxThreads) s.threads = kMaxThreads;
   s.position_bits = bits_for(s.n);
   const int row_bits = bits_for(a.rows);

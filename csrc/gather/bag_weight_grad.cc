@@ -1,4 +1,5 @@
 #include "common/parallel.h"
+#include "common/team.h"
 #include "gather/bag.h"
 #include "gather/bag_ids.h"
 #include "gather/rows.h"
@@ -66,7 +67,7 @@ void of_types(const BagWeightGradArgs& a, const BagBounds& bounds, BadFirst* bad
   // entries of no bag
   for (int64_t e = 0; e < first && e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
   for (int64_t e = last; e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
-  parallel_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
+  team_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
     if (a.bag.id_type == DType::i32)
       weight_grads<T, G, int32_t>(a, bounds, b0, b1, bad);
     else

@@ -1,6 +1,7 @@
 #include "gather/tables.h"
 
 #include "common/parallel.h"
+#include "common/team.h"
 #include "gather/rows.h"
 #include "gather/tables_codes.h"
 
@@ -117,7 +118,7 @@ void forward(const TablesArgs& a) {
     int64_t block = a.tokens < 4096 ? a.tokens : 4096;
     if (slabs < 8 && block > 512) block = block / 4;  // few slabs: cut the tokens, so that there is work for all
     const int64_t blocks = (a.tokens + block - 1) / block;
-    parallel_for(slabs * blocks, 1e9, [&](int64_t i) {
+    team_for(slabs * blocks, 1e9, [&](int64_t i) {
       const int64_t slab = i % slabs, b = i / slabs;
       const int64_t skip = (slab + 1) * columns > a.dim ? (slab + 1) * columns - a.dim : 0;
       const int64_t t0 = b * block, t1 = t0 + block < a.tokens ? t0 + block : a.tokens;
@@ -135,7 +136,7 @@ void forward(const TablesArgs& a) {
   const int64_t parts = cost < 20e3 ? 1 : units < want ? (units > 0 ? units : 1) : want;
   const int64_t width = (units + parts - 1) / parts * unit;  // of a part
   // 20 instead of 40 microseconds make a fork pay: the threads are wanted for the bandwidth of a single token
-  parallel_for(a.tokens * parts, cost * 2, [&](int64_t i) {
+  team_for(a.tokens * parts, cost * 2, [&](int64_t i) {
     const int64_t c0 = i % parts * width;
     if (c0 < a.dim) few_tokens<T>(a, i / parts, c0, a.dim - c0 < width ? a.dim - c0 : width);
   });

@@ -1,5 +1,6 @@
 // Gradients of tables: of the tables by slabs of columns, of the weights by blocks of tokens.
 #include "common/parallel.h"
+#include "common/team.h"
 #include "gather/rows.h"
 #include "gather/tables.h"
 #include "gather/tables_codes.h"
@@ -106,15 +107,15 @@ void backward(const TablesBackwardArgs& a) {
   const double work = static_cast<double>(a.n_tables) * static_cast<double>(a.dim) * 0.1;
   if (a.grad_tables) {
     const int64_t slabs = (a.dim + kColumns - 1) / kColumns;
-    parallel_for(slabs, work * static_cast<double>(a.tokens + a.entries), [&](int64_t i) {
+    team_for(slabs, work * static_cast<double>(a.tokens + a.entries), [&](int64_t i) {
       const int64_t c0 = i * kColumns;
       table_slab<T>(a, c0, a.dim - c0 < kColumns ? a.dim - c0 : kColumns);
     });
   }
   if (a.grad_weights) {
     const int64_t grain = a.tokens >= 4 * kTokens ? kTokens : 1 + a.tokens / 4;
-    parallel_ranges(a.tokens, grain, work * static_cast<double>(a.tokens),
-                    [&](int64_t t0, int64_t t1) { weight_block<T>(a, t0, t1); });
+    team_ranges(a.tokens, grain, work * static_cast<double>(a.tokens),
+                [&](int64_t t0, int64_t t1) { weight_block<T>(a, t0, t1); });
   }
 }
 

@@ -89,7 +89,7 @@ LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const*
       for (int i = 0; i < Q; ++i) qj[i] = load(q + i * ldq + j);
       if (j * sizeof(typename T::type) % 64 < W * sizeof(typename T::type)) {  // a new line
 #pragma GCC unroll 8
-        for (int r = 0; r < G; ++r) __builtin_prefetch(next[g + r] + j);
+        for (int r = 0; r < G; ++r) __builtin_prefetch(next[g + r] + j, 0, 2);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < G; ++r) {
@@ -134,7 +134,7 @@ LUTRA_INLINE void rows_at(const Block& b, int64_t i, const typename T::type** ou
 // Queries first .. first + Q - 1 with all rows of the block.
 template <Kind K, class T, int Q>
 void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
-  constexpr int R = W / Q, kAhead = R < 16 ? 16 : R;
+  constexpr int R = W / Q, kAhead = 64;
   const float* q = c.q + first * c.ld;
   alignas(64) float raw[W], thresholds[W], factors[W];
   const typename T::type *x[R], *next[R];

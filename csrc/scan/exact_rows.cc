@@ -72,7 +72,7 @@ LUTRA_INLINE vf load_tail(const typename T::type* p, int n) {
 // Scores of W / Q rows with Q queries: query i with row r in lane i * R + r. `next`: rows that will be wanted soon.
 template <Kind K, class T, int Q>
 LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const* x, const typename T::type* const* next,
-                     int64_t d) {
+                     int64_t stride, int64_t d) {
   constexpr int R = W / Q, G = R < 8 ? R : 8;  // G rows are summed together
   vf sum[W];
 #pragma GCC unroll 8
@@ -89,7 +89,7 @@ LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const*
       for (int i = 0; i < Q; ++i) qj[i] = load(q + i * ldq + j);
       if (j * sizeof(typename T::type) % 64 < W * sizeof(typename T::type)) {  // a new line
 #pragma GCC unroll 8
-        for (int r = 0; r < G; ++r) __builtin_prefetch(next[g + r] + j, 0, 2);
+        for (int r = 0; r < G; ++r) __builtin_prefetch(next[g + r] + j * stride, 0, 2);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < G; ++r) {
@@ -134,7 +134,8 @@ LUTRA_INLINE void rows_at(const Block& b, int64_t i, const typename T::type** ou
 // Queries first .. first + Q - 1 with all rows of the block.
 template <Kind K, class T, int Q>
 void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
-  constexpr int R = W / Q, kAhead = 64;
+  constexpr int R = W / Q, kAhead = 64, G = R < 8 ? R : 8;
+  const bool linear = !b.rows && b.ldx == b.d;
   const float* q = c.q + first * c.ld;
   alignas(64) float raw[W], thresholds[W], factors[W];
   const typename T::type *x[R], *next[R];
@@ -147,7 +148,10 @@ void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
   for (int64_t i0 = 0; i0 < b.count; i0 += R) {
     rows_at<T, R>(b, i0, x);
     rows_at<T, R>(b, i0 + kAhead, next);
-    const vf sums = tile<K, T, Q>(q, c.ld, x, next, b.d);
+    if (linear)  // line after line: the processor's own prefetcher sees that
+      for (int r = 0; r < R; ++r)
+        next[r] = next[0] + r / G * G * b.d + r % G * (64 / static_cast<int64_t>(sizeof(*next[0])));
+    const vf sums = tile<K, T, Q>(q, c.ld, x, next, linear ? G : 1, b.d);
     vf score = sums;
     if (b.factor) {  // readable for W values more than there are rows
       for (int i = 0; i < Q; ++i) memcpy(factors + i * R, b.factor + i0, R * sizeof(float));

@@ -48,7 +48,9 @@ tests=1 bench=1
 if [ $build = 0 ]; then
   cp -r python "$work/python" && cp "$work"/modules/*.so "$work/python/lutra/"
   export PYTHONPATH="$work/python${PYTHONPATH:+:$PYTHONPATH}"
-  "$PYTHON" -m pytest -q -m cuda -o addopts="-ra --strict-markers" --junitxml "$work/tests.xml" \
+  jobs=()  # in parallel where pytest-xdist is there: most of the time goes to the reference
+  "$PYTHON" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
+  "$PYTHON" -m pytest -q -m cuda "${jobs[@]}" -o addopts="-ra --strict-markers" --junitxml "$work/tests.xml" \
     -p no:cacheprovider tests 2>&1 | tee "$out/tests.log"
   tests=${PIPESTATUS[0]}
   "$PYTHON" benchmarks/cuda/bench_cuda.py $quick --json "$work/bench.json" 2>&1 | tee "$out/bench.log"

@@ -77,6 +77,23 @@ def limits() -> dict[str, float]:
     return {"copy_bytes_per_s": bandwidth, "fp32_flops_per_s": 2 * 8192**3 / product * 1e3}
 
 
+def kernels(function: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> list[tuple[str, int, float]]:
+    """What a call runs on the device: name, launches and milliseconds of each kernel, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    calls = 10
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for i in range(calls):
+            function(*inputs[i % len(inputs)])
+        torch.cuda.synchronize()
+    rows = [
+        (event.key, round(event.count / calls), event.self_device_time_total / calls / 1e3)
+        for event in record.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(rows, key=lambda row: -row[2])
+
+
 def near(rtol: float = 1e-4, atol: float = 1e-4) -> Callable[[Any, Any], None]:
     def check(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=rtol, atol=atol)
@@ -335,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="an eighth of the data, less time")
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
+    parser.add_argument("--profile", action="store_true", help="show the kernels of each case besides")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(argv)
     usable, reason = _backend.cuda_status()
@@ -384,6 +402,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"{figure['share_of_limit']:6.2f}",
                 flush=True,
             )
+            if options.profile:
+                for kernel, launches, took in kernels(case.ours, case.inputs)[:12]:
+                    print(f"    {took:9.4f} ms  {launches:3} x  {kernel[:100]}")
     if options.json:
         options.json.write_text(
             json.dumps({"limits": limit, "cases": figures, "failures": failures}, indent=1)

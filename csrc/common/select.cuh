@@ -203,6 +203,7 @@ struct Selector {
         smallest = warp_keep_best(list, count, k, bins + warp * 256);
         left = k;
       }
+      __syncwarp();  // every lane has read the count
       if (lane == 0) {
         counts[q] = left;
         if (left == k && smallest) least[q] = smallest, least_score[q] = key_score(smallest);

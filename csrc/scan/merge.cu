@@ -1,10 +1,13 @@
 // Merges the lists that the blocks of a scan leave, sorts the k best and writes scores and ids.
 //
-// Few keys (32 at most: one or two lists of small k): a warp per query sorts them in registers. More: a block per
-// query sorts 8192 at a time (bitonic, in shared memory), keeps the best and goes on with the next, passing over keys
-// that are below the k-th best. Equal keys, the same candidate given twice, are neighbours after sorting.
+// Few keys (32 at most: one or two lists of small k): a warp per query sorts them in registers. Up to 1024: a block
+// per query sorts them (bitonic, in shared memory). More: a block finds the k-th largest digit by digit, by counting
+// (radix selection; 11 bits a pass from the highest bit in which keys differ, so that the first pass already spreads
+// them over the bins), and sorts only the k that reach it. Where equal keys, the same candidate given twice, count
+// once, they must be neighbours: then a block sorts 8192 at a time, keeps the best and goes on with the next.
 //
-// Overflow: at most 8192 places are sorted at a time; places in memory are counted in 64 bits.
+// Overflow: at most 8192 places are sorted at a time; places in memory are counted in 64 bits, keys of a query in 32
+// (parts <= 65535 and k <= 2048: fewer than 2^27).
 #include "common/select.cuh"
 
 namespace lutra {
@@ -90,6 +93,118 @@ __global__ void __launch_bounds__(1024) block_merge_kernel(Merge m, int room) {
   for (int i = threadIdx.x; i < m.k; i += blockDim.x) write_result(m, query, i, i < held ? keys[i] : 0);
 }
 
+constexpr int kSelectThreads = 1024;
+constexpr int kBins = 2048;
+
+// Of the bins [0, kBins): the one in which the `wanted`-th largest lies, how many lie above it and inside. One warp.
+__device__ __forceinline__ void find_bin(const int* bins, int wanted, int* digit, int* above, int* inside) {
+  constexpr int kOwn = kBins / 32;
+  const int lane = threadIdx.x & 31;
+  int own = 0;
+  for (int b = 0; b < kOwn; ++b) own += bins[lane * kOwn + b];
+  int from_here = own;  // keys in this lane's bins or higher ones
+#pragma unroll
+  for (int s = 1; s < 32; s <<= 1) {
+    const int v = __shfl_down_sync(kFullWarp, from_here, s);
+    if (lane + s < 32) from_here += v;
+  }
+  if (from_here < wanted || from_here - own >= wanted) return;
+  int higher = from_here - own;
+  for (int b = kOwn - 1; b >= 0; --b) {
+    const int here = bins[lane * kOwn + b];
+    if (higher + here >= wanted) {
+      *digit = lane * kOwn + b, *above = higher, *inside = here;
+      return;
+    }
+    higher += here;
+  }
+}
+
+// Dynamic shared memory: `room` keys, room a power of two >= best. The keys are different, but for 0, no key.
+__global__ void __launch_bounds__(kSelectThreads) block_select_kernel(Merge m, int room) {
+  __shared__ int bins[kBins];
+  __shared__ Key differ_of[kSelectThreads / 32], some_of[kSelectThreads / 32];
+  __shared__ int digit, above, inside, taken, present;
+  Key* keys = dynamic_shared<Key>();
+  const int64_t query = blockIdx.x;
+  const Key* lists = m.lists + query * m.parts * m.stride;
+  const int total = m.parts * m.per_part;
+  const auto each = [&](auto f) {
+    for (int at = threadIdx.x; at < total; at += kSelectThreads) {
+      const int part = at / m.per_part;
+      const Key key = lists[part * m.stride + (at - part * m.per_part)];
+      if (key) f(key);
+    }
+  };
+
+  // The bits in which keys differ, and how many keys there are.
+  if (threadIdx.x == 0) taken = 0, present = 0;
+  Key some = 0, differ = 0;
+  int mine = 0;
+  each([&](Key key) {
+    if (!some) some = key;
+    differ |= key ^ some;
+    ++mine;
+  });
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) {
+    const Key other = __shfl_xor_sync(kFullWarp, some, s);
+    differ |= __shfl_xor_sync(kFullWarp, differ, s);
+    if (some && other) differ |= some ^ other;
+    if (!some) some = other;
+    mine += __shfl_xor_sync(kFullWarp, mine, s);
+  }
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) {
+    differ_of[threadIdx.x >> 5] = differ, some_of[threadIdx.x >> 5] = some;
+    if (mine) atomicAdd(&present, mine);
+  }
+  __syncthreads();
+  some = 0, differ = 0;
+  for (int w = 0; w < kSelectThreads / 32; ++w) {
+    const Key other = some_of[w];
+    differ |= differ_of[w];
+    if (some && other) differ |= some ^ other;
+    if (!some) some = other;
+  }
+
+  // The largest bound that `best` keys reach; 1, which every key does, where there are no more.
+  Key least = 1;
+  if (present > m.best) {
+    int top = 64 - __clzll(static_cast<long long>(differ));  // bits [0, top) are still open
+    Key prefix = top < 64 ? some >> top << top : 0;
+    int wanted = m.best;
+    for (;;) {
+      const int low = top > 11 ? top - 11 : 0, width = top - low;
+      const Key closed = top < 64 ? ~static_cast<Key>(0) << top : 0;
+      for (int b = threadIdx.x; b < kBins; b += kSelectThreads) bins[b] = 0;
+      __syncthreads();
+      each([&](Key key) {
+        if ((key & closed) == prefix) atomicAdd(&bins[static_cast<int>(key >> low) & ((1 << width) - 1)], 1);
+      });
+      __syncthreads();
+      if (threadIdx.x < 32) find_bin(bins, wanted, &digit, &above, &inside);
+      __syncthreads();
+      wanted -= above;
+      prefix |= static_cast<Key>(digit) << low;
+      top = low;
+      if (inside == wanted || low == 0) break;
+      __syncthreads();  // before the bins are cleared and the results written again
+    }
+    least = prefix;
+  }
+  each([&](Key key) {
+    if (key < least) return;
+    const int place = atomicAdd(&taken, 1);
+    if (place < room) keys[place] = key;
+  });
+  __syncthreads();
+  const int held = taken < room ? taken : room;
+  for (int i = held + threadIdx.x; i < room; i += kSelectThreads) keys[i] = 0;
+  block_sort(keys, room);  // in this order, whatever the order of the atomics
+  for (int i = threadIdx.x; i < m.k; i += kSelectThreads) write_result(m, query, i, i < m.best ? keys[i] : 0);
+}
+
 }  // namespace
 
 void merge_lists(const Merge& m, const char* what, const Launch& l) {
@@ -99,6 +214,11 @@ void merge_lists(const Merge& m, const char* what, const Launch& l) {
     if (small.per_part < 1) small.per_part = 1, small.parts = 0;  // nothing to merge: all padding
     launch(what, warp_merge_kernel, grid_x(div_up(m.queries, 8)), 256, 0, l, small);
     return;
+  }
+  if (!m.drop_duplicates && total > 1024) {
+    const int room = power_of_two(m.best < 2 ? 2 : m.best, kRoom);
+    const size_t shared = static_cast<size_t>(room) * sizeof(Key);
+    return launch(what, block_select_kernel, grid_x(m.queries), kSelectThreads, shared, l, m, room);
   }
   const int room = power_of_two(total < 2 * m.best ? 2 * m.best : total, kRoom);
   const int threads = room >= 2048 ? 1024 : 256;

@@ -64,6 +64,19 @@ def test_sorted_input(gpu, order, k):
         np.testing.assert_array_equal(gpu.get(scores), np.tile(x[want, 0], (nq, 1)))
 
 
+@pytest.mark.parametrize("k", [1, 10, 100, 1000, 2048])
+def test_many_lists_with_ties(gpu, k):
+    """A large collection is scanned in many parts, whose lists are merged by counting."""
+    rng = np.random.default_rng(k)
+    x = integers(rng, 200_001, 5)
+    for nq in (1, 3, 40):
+        q = integers(rng, nq, 5)
+        scores, ids = lutra.scan.knn(gpu.put(q), gpu.put(x), k)
+        want_scores, want_ids = reference.knn(q, x, k)
+        np.testing.assert_array_equal(gpu.get(scores), want_scores)
+        np.testing.assert_array_equal(gpu.get(ids), want_ids)
+
+
 def test_padding_and_empty(gpu):
     q, x = gpu.put(np.ones((2, 3), np.float32)), gpu.put(np.ones((1, 3), np.float32))
     for metric, worst in (("ip", -np.inf), ("cosine", -np.inf), ("l2", np.inf)):

@@ -217,6 +217,7 @@ def test_layers_are_the_same_as_on_the_cpu(gpu_torch, layer):
         module.zero_grad()
         out = module(x.to(device))
         out.square().sum().backward()
-        outputs.append([out.detach().cpu(), *(p.grad.cpu() for p in module.parameters())])
+        # copies: moving the module moves the gradients that its parameters hold
+        outputs.append([t.detach().cpu().clone() for t in (out, *(p.grad for p in module.parameters()))])
     for a, b in zip(*outputs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -5,238 +5,36 @@
 
 #include "common/parallel.h"
 #include "common/select.h"
-#include "scan/candidates.h"
 #include "scan/exact_row.h"
-#include "scan/fast_scan_tiles.h"
+#include "scan/fast_scan_planes.h"
+#include "scan/fast_scan_rows.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-using namespace fast_scan_tiles;
+using namespace fast_scan_rows;
 
 constexpr int64_t kPiece = 16 << 10;  // bytes of codes that groups of queries go over in turn
 constexpr int kShare = 64;            // queries of one piece of work
+constexpr int64_t kWidest = 64;       // times as many candidates as at first, before all rows are scored in full
 
-struct Query {
-  const uint8_t* table;
-  float step, least;  // sum = least + step * (sum of entries), in keys
-  Candidates best;
-};
-
-float order_of(const FastScanArgs& a) { return a.metric == Metric::l2 ? -1.0f : 1.0f; }
-int64_t groups_of(int64_t m) { return (m + 7) / 8; }
 int64_t wanted(const FastScanArgs& a) {
-  const int64_t count = a.candidates > 0 ? a.candidates : a.k;
+  const int64_t count = a.planes ? a.screen : a.candidates > 0 ? a.candidates : a.k;
   const int64_t most = a.repeated ? 2 * count : count;
   return most < a.n ? most : (a.n > 0 ? a.n : 1);
 }
 
-// ------------------------------------------------------------------------------------------ tables
-void float_tables(const FastScanArgs& a, int64_t i, float* out) {
-  const float sign = order_of(a);
-  if (a.tables) {
-    const float* t = a.tables + i * a.m * 16;
-    for (int64_t e = 0; e < a.m * 16; ++e) out[e] = sign * t[e];
-    return;
-  }
-  const float* q = a.queries + i * a.ldq;
-  for (int64_t j = 0; j < a.m; ++j)
-    for (int c = 0; c < 16; ++c) {
-      const float *book = a.codebooks + (j * 16 + c) * a.dsub, *qj = q + j * a.dsub;
-      float sum = 0;
-      if (a.metric == Metric::l2)
-        for (int64_t s = 0; s < a.dsub; ++s) sum -= (qj[s] - book[s]) * (qj[s] - book[s]);
-      else
-        for (int64_t s = 0; s < a.dsub; ++s) sum += qj[s] * book[s];
-      out[j * 16 + c] = sum;
-    }
-}
-
-// Place of entry 0 of look-up j.
-int64_t place(int64_t j) { return j / 8 * kGroupTables + j % 8 * 16; }
-
-// False where a table is not finite.
-bool round_tables(const float* t, int64_t m, uint8_t* out, Query* query) {
-  const int64_t padded = groups_of(m) * 8;
-  float widest = 0, least = 0, range[8];
-  for (int64_t j0 = 0; j0 < padded; j0 += 8) {
-    for (int i = 0; i < 8; ++i) {
-      range[i] = 0;
-      if (j0 + i >= m) continue;
-      const float* tj = t + (j0 + i) * 16;
-      float low = tj[0], high = tj[0];
-      for (int c = 1; c < 16; ++c) {
-        low = tj[c] < low ? tj[c] : low;
-        high = tj[c] > high ? tj[c] : high;
-      }
-      range[i] = high - low;
-      least += low;
-    }
-    for (int i = 0; i < 4; ++i) widest = range[i] + range[i + 4] > widest ? range[i] + range[i + 4] : widest;
-  }
-  float all = 0;  // a NaN fails every comparison above: it is looked for by itself
-  for (int64_t e = 0; e < m * 16; ++e) all += t[e] * 0.0f;
-  if (all != 0 || !(widest < __builtin_inff()) || least * 0.0f != 0) return false;
-  const float step = widest > 0 ? widest / 254 : 1.0f, per = 1 / step;
-  for (int64_t j = 0; j < padded; ++j) {
-    uint8_t* to = out + place(j);
-    if (j >= m) {
-      for (int c = 0; c < 16; ++c) to[c] = 0;
-      continue;
-    }
-    const float* tj = t + j * 16;
-    float low = tj[0];
-    for (int c = 1; c < 16; ++c) low = tj[c] < low ? tj[c] : low;
-    for (int c = 0; c < 16; ++c) to[c] = static_cast<uint8_t>((tj[c] - low) * per + 0.5f);
-  }
-  query->table = out;
-  query->step = step;
-  query->least = least;
-  return true;
-}
-
 // ------------------------------------------------------------------------------------------ scanning
-__attribute__((noinline)) void offer(const FastScanArgs& a, Candidates* best, float key, int64_t row) {
-  const int64_t position = a.positions ? a.positions[row] : row;
-  if (position < 0 || (a.keep && !(a.keep[position >> 3] >> (position & 7) & 1))) return;
-  const uint64_t packed = pack_candidate(key, position);
-  if (packed <= best->worst) return;
-  best->packed[best->count++] = packed;
-  if (best->count >= best->capacity) cut(best);
-}
-
-#if defined(LUTRA_LEVEL_v4)
-// Sixteen rows at once, those of `pass`: without a branch for each, which would be guessed wrongly again and again.
-// Nothing is compared with `worst`: what is too low goes with the next cut. Buffers have room for 16 beyond capacity.
-LUTRA_INLINE void offer_block(const FastScanArgs& a, Candidates* best, __m512 keys, __mmask16 pass, int64_t row) {
-  __m512i who = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(row)),
-                                 _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  if (a.positions) {
-    who = _mm512_maskz_loadu_epi32(pass, a.positions + row);
-    pass = _mm512_mask_cmpge_epi32_mask(pass, who, _mm512_setzero_si512());
-  }
-  const __m512i bits = _mm512_castps_si512(keys), sign = _mm512_srai_epi32(bits, 31);
-  const __m512i order = _mm512_xor_si512(bits, _mm512_or_si512(sign, _mm512_set1_epi32(INT32_MIN)));
-  const __m512i high = _mm512_maskz_compress_epi32(pass, order);
-  const __m512i low = _mm512_maskz_compress_epi32(pass, _mm512_andnot_si512(who, _mm512_set1_epi32(-1)));
-  uint64_t* to = best->packed + best->count;
-  const auto pair = [](__m256i h, __m256i l) {
-    return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(h), 32), _mm512_cvtepu32_epi64(l));
-  };
-  _mm512_storeu_si512(to, pair(_mm512_castsi512_si256(high), _mm512_castsi512_si256(low)));
-  _mm512_storeu_si512(to + 8, pair(_mm512_extracti32x8_epi32(high, 1), _mm512_extracti32x8_epi32(low, 1)));
-  best->count += __builtin_popcount(pass);
-  if (best->count >= best->capacity) cut(best);
-}
-#endif
-
-// The sum from which on a key of threshold or more is possible. Some below it may pass: keys are rounded.
-int32_t least_sum(float threshold, float constant, float step) {
-  const float s = (threshold - constant) / step;
-  const float slack = 2 + 5e-7f * (fabsf(s) + fabsf(constant / step));
-  if (!(s - slack > 0)) return 0;  // -inf, NaN
-  return s - slack > 2e9f ? 2000000000 : static_cast<int32_t>(s - slack);
-}
-
-// A bit for each row of the tile whose sum is `least` or more.
-LUTRA_INLINE uint64_t passing(const int32_t* sums, int rows, int32_t least) {
-  uint64_t pass = 0;
-#if defined(LUTRA_LEVEL_v4)
-  for (int r = 0; r < rows; r += 16)
-    pass |= static_cast<uint64_t>(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(sums + r), _mm512_set1_epi32(least))) << r;
-#else
-  for (int r = 0; r < rows; r += W) {
-    const vi s = *reinterpret_cast<const vi_unaligned*>(sums + r);
-    pass |= static_cast<uint64_t>(mask_bits(s >= least)) << r;
-  }
-#endif
-  return pass;
-}
-
-// W terms of rows from `row` on, of which a.n exist.
-LUTRA_INLINE vf row_terms(const float* terms, int64_t row, int64_t n) {
-  if (n - row >= W) return load(terms + row);
-  return n > row ? load_first(terms + row, static_cast<int>(n - row)) : (vf){};
-}
-
-// Keys of a tile with terms of their rows; `rows` of them exist, `keys` has room for whole vectors.
-void keys_with_terms(const FastScanArgs& a, const Query& q, float base, int64_t row, int rows, const int32_t* sums,
-                     float* keys) {
-  const float sign = order_of(a);
-  for (int r = 0; r < rows; r += W) {
-    vf key = q.least + q.step * __builtin_convertvector(*reinterpret_cast<const vi_unaligned*>(sums + r), vf_unaligned);
-    if (a.mul) key *= row_terms(a.mul, row + r, a.n);
-    key += base;
-    if (a.add) key += sign * row_terms(a.add, row + r, a.n);
-    store(keys + r, key);
-  }
-}
-
-// Rows [begin, begin + rows) for Q queries; begin is a multiple of 16. `base` in keys: with least where no row has a
-// factor of its own.
-template <int Q>
-void scan_rows(const FastScanArgs& a, Query* const* q, const float* base, int64_t begin, int64_t rows) {
-  const int64_t groups = groups_of(a.m);
-  const bool terms = a.add || a.mul;
-  const uint8_t* tables[Q];
-  for (int i = 0; i < Q; ++i) tables[i] = q[i]->table;
-  alignas(64) Sums sum[Q];
-  for (int64_t at = 0; at < rows; at += kTile) {
-    const int count = static_cast<int>(rows - at < kTile ? rows - at : kTile);
-    const uint64_t exist = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    sums<Q>(a.codes + (begin + at) / kRows * groups * 64, groups, (count + kRows - 1) / kRows, tables, sum);
-    for (int i = 0; i < Q; ++i) {
-      Candidates* best = &q[i]->best;
-      if (terms) {
-        alignas(64) float keys[kTile];
-        keys_with_terms(a, *q[i], base[i], begin + at, count, sum[i], keys);
-#if defined(LUTRA_LEVEL_v4)
-        if (!a.keep) {
-          for (int r = 0; r < count; r += 16) {
-            const vf keys16 = load(keys + r);
-            const auto pass = static_cast<__mmask16>(mask_bits(keys16 >= splat(best->threshold)) & (exist >> r));
-            if (pass) offer_block(a, best, (__m512)keys16, pass, begin + at + r);
-          }
-          continue;
-        }
-#endif
-        for (int r = 0; r < count; r += W)
-          for (uint32_t pass = mask_bits(load(keys + r) >= splat(best->threshold)); pass; pass &= pass - 1) {
-            const int row = r + __builtin_ctz(pass);
-            if (row < count) offer(a, best, keys[row], begin + at + row);
-          }
-        continue;
-      }
-      const float constant = base[i] + q[i]->least;
-      uint64_t pass = passing(sum[i], count, least_sum(best->threshold, constant, q[i]->step)) & exist;
-      if (!pass) continue;
-#if defined(LUTRA_LEVEL_v4)
-      if (!a.keep) {
-        for (int r = 0; r < count; r += 16) {
-          const auto block = static_cast<__mmask16>(pass >> r);
-          const vf sums16 = __builtin_convertvector(*reinterpret_cast<const vi*>(sum[i] + r), vf);
-          if (block) offer_block(a, best, (__m512)(constant + q[i]->step * sums16), block, begin + at + r);
-        }
-        continue;
-      }
-#endif
-      for (; pass; pass &= pass - 1) {
-        const int row = __builtin_ctzll(pass);
-        offer(a, best, constant + q[i]->step * static_cast<float>(sum[i][row]), begin + at + row);
-      }
-    }
-  }
-}
-
-void scan_group(const FastScanArgs& a, Query* q, const float* base, int queries, int64_t begin, int64_t rows) {
+void scan_group(const FastScanArgs& a, Query* q, const float* base, int queries, int64_t begin, int64_t rows,
+                const Bounds* bounds) {
   Query* each[kQueries];
   for (int i = 0; i < queries; ++i) each[i] = q + i;
   switch (queries) {
-    case 1: return scan_rows<1>(a, each, base, begin, rows);
-    case 2: return scan_rows<2>(a, each, base, begin, rows);
-    case 3: return scan_rows<3>(a, each, base, begin, rows);
-    default: return scan_rows<4>(a, each, base, begin, rows);
+    case 1: return scan_rows<1>(a, each, base, begin, rows, bounds);
+    case 2: return scan_rows<2>(a, each, base, begin, rows, bounds);
+    case 3: return scan_rows<3>(a, each, base, begin, rows, bounds);
+    default: return scan_rows<4>(a, each, base, begin, rows, bounds);
   }
 }
 
@@ -245,12 +43,15 @@ int64_t piece_rows(int64_t m) {
   return rows < kTile ? kTile : rows;
 }
 
-void scan_all(const FastScanArgs& a, Query* q, const float* base, int64_t queries, int64_t begin, int64_t end) {
+void scan_all(const FastScanArgs& a, Query* q, const float* base, int64_t queries, int64_t begin, int64_t end,
+              const Bounds* bounds) {
   const int64_t piece = piece_rows(a.m);
   for (int64_t row = begin; row < end; row += piece) {
     const int64_t rows = end - row < piece ? end - row : piece;
+    const Bounds here = bounds ? bounds->from(row / kTile) : Bounds{};
     for (int64_t i = 0; i < queries; i += kQueries)
-      scan_group(a, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row, rows);
+      scan_group(a, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row, rows,
+                 bounds ? &here : nullptr);
   }
 }
 
@@ -269,7 +70,8 @@ bool guess_thresholds(const FastScanArgs& a, Query* q, const float* base, int64_
   for (int64_t row = 0; row < a.n; row += kStride * kTile) {
     const int64_t rows = a.n - row < kTile ? a.n - row : kTile;
     for (int64_t i = 0; i < queries; i += kQueries)
-      scan_group(a, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row, rows);
+      scan_group(a, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row, rows,
+                 nullptr);
   }
   for (int64_t i = 0; i < queries; ++i) {
     Candidates* best = &q[i].best;
@@ -301,7 +103,7 @@ void scan_probe(const FastScanArgs& a, Query* q, int64_t i, int64_t probe) {
   const int64_t list = a.probes[i * a.nprobe + probe];
   if (list < 0 || list >= a.lists || a.list_rows[list] <= 0) return;
   const float base = base_of(a, i, probe);
-  scan_rows<1>(a, &q, &base, a.list_begin[list], a.list_rows[list]);
+  scan_rows<1>(a, &q, &base, a.list_begin[list], a.list_rows[list], nullptr);
 }
 
 // ------------------------------------------------------------------------------------------ results
@@ -342,10 +144,29 @@ void write(const FastScanArgs& a, int64_t i, float sign, const uint64_t* sorted,
   }
 }
 
-void finish(const FastScanArgs& a, int64_t i, Candidates* best, int64_t* bad) {
+const float* rotated_of(const FastScanArgs& a, int64_t i) {
+  return a.rotated + i * fast_scan_planes::parts_of(a.d) * fast_scan_planes::kPart;
+}
+
+// False where more candidates are needed (planes).
+bool finish_planes(const FastScanArgs& a, int64_t i, Candidates* best, int64_t* bad) {
+  cut(best);
+  Candidates full = *best;
+  full.want = a.k;
+  Buffer<float> off(best->count);
+  const float sign = order_of(a);
+  if (!fast_scan_planes::full_keys(a, rotated_of(a, i), base_of(a, i, -1), sign, *best, off.data, &full, bad))
+    return false;
+  write(a, i, sign, full.packed, candidates_sort(&full, false));
+  return true;
+}
+
+bool finish(const FastScanArgs& a, int64_t i, Candidates* best, int64_t* bad) {
+  if (a.planes) return finish_planes(a, i, best, bad);
   if (a.candidates <= 0) {
     const int64_t count = candidates_sort(best, a.repeated);
-    return write(a, i, order_of(a), best->packed, count);
+    write(a, i, order_of(a), best->packed, count);
+    return true;
   }
   cut(best);
   const float* q = a.queries + i * a.ldq;
@@ -364,9 +185,33 @@ void finish(const FastScanArgs& a, int64_t i, Candidates* best, int64_t* bad) {
   }
   const int64_t count = candidates_sort(&exact, a.repeated);
   write(a, i, a.exact == Metric::l2 ? -1.0f : 1.0f, exact.packed, count);
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------ a call
+// The bounds of all tiles, for as many queries as make them pay.
+struct TileBounds {
+  Buffer<float> per_least, per_most, most_add;
+  Bounds all;
+  bool there;
+
+  explicit TileBounds(const FastScanArgs& a)
+      : per_least(size(a)), per_most(size(a)), most_add(size(a)), all{per_least.data, per_most.data, most_add.data},
+        there(wanted(a)) {
+    if (!there) return;
+    const int64_t tiles = (a.n + kTile - 1) / kTile;
+    parallel_ranges(tiles, 1024, static_cast<double>(a.n) * 0.3, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) bounds_of(a, t, &per_least[t], &per_most[t], &most_add[t]);
+    });
+    for (int i = 0; i < W; ++i) per_least[tiles + i] = per_most[tiles + i] = 1, most_add[tiles + i] = 0;
+  }
+  const Bounds* get() const { return there ? &all : nullptr; }
+
+ private:
+  static bool wanted(const FastScanArgs& a) { return !a.probes && (a.mul || a.add) && a.nq >= 2 * kQueries && a.n > 0; }
+  static int64_t size(const FastScanArgs& a) { return wanted(a) ? (a.n + kTile - 1) / kTile + W : 0; }
+};
+
 struct Work {  // queries and their tables, for one thread's share
   Buffer<Query> queries;
   Buffer<uint8_t> tables;
@@ -388,9 +233,10 @@ struct Work {  // queries and their tables, for one thread's share
   }
 };
 
-// Each query by one thread.
-void by_queries(const FastScanArgs& a, int64_t share, double nanoseconds, int64_t* bad) {
+// Each query by one thread. `wider` marks the queries that need more candidates.
+void by_queries(const FastScanArgs& a, int64_t share, double nanoseconds, int64_t* bad, uint8_t* wider) {
   const int64_t shares = (a.nq + share - 1) / share;
+  const TileBounds bounds(a);
   Buffer<int64_t> worst(shares);
   parallel_for(shares, nanoseconds, [&](int64_t s) {
     const int64_t first = s * share, n = a.nq - first < share ? a.nq - first : share;
@@ -402,23 +248,25 @@ void by_queries(const FastScanArgs& a, int64_t share, double nanoseconds, int64_
         for (int64_t p = 0; p < a.nprobe; ++p) scan_probe(a, &work.queries[i], first + i, p);
     } else {
       const bool guessed = guess_thresholds(a, work.queries.data, work.base.data, n);
-      scan_all(a, work.queries.data, work.base.data, n, 0, a.n);
+      scan_all(a, work.queries.data, work.base.data, n, 0, a.n, bounds.get());
       for (int64_t i = 0; guessed && i < n; ++i)
-        if (guessed_badly(a, &work.queries[i])) scan_all(a, &work.queries[i], &work.base[i], 1, 0, a.n);
+        if (guessed_badly(a, &work.queries[i])) scan_all(a, &work.queries[i], &work.base[i], 1, 0, a.n, nullptr);
     }
-    for (int64_t i = 0; i < n; ++i) finish(a, first + i, &work.queries[i].best, &worst[s]);
+    for (int64_t i = 0; i < n; ++i)
+      if (!finish(a, first + i, &work.queries[i].best, &worst[s])) wider[first + i] = 1;
   });
   for (int64_t s = 0; s < shares; ++s)
     if (worst[s] != -1 && *bad == -1) *bad = worst[s];
 }
 
 // Each thread takes pieces of the rows, or lists, for all queries, which are few.
-void by_rows(const FastScanArgs& a, int threads, int64_t* bad) {
+void by_rows(const FastScanArgs& a, int threads, int64_t* bad, uint8_t* wider) {
   Work work(a, 0, a.nq);
   if (!work.good) {
     *bad = -2;
     return;
   }
+  const TileBounds bounds(a);
   Buffer<Query> each(threads * a.nq);
   Buffer<uint64_t> memory(threads * a.nq * work.capacity);
   for (int t = 0; t < threads; ++t)
@@ -436,20 +284,72 @@ void by_rows(const FastScanArgs& a, int threads, int64_t* bad) {
     const int64_t piece = 4 * piece_rows(a.m), pieces = (a.n + piece - 1) / piece;
     parallel_slots(pieces, threads, [&](int t, int64_t p) {
       const int64_t begin = p * piece, end = begin + piece < a.n ? begin + piece : a.n;
-      scan_all(a, &each[t * a.nq], work.base.data, a.nq, begin, end);
+      scan_all(a, &each[t * a.nq], work.base.data, a.nq, begin, end, bounds.get());
     });
   }
   Buffer<Candidates*> parts(threads);
   for (int64_t i = 0; i < a.nq; ++i) {
     for (int t = 0; t < threads; ++t) parts[t] = &each[t * a.nq + i].best;
     candidates_merge(parts.data, threads);
-    finish(a, i, parts[0], bad);
+    if (!finish(a, i, parts[0], bad)) wider[i] = 1;
   }
 }
 
-}  // namespace
+// Planes: full scores of all rows for one query.
+void score_all(const FastScanArgs& a, int64_t* bad) {
+  constexpr int64_t kRowsOfPiece = 1024;
+  const int threads = num_threads();
+  const int64_t capacity = candidates_capacity(a.k < a.n ? a.k : a.n), pieces = (a.n + kRowsOfPiece - 1) / kRowsOfPiece;
+  Buffer<Candidates> each(threads);
+  Buffer<uint64_t> memory(threads * capacity);
+  Buffer<int64_t> worst(threads);
+  for (int t = 0; t < threads; ++t) {
+    candidates_start(&each[t], memory.data + t * capacity, a.k < a.n ? a.k : a.n);
+    worst[t] = -1;
+  }
+  const float base = base_of(a, 0, -1), sign = order_of(a);
+  parallel_slots(pieces, threads, [&](int t, int64_t p) {
+    const int64_t end = (p + 1) * kRowsOfPiece < a.n ? (p + 1) * kRowsOfPiece : a.n;
+    for (int64_t row = p * kRowsOfPiece; row < end; ++row) {
+      const float key = fast_scan_planes::full_key(a, a.rotated, base, sign, row);
+      if (key - key != 0 && worst[t] < 0) worst[t] = row;
+      if (key >= each[t].threshold) offer(a, &each[t], key, row);
+    }
+  });
+  Buffer<Candidates*> parts(threads);
+  for (int t = 0; t < threads; ++t) {
+    parts[t] = &each[t];
+    if (worst[t] >= 0 && (*bad < 0 || worst[t] < *bad)) *bad = worst[t];
+  }
+  candidates_merge(parts.data, threads);
+  write(a, 0, sign, parts[0]->packed, candidates_sort(parts[0], false));
+}
 
-void fast_scan(const FastScanArgs& a) {
+void pass(const FastScanArgs& a, uint8_t* wider);
+
+// Planes: a query that needs more candidates, by itself.
+void widen(const FastScanArgs& a, int64_t i) {
+  FastScanArgs one = a;
+  int64_t bad = -1;
+  one.nq = 1;
+  one.bias = a.bias ? a.bias + i : nullptr;
+  one.rotated = rotated_of(a, i);
+  one.scores = a.scores + i * a.k;
+  one.ids = a.ids + i * a.k;
+  one.bad = &bad;
+  uint8_t again = 1;
+  while (again && bad == -1) {
+    again = 0;
+    one.screen *= 4;
+    if (one.screen > kWidest * a.screen || one.screen > a.n / 8)
+      score_all(one, &bad);
+    else
+      pass(one, &again);
+  }
+  if (*a.bad == -1) *a.bad = bad;
+}
+
+void pass(const FastScanArgs& a, uint8_t* wider) {
   *a.bad = -1;
   double rows = static_cast<double>(a.n);
   if (a.probes && a.lists > 0) rows = rows / static_cast<double>(a.lists) * static_cast<double>(a.nprobe);
@@ -461,10 +361,21 @@ void fast_scan(const FastScanArgs& a) {
   if (a.nq >= enough * threads || threads == 1 || nanoseconds < 40e3) {
     int64_t share = a.nq / (8 * threads);  // enough shares for the threads to end together
     if (!a.probes) share = share < kShare / 2 ? kShare / 2 : share / kQueries * kQueries;
-    by_queries(a, share < 1 ? 1 : share > kShare ? kShare : share, nanoseconds, a.bad);
+    by_queries(a, share < 1 ? 1 : share > kShare ? kShare : share, nanoseconds, a.bad, wider);
   } else {
-    by_rows(a, threads, a.bad);
+    by_rows(a, threads, a.bad, wider);
   }
+}
+
+}  // namespace
+
+void fast_scan(const FastScanArgs& a) {
+  if (!a.planes) return pass(a, nullptr);
+  Buffer<uint8_t> wider(a.nq);
+  for (int64_t i = 0; i < a.nq; ++i) wider[i] = 0;
+  pass(a, wider.data);
+  for (int64_t i = 0; i < a.nq && *a.bad == -1; ++i)
+    if (wider[i]) widen(a, i);
 }
 
 void pack4(const Pack4Args& a) {

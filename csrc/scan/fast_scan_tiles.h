@@ -27,8 +27,11 @@ typedef int32_t Sums[kTile];
 
 // Q queries and B blocks. The codes of a group are taken apart once for all queries; a look-up is one VPERMB in four
 // tables at once; entries that share a byte are added as bytes, then four bytes of a row to its sum by VPDPBUSD.
+// Sums leave the registers only where one of them reaches its query's least. The addition is written as an instruction
+// because gcc 12 copies the sums for the intrinsic and stores nine of the sixteen in every turn of the loop.
 template <int Q, int B>
-LUTRA_VBMI static void sums_vbmi(const uint8_t* codes, int64_t groups, const uint8_t* const* tables, Sums* out) {
+LUTRA_VBMI static uint32_t sums_vbmi(const uint8_t* codes, int64_t groups, const uint8_t* const* tables,
+                                     const int32_t* least, Sums* out) {
   const __m512i low = _mm512_set1_epi32(0x0f0f0f0f), table = _mm512_set1_epi32(0x30201000);
   const __m512i ones = _mm512_set1_epi32(0x01010101);
   __m512i sum[Q][B];
@@ -54,14 +57,26 @@ LUTRA_VBMI static void sums_vbmi(const uint8_t* codes, int64_t groups, const uin
       for (int b = 0; b < B; ++b) {
         const __m512i pair =
             _mm512_add_epi8(_mm512_permutexvar_epi8(lo[b], first), _mm512_permutexvar_epi8(hi[b], second));
-        sum[q][b] = _mm512_dpbusd_epi32(sum[q][b], pair, ones);
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[q][b]) : "v"(pair), "v"(ones));
       }
     }
   }
+  uint32_t some = 0;
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) {
+    __m512i most = sum[q][0];
+#pragma GCC unroll 4
+    for (int b = 1; b < B; ++b) most = _mm512_max_epi32(most, sum[q][b]);
+    some |= (_mm512_cmpge_epi32_mask(most, _mm512_set1_epi32(least[q])) != 0 ? 1u : 0u) << q;
+  }
+  if (__builtin_expect(some == 0, 1)) return 0;
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q)
+    if (some >> q & 1) {
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) _mm512_storeu_si512(out[q] + b * kRows, sum[q][b]);
+      for (int b = 0; b < B; ++b) _mm512_storeu_si512(out[q] + b * kRows, sum[q][b]);
+    }
+  return some;
 }
 #undef LUTRA_INDEX
 #endif
@@ -146,26 +161,42 @@ static void sums_plain(const uint8_t* codes, int64_t groups, const uint8_t* cons
     }
 }
 
-// out[q][row] for `blocks` <= kBlocks blocks, which lie one after another.
+// A bit for each query that has a sum of `least` or more among these.
 template <int Q, int B>
-LUTRA_INLINE void sums_of(const uint8_t* codes, int64_t groups, const uint8_t* const* tables, Sums* out) {
-#if defined(LUTRA_LEVEL_v4)
-  if (g_features.vnni && g_features.vbmi) return sums_vbmi<Q, B>(codes, groups, tables, out);
-#endif
-#if defined(LUTRA_LEVEL_v4) || defined(LUTRA_LEVEL_v3)
-  return sums_shuffled<Q, B>(codes, groups, tables, out);
-#else
-  return sums_plain<Q, B>(codes, groups, tables, out);
-#endif
+static uint32_t reached(const int32_t* least, const Sums* out) {
+  uint32_t some = 0;
+  for (int q = 0; q < Q; ++q) {
+    int32_t most = out[q][0];
+    for (int r = 1; r < B * kRows; ++r) most = out[q][r] > most ? out[q][r] : most;
+    some |= static_cast<uint32_t>(most >= least[q]) << q;
+  }
+  return some;
 }
 
+template <int Q, int B>
+LUTRA_INLINE uint32_t sums_of(const uint8_t* codes, int64_t groups, const uint8_t* const* tables, const int32_t* least,
+                              Sums* out) {
+#if defined(LUTRA_LEVEL_v4)
+  if (g_features.vnni && g_features.vbmi) return sums_vbmi<Q, B>(codes, groups, tables, least, out);
+#endif
+#if defined(LUTRA_LEVEL_v4) || defined(LUTRA_LEVEL_v3)
+  sums_shuffled<Q, B>(codes, groups, tables, out);
+#else
+  sums_plain<Q, B>(codes, groups, tables, out);
+#endif
+  return reached<Q, B>(least, out);
+}
+
+// Sums of `blocks` <= kBlocks blocks, which lie one after another: out[q][row], for the queries whose bit is set in the
+// result. Those are the ones of which a sum reaches least[q].
 template <int Q>
-LUTRA_INLINE void sums(const uint8_t* codes, int64_t groups, int blocks, const uint8_t* const* tables, Sums* out) {
+LUTRA_INLINE uint32_t sums(const uint8_t* codes, int64_t groups, int blocks, const uint8_t* const* tables,
+                           const int32_t* least, Sums* out) {
   switch (blocks) {
-    case 1: return sums_of<Q, 1>(codes, groups, tables, out);
-    case 2: return sums_of<Q, 2>(codes, groups, tables, out);
-    case 3: return sums_of<Q, 3>(codes, groups, tables, out);
-    default: return sums_of<Q, 4>(codes, groups, tables, out);
+    case 1: return sums_of<Q, 1>(codes, groups, tables, least, out);
+    case 2: return sums_of<Q, 2>(codes, groups, tables, least, out);
+    case 3: return sums_of<Q, 3>(codes, groups, tables, least, out);
+    default: return sums_of<Q, 4>(codes, groups, tables, least, out);
   }
 }
 

@@ -50,7 +50,7 @@ def plane_scan(
 ):
     """Scores and ids of the k best rows by full scores; see csrc/scan/fast_scan.h.
 
-    rotated : (nq, d); codes : blocks of the highest plane, as `pack4` makes them; low : (n, low_size(d, bits)).
+    rotated (nq, d); codes: blocks of the highest plane, as `pack4` makes them; low (n, low_size(d, bits)).
     """
     nq, d = rotated.shape
     x = values(join(unpack4(codes, n, (d + 3) // 4), low[:n], d, bits), bits, levels)

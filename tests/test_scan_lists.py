@@ -67,6 +67,54 @@ def test_list_rows(simd_level, dtype, metric):
                 np.testing.assert_array_equal(got[0], want[0])
 
 
+def scalar_blocks(codes, bits):
+    """Codes (n, d) in the layout of the kernel."""
+    rows = reference.scalar_rows(codes, bits)
+    return np.ascontiguousarray(rows.reshape(-1, 16, rows.shape[1]).transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("bits", [6, 8])
+def test_list_scalar(simd_level, bits, metric):
+    for d in (1, 2, 3, 4, 5, 18, 63, 64):
+        for rng, nq, total, lists in problems(d):
+            codes = rng.integers(0, 1 << bits, (total, d)).astype(np.uint8)
+            assert reference.scalar_rows(codes, bits).shape[1] == (d * bits + 7) // 8
+            x = scalar_blocks(codes, bits)
+            step, offset = rng.integers(0, 3, d).astype(np.float32), rng.integers(-9, 9, d).astype(np.float32)
+            centroids = None
+            if nq % 2:
+                centroids = rng.integers(-5, 6, (len(lists.begin), d)).astype(np.float32)
+            q = rng.integers(-3, 4, (nq, d)).astype(np.float32)
+            for k in (1, 70):
+                got = _lists.list_scalar(q, x, bits, step, offset, centroids, lists, k, metric)
+                want = reference.list_scalar(q, x, bits, step, offset, centroids, lists, k, metric)
+                np.testing.assert_array_equal(got[1], want[1])
+                np.testing.assert_array_equal(got[0], want[0])
+                if d == 18:  # and the reference reads the layout as it is meant
+                    owner = np.repeat(np.arange(len(lists.rows)), lists.rows)
+                    of = np.concatenate([np.arange(b, b + r) for b, r in zip(lists.begin, lists.rows)])
+                    values = codes[of] * step + offset + (0 if centroids is None else centroids[owner])
+                    row = {int(p): v for p, v in zip(lists.positions[of], values)}
+                    for i in range(nq):
+                        for score, position in zip(got[0][i], got[1][i]):
+                            if position >= 0:
+                                v = row[int(position)]
+                                assert score == (np.square(q[i] - v).sum() if metric == "l2" else q[i] @ v)
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_every_byte_is_a_scalar_code(bits):
+    rng = np.random.default_rng(0)
+    for d in range(1, 14):
+        rows = rng.integers(0, 256, (50, (d * bits + 7) // 8)).astype(np.uint8)
+        codes = reference.scalar_codes(rows, bits, d)
+        assert codes.shape == (50, d) and codes.max() < 1 << bits
+        np.testing.assert_array_equal(
+            reference.scalar_codes(reference.scalar_rows(codes, bits), bits, d), codes
+        )
+
+
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize(("m", "ksub"), [(1, 256), (2, 16), (8, 256), (17, 100), (33, 3)])
 def test_lut8_in_lists(simd_level, m, ksub, metric):
@@ -104,7 +152,7 @@ def test_lut8_flat(simd_level, m, ksub, metric):
             np.testing.assert_array_equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("kernel", ["list_rows", "lut8", "lut8 flat"])
+@pytest.mark.parametrize("kernel", ["list_rows", "scalar 8", "scalar 6", "lut8", "lut8 flat"])
 def test_batches_and_threads_change_no_bit(simd_level, kernel):
     rng = np.random.default_rng(0)
     begin, rows, total, positions, n = arena(rng, [700, 30, 2500, 1, 1500] * 3)
@@ -117,10 +165,16 @@ def test_batches_and_threads_change_no_bit(simd_level, kernel):
     add, mul = rng.standard_normal((2, total)).astype(np.float32)
     base = rng.standard_normal(lists.probes.shape).astype(np.float32)
 
+    centroids = rng.standard_normal((15, d)).astype(np.float32)
+
     def run(i):
         part = lists._replace(probes=lists.probes[i])
         if kernel == "list_rows":
             return _lists.list_rows(q[i], x, part, 20, "l2")
+        if kernel in ("scalar 8", "scalar 6"):
+            bits = int(kernel[-1])
+            y = scalar_blocks(codes >> (8 - bits), bits)
+            return _lists.list_scalar(q[i], y, bits, mul[:d], add[:d], centroids, part, 20, "l2")
         if kernel == "lut8":
             return _lists.lut8(lut[i], codes, part, 20, "ip", base[i], None, add, mul)
         flat = Lists(begin[:1], np.array([total]), None, total, None, None)

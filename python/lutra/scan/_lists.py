@@ -56,6 +56,35 @@ def list_rows(q: np.ndarray, x: np.ndarray, lists: Lists, k: int, metric: str) -
     return scores, ids
 
 
+def list_scalar(
+    q: np.ndarray,
+    codes: np.ndarray,
+    bits: int,
+    step: np.ndarray,
+    offset: np.ndarray,
+    centroids: np.ndarray | None,
+    lists: Lists,
+    k: int,
+    metric: str,
+) -> tuple[Any, Any]:
+    """Scores of scalar codes; ``codes`` (blocks, bytes, 16), 8 or 6 bits, step and offset (d,).
+
+    The layout is in csrc/scan/list_scalar.h; ``centroids`` (nlist, d) where codes are of residuals.
+    """
+    assert lists.probes is not None
+    if _backend.core is None:
+        return reference.list_scalar(q, codes, bits, step, offset, centroids, lists, k, metric)
+    nq, d = q.shape
+    scores, ids = np.empty((nq, k), np.float32), np.empty((nq, k), np.int64)
+    bad = _backend.core.list_scalar(
+        q, d, codes, bits, step, offset, centroids, lists.begin, lists.rows, len(lists.begin),
+        16 * len(codes), lists.positions, lists.npositions, lists.keep, lists.probes, nq,
+        lists.probes.shape[1], k, METRICS[metric], scores, ids,
+    )  # fmt: skip
+    _check(bad)
+    return scores, ids
+
+
 def lut8(
     lut: np.ndarray,
     codes: np.ndarray,

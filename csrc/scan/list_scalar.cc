@@ -6,15 +6,16 @@ namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-// Codes of W rows in four dimensions, of which `count` exist; p: the first byte of the first of the rows.
+// Codes of W rows in dimension C of a group of four; p: the first byte of the first of the rows.
 template <int B>
 struct Four;
 
 template <>
 struct Four<8> {
   static constexpr int64_t kSize = 4;  // bytes of a row
-  LUTRA_INLINE void load(const uint8_t* p, int count, vi* out) {
-    for (int i = 0; i < count; ++i) out[i] = widen_u8(p + i * kListBlock);
+  template <int C>
+  LUTRA_INLINE vi load(const uint8_t* p) {
+    return widen_u8(p + C * kListBlock);
   }
 };
 
@@ -57,15 +58,11 @@ LUTRA_INLINE vi widen(Bytes b) {
 template <>
 struct Four<6> {
   static constexpr int64_t kSize = 3;
-  LUTRA_INLINE void load(const uint8_t* p, int count, vi* out) {
-    Bytes high{};
-    for (int i = 0; i < 3 && i < count; ++i) {
-      const Bytes b = load_bytes(p + i * kListBlock);
-      out[i] = widen(bits_of<0>(b, 63));
-      if (count < 4) continue;
-      high |= i == 0 ? bits_of<6>(b, 3) : i == 1 ? bits_of<4>(b, 12) : bits_of<2>(b, 48);
-    }
-    if (count == 4) out[3] = widen(high);
+  template <int C>
+  LUTRA_INLINE vi load(const uint8_t* p) {
+    if (C < 3) return widen(bits_of<0>(load_bytes(p + C * kListBlock), 63));
+    return widen(bits_of<6>(load_bytes(p), 3) | bits_of<4>(load_bytes(p + kListBlock), 12) |
+                 bits_of<2>(load_bytes(p + 2 * kListBlock), 48));
   }
 };
 
@@ -77,39 +74,39 @@ LUTRA_INLINE const uint8_t* at_row(const ListScalarArgs& a, int64_t row) {
   return a.codes + row / kListBlock * scalar_size(a.d, a.bits) * kListBlock + row % kListBlock;
 }
 
+// Dimension j + C of V vectors of rows, for Q queries.
+template <Metric M, int B, int C, int Q, int V>
+LUTRA_INLINE void dimension(const float* const* q, float step, float offset, int64_t j, const uint8_t* const* at,
+                            int64_t byte, vf sum[][V]) {
+  for (int v = 0; v < V; ++v) {
+    const vf x = value(Four<B>::template load<C>(at[v] + byte), step, offset);
+    for (int i = 0; i < Q; ++i) sum[i][v] = accumulate<M>(sum[i][v], splat(q[i][j + C]), x);
+  }
+}
+
 // Scores of Q queries with V vectors of rows from `row` on.
 template <Metric M, int B, int Q, int V>
 LUTRA_INLINE void tile_of_codes(const ListScalarArgs& a, const float* const* q, const float* offset, int64_t row,
                                 float scores[][kTileAlone * W]) {
   const int64_t ahead = V * W * scalar_size(a.d, B);
+  const float* step = a.step;
   const uint8_t* at[V];
   vf sum[Q][V];
   for (int v = 0; v < V; ++v) {
     at[v] = at_row(a, row + v * W);
     for (int i = 0; i < Q; ++i) sum[i][v] = (vf){};
   }
-  int64_t j = 0;
-  for (; j + 4 <= a.d; j += 4) {
-    const int64_t byte = j / 4 * Four<B>::kSize * kListBlock;
-    for (int v = 0; v < V; ++v) {
-      vi code[4];
-      Four<B>::load(at[v] + byte, 4, code);
-      __builtin_prefetch(at[v] + byte + ahead);
-      for (int c = 0; c < 4; ++c) {
-        const vf x = value(code[c], a.step[j + c], offset[j + c]);
-        for (int i = 0; i < Q; ++i) sum[i][v] = accumulate<M>(sum[i][v], splat(q[i][j + c]), x);
-      }
-    }
+  int64_t j = 0, byte = 0;
+  for (; j + 4 <= a.d; j += 4, byte += Four<B>::kSize * kListBlock) {
+    for (int v = 0; v < V; ++v) __builtin_prefetch(at[v] + byte + ahead);
+    dimension<M, B, 0, Q, V>(q, step[j], offset[j], j, at, byte, sum);
+    dimension<M, B, 1, Q, V>(q, step[j + 1], offset[j + 1], j, at, byte, sum);
+    dimension<M, B, 2, Q, V>(q, step[j + 2], offset[j + 2], j, at, byte, sum);
+    dimension<M, B, 3, Q, V>(q, step[j + 3], offset[j + 3], j, at, byte, sum);
   }
-  for (int v = 0; j < a.d && v < V; ++v) {
-    vi code[4];
-    const int count = static_cast<int>(a.d - j);
-    Four<B>::load(at[v] + j / 4 * Four<B>::kSize * kListBlock, count, code);
-    for (int c = 0; c < count; ++c) {
-      const vf x = value(code[c], a.step[j + c], offset[j + c]);
-      for (int i = 0; i < Q; ++i) sum[i][v] = accumulate<M>(sum[i][v], splat(q[i][j + c]), x);
-    }
-  }
+  if (j < a.d) dimension<M, B, 0, Q, V>(q, step[j], offset[j], j, at, byte, sum);
+  if (j + 1 < a.d) dimension<M, B, 1, Q, V>(q, step[j + 1], offset[j + 1], j, at, byte, sum);
+  if (j + 2 < a.d) dimension<M, B, 2, Q, V>(q, step[j + 2], offset[j + 2], j, at, byte, sum);
   for (int i = 0; i < Q; ++i)
     for (int v = 0; v < V; ++v) store(scores[i] + v * W, sum[i][v]);
 }
@@ -134,6 +131,11 @@ void few(const ListScalarArgs& a, const float* const* q, const int64_t* query, c
   }
 }
 
+template <int B, int C>
+LUTRA_INLINE void put(const ListScalarArgs& a, const float* offset, const uint8_t* at, int64_t j, float* to) {
+  store(to + (j + C) * kListBlock, value(Four<B>::template load<C>(at), a.step[j + C], offset[j + C]));
+}
+
 // Blocks of 16 rows from `row` on as floats (blocks, d, 16).
 template <int B>
 void decode(const ListScalarArgs& a, const float* offset, int64_t row, int64_t blocks, float* out) {
@@ -143,14 +145,11 @@ void decode(const ListScalarArgs& a, const float* offset, int64_t row, int64_t b
       const uint8_t* at = at_row(a, row + b * kListBlock + r);
       float* to = out + b * a.d * kListBlock + r;
       for (int64_t j = 0; j < a.d; j += 4, at += Four<B>::kSize * kListBlock) {
-        const int count = a.d - j < 4 ? static_cast<int>(a.d - j) : 4;
         __builtin_prefetch(at + ahead);
-        vi code[4];
-        if (count == 4)
-          Four<B>::load(at, 4, code);
-        else
-          Four<B>::load(at, count, code);
-        for (int i = 0; i < count; ++i) store(to + (j + i) * kListBlock, value(code[i], a.step[j + i], offset[j + i]));
+        put<B, 0>(a, offset, at, j, to);
+        if (j + 1 < a.d) put<B, 1>(a, offset, at, j, to);
+        if (j + 2 < a.d) put<B, 2>(a, offset, at, j, to);
+        if (j + 3 < a.d) put<B, 3>(a, offset, at, j, to);
       }
     }
 }

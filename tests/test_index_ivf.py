@@ -12,8 +12,8 @@ import pytest
 import lutra
 from lutra import _backend
 from lutra.index import IVF, Codes, Flat, load
-from lutra.quant import PQ, SQ
-from lutra.quant._bits import pack
+from lutra.quant import PQ, RQ, SQ, RotatedSQ
+from lutra.quant._bits import pack, unpack
 from lutra.reference.lists import scalar_codes
 
 METRICS = ["l2", "ip", "cosine"]
@@ -26,10 +26,10 @@ def vectors(n, d=D, seed=0):
 
 def quantizers():
     """One of each kind that this lutra has, trained on less than is advisable."""
-    made = {"PQ4": PQ(D, 12, 4), "PQ6": PQ(D, 8, 6), "PQ8": PQ(D, 6, 8)}
+    made = {"PQ4": PQ(D, 12, 4), "PQ5": PQ(D, 12, 5), "PQ6": PQ(D, 8, 6), "PQ8": PQ(D, 6, 8)}
     for name, arguments in {
         "OPQ": (D, 6, 4), "RQ": (D, 4, 4), "SQ": (D, "8bit"), "SQ6": (D, "6bit"), "SQ16": (D, "fp16"),
-        "RaBitQ": (D,), "RotatedSQ": (D,),
+        "RaBitQ": (D,), "RotatedSQ": (D,), "RotatedSQ7": (D, 7), "RQ6": (D, 3, 6),
     }.items():  # fmt: skip
         made[name] = getattr(lutra.quant, name.rstrip("0123456789"))(*arguments)
     return made
@@ -143,7 +143,7 @@ def test_scalar_codes_lose_nothing_but_rounding(simd_level, d, residual, kind, m
 
 @pytest.mark.parametrize("refine", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("soar", [False, True])
-@pytest.mark.parametrize("name", ["PQ4", "SQ6"])
+@pytest.mark.parametrize("name", ["PQ4", "PQ5", "SQ6"])
 def test_refine(name, refine, soar):
     if refine == "bfloat16":
         pytest.importorskip("ml_dtypes")
@@ -191,6 +191,7 @@ def test_imbalance():
     lambda: IVF(D, 30, nprobe=7), lambda: IVF(D, 30, PQ(D, 6, 8), nprobe=7),
     lambda: IVF(D, 30, PQ(D, 12, 4), refine="float32", nprobe=7, soar=True), lambda: Codes(PQ(D, 12, 4)),
     lambda: IVF(D, 30, SQ(D), nprobe=7), lambda: Codes(SQ(D, "6bit"), "cosine"),
+    lambda: IVF(D, 30, PQ(D, 8, 6), nprobe=7), lambda: Codes(RotatedSQ(D, 5)),
 ])  # fmt: skip
 def test_batches_and_threads_change_no_bit(make):
     x, q = vectors(20_000 if _backend.core else 3000), vectors(130, seed=1)
@@ -247,6 +248,10 @@ FORMS = {
     "scalar8": lambda: IVF(D, 12, SQ(D), "ip", refine="float16", nprobe=5),
     "scalar6": lambda: IVF(D, 12, SQ(D, "6bit"), nprobe=5, soar=True),
     "flat scalar6": lambda: Codes(SQ(D, "6bit"), "cosine"),
+    "codes6": lambda: IVF(D, 12, PQ(D, 6, 6), refine="float16", nprobe=5, soar=True),
+    "flat5": lambda: Codes(PQ(D, 12, 5)),
+    "flat7": lambda: Codes(RotatedSQ(D, 7)),
+    "residual 5": lambda: IVF(D, 12, RQ(D, 5, 5), nprobe=5),
 }
 
 
@@ -299,11 +304,15 @@ def write_layout_1(index, path):
     if quantizer.scan == "decode":
         rows = pack(scalar_codes(rows, quantizer.bits, D), quantizer.bits)
         assert rows.shape == (n, size)
+    elif quantizer.scan == "lut8":
+        rows = unpack(rows, quantizer.m, quantizer.bits)
+    else:
+        return safetensors.save_file(tensors, path, metadata)
     tensors["codes"] = np.ascontiguousarray(rows.reshape(-1, 1, 16, rows.shape[1]))
     safetensors.save_file(tensors, path, metadata)
 
 
-@pytest.mark.parametrize("name", ["scalar8", "scalar6", "flat scalar6"])
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("rows", "float16")])
 @pytest.mark.parametrize("mmap", [True, False])
 def test_files_of_layout_1(tmp_path, monkeypatch, name, mmap):
     monkeypatch.setattr("lutra.index._coded._UPGRADED", 7)
@@ -317,6 +326,22 @@ def test_files_of_layout_1(tmp_path, monkeypatch, name, mmap):
     for a, b in zip(old.search(q, 12), index.search(q, 12)):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(old.reconstruct([0, 1150]), index.reconstruct([0, 1150]))
+
+
+@pytest.mark.parametrize("quantizer", [
+    PQ(128, 16, 5), PQ(128, 64, 5), PQ(128, 32, 6), PQ(128, 16, 7), PQ(128, 16, 8), SQ(128), SQ(128, "6bit"),
+    RotatedSQ(128, 5), RotatedSQ(128, 7),
+], ids=repr)  # fmt: skip
+def test_codes_take_their_bytes(quantizer):
+    """Less than a tenth more, without what the quantizer itself takes."""
+    x = vectors(2000, 128)
+    index = Codes(quantizer, "ip" if isinstance(quantizer, RotatedSQ) else "l2")
+    trained(index, x).add(x)
+    index.compact()
+    own = sum(a.nbytes for a in quantizer._tensors().values())
+    assert index.nbytes - own <= 1.10 * 2000 * quantizer.code_size
+    held = sum(a.nbytes for a in index._lists.arrays.values())
+    assert 2000 * quantizer.code_size <= held <= 1.10 * 2000 * quantizer.code_size
 
 
 def test_an_unknown_layout_is_refused(tmp_path):

@@ -18,10 +18,10 @@ COORDINATES = st.integers(-4, 4)  # small integers: scores are exact in float32,
 VECTOR = st.lists(COORDINATES, min_size=D, max_size=D)
 
 
-def exact_quantizer():
+def exact_quantizer(bits=8):
     """Codes that are their vectors: a codebook of the nine values for each coordinate."""
-    quantizer = PQ(D, D, 8)
-    values = np.zeros((D, 256, 1), np.float32)
+    quantizer = PQ(D, D, bits)
+    values = np.zeros((D, 1 << bits, 1), np.float32)
     values[:, :9, 0] = np.arange(-4, 5)
     values[:, 9:] = 100
     quantizer._assign({"codebooks": values})
@@ -39,7 +39,7 @@ def exact_scalar(kind):
 class Model(RuleBasedStateMachine):
     @initialize(
         metric=st.sampled_from(["ip", "l2"]),
-        kind=st.sampled_from(["rows", "soar", "codes", "refined", "flat", "scalar", "flat scalar"]),
+        kind=st.sampled_from(["rows", "soar", "codes", "refined", "flat", "scalar", "flat scalar", "codes6"]),
         nlist=st.sampled_from([2, 5, 40]),
     )
     def begin(self, metric, kind, nlist):
@@ -51,13 +51,14 @@ class Model(RuleBasedStateMachine):
         arguments = {
             "rows": {}, "soar": {"soar": True}, "codes": {"quantizer": exact_quantizer(), "residual": False},
             "scalar": {"quantizer": exact_scalar("8bit"), "residual": False},
+            "codes6": {"quantizer": exact_quantizer(6), "residual": False},
             "refined": {"quantizer": PQ(D, 2, 4), "refine": "float16", "soar": True},
         }[kind]  # fmt: skip
         self.index = IVF(D, nlist, metric=metric, nprobe=nlist, **arguments)
         sample = np.random.default_rng(nlist).integers(-4, 5, (200, D)).astype(np.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if kind in ("codes", "scalar"):  # the quantizer is there already
+            if kind in ("codes", "codes6", "scalar"):  # the quantizer is there already
                 self.index._set_centroids(sample[:nlist])
             else:
                 self.index.train(sample)

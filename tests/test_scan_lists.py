@@ -5,11 +5,17 @@ import pytest
 
 import lutra
 from lutra import _backend
+from lutra.quant._bits import pack
 from lutra.reference import lists as reference
 from lutra.reference.scan import pq_tables
 from lutra.scan import _lists
 from lutra.scan._lists import Lists
 
+# look-ups, entries of a table, bits of a code
+LUT8 = [
+    (1, 256, 8), (2, 16, 8), (8, 256, 8), (17, 100, 8), (97, 3, 8), (1, 32, 5), (7, 32, 5), (8, 17, 5),
+    (33, 32, 5), (2, 64, 6), (16, 64, 6), (65, 40, 6), (3, 128, 7), (24, 100, 7), (63, 128, 7),
+]  # fmt: skip
 DTYPES = ["float32", "float16", "bfloat16", "int8"]
 
 
@@ -116,29 +122,29 @@ def test_every_byte_is_a_scalar_code(bits):
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-@pytest.mark.parametrize(("m", "ksub"), [(1, 256), (2, 16), (8, 256), (17, 100), (33, 3)])
-def test_lut8_in_lists(simd_level, m, ksub, metric):
+@pytest.mark.parametrize(("m", "ksub", "bits"), LUT8)
+def test_lut8_in_lists(simd_level, m, ksub, bits, metric):
     for rng, nq, total, lists in problems(m):
-        codes = rng.integers(0, ksub, (total, m)).astype(np.uint8)
+        codes = pack(rng.integers(0, ksub, (total, m)).astype(np.uint8), bits)
         lut = rng.integers(-9, 10, (nq, m, ksub)).astype(np.float32)
         terms = [
             None if rng.random() < 0.3 else rng.integers(-5, 6, shape).astype(np.float32)
             for shape in (lists.probes.shape, nq, total, total)
         ]
         for k in (1, 70):
-            got = _lists.lut8(lut, codes, lists, k, metric, *terms)
-            want = reference.lut8(lut, codes, *terms, lists, k, metric)
+            got = _lists.lut8(lut, codes, lists, k, metric, *terms, bits)
+            want = reference.lut8(lut, codes, *terms, lists, k, metric, bits)
             np.testing.assert_array_equal(got[1], want[1])
             np.testing.assert_array_equal(got[0], want[0])
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-@pytest.mark.parametrize(("m", "ksub"), [(1, 256), (8, 256), (17, 100), (97, 3)])
-def test_lut8_flat(simd_level, m, ksub, metric):
+@pytest.mark.parametrize(("m", "ksub", "bits"), LUT8)
+def test_lut8_flat(simd_level, m, ksub, bits, metric):
     rng = np.random.default_rng(m)
     for nq in (1, 3, 4, 15, 17, 33):
         for n in (0, 1, 17, 63, 600):
-            codes = rng.integers(0, ksub, (n, m)).astype(np.uint8)
+            codes = pack(rng.integers(0, ksub, (n, m)).astype(np.uint8), bits)
             lut = rng.integers(-9, 10, (nq, m, ksub)).astype(np.float32)
             base, bias, add, mul = (
                 None if rng.random() < 0.3 else rng.integers(-5, 6, shape).astype(np.float32)
@@ -146,13 +152,18 @@ def test_lut8_flat(simd_level, m, ksub, metric):
             )
             keep = None if nq % 2 else np.packbits(rng.random(n) < 0.5, bitorder="little")
             lists = Lists(np.zeros(1, np.int64), np.array([n]), None, n, keep, None)
-            got = _lists.lut8(lut, codes, lists, 60, metric, base, bias, add, mul)
-            want = reference.lut8(lut, codes, base, bias, add, mul, lists, 60, metric)
+            got = _lists.lut8(lut, codes, lists, 60, metric, base, bias, add, mul, bits)
+            want = reference.lut8(lut, codes, base, bias, add, mul, lists, 60, metric, bits)
             np.testing.assert_array_equal(got[1], want[1])
             np.testing.assert_array_equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("kernel", ["list_rows", "scalar 8", "scalar 6", "lut8", "lut8 flat"])
+KERNELS = [
+    "list_rows", "scalar 8", "scalar 6", "lut8", "lut8 flat", "lut8 of 7 bits", "lut8 flat of 7 bits",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_batches_and_threads_change_no_bit(simd_level, kernel):
     rng = np.random.default_rng(0)
     begin, rows, total, positions, n = arena(rng, [700, 30, 2500, 1, 1500] * 3)
@@ -175,10 +186,12 @@ def test_batches_and_threads_change_no_bit(simd_level, kernel):
             bits = int(kernel[-1])
             y = scalar_blocks(codes >> (8 - bits), bits)
             return _lists.list_scalar(q[i], y, bits, mul[:d], add[:d], centroids, part, 20, "l2")
-        if kernel == "lut8":
-            return _lists.lut8(lut[i], codes, part, 20, "ip", base[i], None, add, mul)
+        bits = 7 if kernel.endswith("7 bits") else 8
+        packed, tables = pack(codes >> (8 - bits), bits), np.ascontiguousarray(lut[i, :, : 1 << bits])
+        if "flat" not in kernel:
+            return _lists.lut8(tables, packed, part, 20, "ip", base[i], None, add, mul, bits)
         flat = Lists(begin[:1], np.array([total]), None, total, None, None)
-        return _lists.lut8(lut[i], codes, flat, 20, "ip", base[i][:, :1].copy(), None, add, mul)
+        return _lists.lut8(tables, packed, flat, 20, "ip", base[i][:, :1].copy(), None, add, mul, bits)
 
     before = lutra.get_num_threads()
     try:

@@ -55,13 +55,16 @@ class ListSearcher {
     else if (form_ == Form::scalar)
       codes_ = array("codes").as<uint8_t>(arena_rows_ * scalar_size(d_, bits_));
     else
-      codes_ = array("codes").as<uint8_t>(form_ == Form::lut8 ? arena_rows_ * m_ : arena_rows_ * ((m_ + 7) / 8) * 4);
+      codes_ =
+          array("codes").as<uint8_t>(arena_rows_ * (form_ == Form::lut8 ? (m_ * bits_ + 7) / 8 : (m_ + 7) / 8 * 4));
     add_ = array("add").as<float>(array("add").p ? arena_rows_ : 0);
     mul_ = array("mul").as<float>(array("mul").p ? arena_rows_ : 0);
     books_ = array("books").as<float>(array("books").p ? m_ * dsub_ * ksub_ : 0);
     step_ = array("step").as<float>(array("step").p ? d_ : 0);
     offset_ = array("offset").as<float>(array("offset").p ? d_ : 0);
     centroids_ = array("centroids").as<float>(array("centroids").p ? nlist_ * d_ : 0);
+    if (form_ == Form::lut8 && (bits_ < 5 || bits_ > 8 || ksub_ > int64_t{1} << bits_))
+      throw py::value_error("lutra: the searcher's tables do not fit the bits of its codes");
     if (form_ == Form::scalar && (!step_ || !offset_ || (bits_ != 8 && bits_ != 6)))
       throw py::value_error("lutra: the searcher got no steps of scalar codes");
     vector_type_ = static_cast<DType>(number("vector_type"));
@@ -162,7 +165,7 @@ class ListSearcher {
       list_scalar(ListScalarArgs{lists, q, d_, d_, static_cast<const uint8_t*>(codes_), bits_, step_, offset_,
                                  residual_ ? centroids_ : nullptr});
     else
-      lut8(Lut8Args{lists, lut, m_, ksub_, static_cast<const uint8_t*>(codes_), bases, c->bias, add_, mul_});
+      lut8(Lut8Args{lists, lut, m_, ksub_, bits_, static_cast<const uint8_t*>(codes_), bases, c->bias, add_, mul_});
     if (c->bad >= 0) return;
     if (c->candidates > 0)
       rescore(RescoreArgs{c->q, static_cast<const float*>(vectors_), c->nq, npositions_, d_, d_, d_, ids, wanted, c->k,

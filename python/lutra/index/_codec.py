@@ -105,7 +105,7 @@ class Codec:
         if self.form == "lut4":
             fields = {"codes": Field((quantizer.m + 7) // 8, 4, byte)}
         else:
-            fields = {"codes": Field(1, quantizer.m, byte)}
+            fields = {"codes": Field(1, _bits.packed_size(quantizer.m, quantizer.bits), byte)}
         zero = np.zeros((1, self.d), np.float32)
         if self.metric == "l2" and not self.residual:
             self._distances = quantizer._tables(zero, "l2") is not None
@@ -155,9 +155,9 @@ class Codec:
         """Codes as the values (n, a, b) of their array."""
         if self.form == "scalar":
             return scalar_rows(self.quantizer._entries(codes), self.quantizer.bits)[:, :, None]
+        if self.form == "lut8":  # what may follow the entries is in the row terms
+            return codes[:, None, : self.fields["codes"].b]
         entries = self.quantizer._entries(codes)
-        if self.form == "lut8":
-            return entries[:, None]
         n, m = entries.shape
         groups = np.zeros((n, (m + 7) // 8, 2, 4), np.uint8)
         groups.reshape(n, 8 * groups.shape[1])[:, :m] = entries
@@ -169,18 +169,21 @@ class Codec:
         """Arrays that had another shape then."""
         if self.form == "scalar":
             return {"codes": Field(1, self.quantizer.code_size, np.dtype(np.uint8))}
+        if self.form == "lut8" and self.quantizer.bits < 8:
+            return {"codes": Field(1, self.quantizer.m, np.dtype(np.uint8))}
         return {}
 
     def of_layout_1(self, values: np.ndarray) -> np.ndarray:
         """The values (n, a, b) of codes in the array that they have now."""
-        return self._packed(np.ascontiguousarray(values[:, 0]))
+        rows = np.ascontiguousarray(values[:, 0])
+        return _bits.pack(rows, self.quantizer.bits)[:, None] if self.form == "lut8" else self._packed(rows)
 
     def _codes(self, values: np.ndarray) -> np.ndarray:
         """The quantizer's codes, of the values of their array."""
         if self.form == "scalar":
             return _bits.pack(scalar_codes(values[:, :, 0], self.quantizer.bits, self.d), self.quantizer.bits)
         if self.form == "lut8":
-            return self.quantizer.pack(np.ascontiguousarray(values[:, 0]))
+            return np.ascontiguousarray(values[:, 0])
         return self.quantizer.pack(self._entries(values))
 
     def _entries(self, values: np.ndarray) -> np.ndarray:
@@ -196,7 +199,12 @@ class Codec:
         if self.form == "scalar" or hasattr(self.quantizer, "pack"):
             x = self.quantizer._decode(self._codes(codes))
         else:
-            entries = self._entries(codes) if self.form == "lut4" else codes[:, 0]
+            if self.form == "lut4":
+                entries = self._entries(codes)
+            else:
+                entries = _bits.unpack(
+                    np.ascontiguousarray(codes[:, 0]), self.quantizer.m, self.quantizer.bits
+                )
             x = self._from_tables(entries, arena.take("mul", rows)[:, 0] if "mul" in self.fields else None)
         return x + centroids if self.residual else x
 
@@ -255,11 +263,12 @@ class Codec:
         lut, bias = self.tables(q)
         base = base if self.residual else None
         flat = [None if a is None else a.reshape(-1) for a in (add, mul)]
+        bits = 8
         if self.form == "lut4":  # only where nothing is compiled
             codes = self._entries(codes.transpose(0, 2, 1, 3).reshape(-1, codes.shape[1], 4))
         else:
-            codes = codes.reshape(-1, self.quantizer.m)
-        scores, ids = _lists.lut8(lut, codes, lists, k, self.metric, base, bias, *flat)
+            codes, bits = codes.reshape(-1, codes.shape[3]), self.quantizer.bits
+        scores, ids = _lists.lut8(lut, codes, lists, k, self.metric, base, bias, *flat, bits)
         if self.metric == "l2":  # rounding may leave small negative ones
             np.maximum(scores, 0, out=scores)
         return scores, ids
@@ -277,8 +286,10 @@ class Codec:
             about.update(codes=arena.arrays["vectors_in_lists"], type=_lists._TYPES[self.name])
             return about
         about.update(codes=arena.arrays["codes"], m=quantizer.m, ksub=16)
+        if self.form != "lut4":
+            about.update(bits=quantizer.bits)
         if self.form == "scalar":
-            about.update(bits=quantizer.bits, step=self._step, offset=self._offset)
+            about.update(step=self._step, offset=self._offset)
             return about
         about.update({name: arena.arrays[name] for name in ("add", "mul") if name in arena.arrays})
         if type(quantizer).__name__ == "PQ" and quantizer.dsub:

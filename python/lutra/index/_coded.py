@@ -21,7 +21,8 @@ from .base import Index
 
 _KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
 _BATCH, _PROBES = 4096, 1 << 20  # queries of a part, and the lists that they look into
-# How codes lie in files: 2 as they are scanned; in 1 scalar codes lay row by row.
+# How codes lie in files: 2 as they are scanned; in 1 scalar codes lay row by row, and entries of 5 to 7 bits
+# took a byte.
 _LAYOUT = 2
 _UPGRADED = 1 << 12  # blocks that are brought to it at a time
 _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time

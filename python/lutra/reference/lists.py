@@ -98,9 +98,11 @@ def list_scalar(q, codes, bits, step, offset, centroids, lists, k, metric):
     return search(score, len(q), lists, k, metric)
 
 
-def lut8(lut, codes, base, bias, add, mul, lists, k, metric):
-    """Sums of look-ups, j in increasing order, in float32."""
-    ksub = lut.shape[2]
+def lut8(lut, codes, base, bias, add, mul, lists, k, metric, bits=8):
+    """Sums of look-ups, j in increasing order, in float32; code j is bits [j bits, (j + 1) bits) of a row."""
+    m, ksub = lut.shape[1:]
+    planes = np.unpackbits(codes, axis=1, count=m * bits, bitorder="little").reshape(len(codes), m, bits)
+    codes = np.packbits(planes, axis=2, bitorder="little").reshape(len(codes), m)
 
     def score(i, rows, places):
         entries = codes[rows]

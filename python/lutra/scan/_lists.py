@@ -95,17 +95,21 @@ def lut8(
     bias: np.ndarray | None = None,
     add: np.ndarray | None = None,
     mul: np.ndarray | None = None,
+    bits: int = 8,
 ) -> tuple[Any, Any]:
-    """base + bias + mul * (sums of look-ups) + add over codes (rows, m) uint8; lut (nq, m, ksub) float32."""
+    """base + bias + mul * (sums of look-ups) + add over codes of 5 to 8 bits; lut (nq, m, ksub) float32.
+
+    ``codes`` (rows, ceil(m bits / 8)) uint8, packed as the quantizers do it.
+    """
     if _backend.core is None:
-        return reference.lut8(lut, codes, base, bias, add, mul, lists, k, metric)
+        return reference.lut8(lut, codes, base, bias, add, mul, lists, k, metric, bits)
     nq, m, ksub = lut.shape
     scores, ids = np.empty((nq, k), np.float32), np.empty((nq, k), np.int64)
     nprobe = 1 if lists.probes is None else lists.probes.shape[1]
     bad = _backend.core.lut8(
-        lut, m, ksub, codes, base, bias, add, mul, lists.begin, lists.rows, len(lists.begin), len(codes),
-        lists.positions, lists.npositions, lists.keep, lists.probes, nq, nprobe, k, METRICS[metric],
-        scores, ids,
+        lut, m, ksub, bits, codes, base, bias, add, mul, lists.begin, lists.rows, len(lists.begin),
+        len(codes), lists.positions, lists.npositions, lists.keep, lists.probes, nq, nprobe, k,
+        METRICS[metric], scores, ids,
     )  # fmt: skip
     _check(bad)
     return scores, ids

@@ -22,7 +22,7 @@ from search.context import HEADER, Context
 SECTIONS: dict[str, tuple[Callable[[Context], None], ...]] = {
     "exact": (exact.flat,),
     "binary": (exact.binary,),
-    "codes": (coded.product_quantization, coded.anisotropic, coded.scalar, coded.rabitq),
+    "codes": (coded.product_quantization, coded.anisotropic, coded.scalar, coded.minmax, coded.rabitq),
     "lists": (lists.partitioned,),
     "graph": (graph.graph,),
     "k-means": (exact.clustering,),

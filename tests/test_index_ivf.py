@@ -12,7 +12,9 @@ import pytest
 import lutra
 from lutra import _backend
 from lutra.index import IVF, Codes, Flat, load
-from lutra.quant import PQ
+from lutra.quant import PQ, RQ, SQ, RotatedSQ
+from lutra.quant._bits import pack, unpack
+from lutra.reference.lists import scalar_codes
 
 METRICS = ["l2", "ip", "cosine"]
 D = 24
@@ -24,14 +26,12 @@ def vectors(n, d=D, seed=0):
 
 def quantizers():
     """One of each kind that this lutra has, trained on less than is advisable."""
-    made = {"PQ4": PQ(D, 12, 4), "PQ6": PQ(D, 8, 6), "PQ8": PQ(D, 6, 8)}
+    made = {"PQ4": PQ(D, 12, 4), "PQ5": PQ(D, 12, 5), "PQ6": PQ(D, 8, 6), "PQ8": PQ(D, 6, 8)}
     for name, arguments in {
-        "OPQ": (D, 6, 4), "RQ": (D, 4, 4), "SQ": (D, "8bit"), "SQ16": (D, "fp16"), "RaBitQ": (D,),
-        "RotatedSQ": (D,),
+        "OPQ": (D, 6, 4), "RQ": (D, 4, 4), "SQ": (D, "8bit"), "SQ6": (D, "6bit"), "SQ16": (D, "fp16"),
+        "RaBitQ": (D,), "RotatedSQ": (D,), "RotatedSQ7": (D, 7), "RQ6": (D, 3, 6),
     }.items():  # fmt: skip
-        kind = getattr(lutra.quant, name.removesuffix("16"), None)
-        if kind is not None:
-            made[name] = kind(*arguments)
+        made[name] = getattr(lutra.quant, name.rstrip("0123456789"))(*arguments)
     return made
 
 
@@ -114,14 +114,42 @@ def test_scores_are_those_of_the_decoded_vectors(name, residual, metric):
         assert recall(got.ids[:, :50], want.ids[:, :50]) > 0.85
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["8bit", "6bit"])
+@pytest.mark.parametrize("residual", [True, False, None], ids=["residual", "plain", "flat"])
+@pytest.mark.parametrize("d", [1, 5, 35])
+def test_scalar_codes_lose_nothing_but_rounding(simd_level, d, residual, kind, metric):
+    """Far from the origin, where expanded squares would cancel; single queries, few and many."""
+    x, q = vectors(700, d) + 100, vectors(23, d, seed=1) + 100
+    if residual is None:
+        index = Codes(SQ(d, kind), metric)
+    else:
+        index = IVF(d, 5, SQ(d, kind), metric, residual=residual, nprobe=5)
+    trained(index, x).add(x)
+    decoded = index.reconstruct(np.arange(700)).astype(np.float64)
+    unit = q.astype(np.float64)
+    if metric == "cosine":
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    want = np.square(unit[:, None] - decoded).sum(2) if metric == "l2" else unit @ decoded.T
+    # a value of 100 is off by up to 2^-17, and so the difference that is squared
+    atol = {"l2": 1e-4 * d, "ip": 2e-3 * d, "cosine": 1e-6}[metric]
+    for batch in (1, 3, 23):
+        got = index.search(q[:batch], 700)
+        assert (np.sort(got.ids, 1) == np.arange(700)).all()
+        np.testing.assert_allclose(
+            got.scores, np.take_along_axis(want[:batch], got.ids, 1), rtol=1e-6, atol=atol
+        )
+
+
 @pytest.mark.parametrize("refine", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("soar", [False, True])
-def test_refine(refine, soar):
+@pytest.mark.parametrize("name", ["PQ4", "PQ5", "SQ6"])
+def test_refine(name, refine, soar):
     if refine == "bfloat16":
         pytest.importorskip("ml_dtypes")
     x, q = vectors(3000), vectors(15, seed=1)
     for metric in METRICS:
-        index = trained(IVF(D, 20, PQ(D, 12, 4), metric, refine=refine, nprobe=20, soar=soar), x)
+        index = trained(IVF(D, 20, quantizers()[name], metric, refine=refine, nprobe=20, soar=soar), x)
         index.add(x)
         index.refine_factor = 30
         want = flat(index.reconstruct(np.arange(3000)), metric).search(q, 10)
@@ -162,6 +190,8 @@ def test_imbalance():
 @pytest.mark.parametrize("make", [
     lambda: IVF(D, 30, nprobe=7), lambda: IVF(D, 30, PQ(D, 6, 8), nprobe=7),
     lambda: IVF(D, 30, PQ(D, 12, 4), refine="float32", nprobe=7, soar=True), lambda: Codes(PQ(D, 12, 4)),
+    lambda: IVF(D, 30, SQ(D), nprobe=7), lambda: Codes(SQ(D, "6bit"), "cosine"),
+    lambda: IVF(D, 30, PQ(D, 8, 6), nprobe=7), lambda: Codes(RotatedSQ(D, 5)),
 ])  # fmt: skip
 def test_batches_and_threads_change_no_bit(make):
     x, q = vectors(20_000 if _backend.core else 3000), vectors(130, seed=1)
@@ -188,7 +218,8 @@ def test_filters():
     x, q = vectors(2000), vectors(5, seed=1)
     ids = np.arange(2000) * 3 + 5
     for index in (IVF(D, 20, nprobe=20), IVF(D, 20, "float16", nprobe=20), IVF(D, 20, PQ(D, 6, 8), nprobe=20),
-                  Codes(PQ(D, 6, 8)), IVF(D, 20, PQ(D, 12, 4), nprobe=20), Codes(PQ(D, 12, 4))):  # fmt: skip
+                  Codes(PQ(D, 6, 8)), Codes(SQ(D)), IVF(D, 20, SQ(D, "6bit"), nprobe=20),
+                  IVF(D, 20, PQ(D, 12, 4), nprobe=20), Codes(PQ(D, 12, 4))):  # fmt: skip
         trained(index, x).add(x, ids)
         every = index.search(q, 2000)
         chosen = np.random.default_rng(1).choice(ids, 300, replace=False)
@@ -214,6 +245,13 @@ FORMS = {
     "one list": lambda: IVF(D, 1, PQ(D, 12, 4)),
     "flat8": lambda: Codes(PQ(D, 6, 8), "cosine"),
     "flat4": lambda: Codes(PQ(D, 12, 4), refine="float32"),
+    "scalar8": lambda: IVF(D, 12, SQ(D), "ip", refine="float16", nprobe=5),
+    "scalar6": lambda: IVF(D, 12, SQ(D, "6bit"), nprobe=5, soar=True),
+    "flat scalar6": lambda: Codes(SQ(D, "6bit"), "cosine"),
+    "codes6": lambda: IVF(D, 12, PQ(D, 6, 6), refine="float16", nprobe=5, soar=True),
+    "flat5": lambda: Codes(PQ(D, 12, 5)),
+    "flat7": lambda: Codes(RotatedSQ(D, 7)),
+    "residual 5": lambda: IVF(D, 12, RQ(D, 5, 5), nprobe=5),
 }
 
 
@@ -248,6 +286,72 @@ def test_files(tmp_path, name, mmap):
     again.save(path)
     for a, b in zip(load(path).search(q, 12), index.search(q, 12)):
         np.testing.assert_array_equal(a, b)
+
+
+def write_layout_1(index, path):
+    """The file that lutra wrote before codes were stored as they are scanned."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    index.save(path)
+    raw = path.read_bytes()
+    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    config = json.loads(metadata["config"])
+    assert config.pop("layout") == 2
+    metadata["config"] = json.dumps(config)
+    tensors = safetensors.load_file(path)
+    quantizer, codes = index.quantizer, tensors["codes"]
+    n, size = 16 * len(codes), quantizer.code_size
+    rows = codes.transpose(0, 2, 1, 3).reshape(n, -1)
+    if quantizer.scan == "decode":
+        rows = pack(scalar_codes(rows, quantizer.bits, D), quantizer.bits)
+        assert rows.shape == (n, size)
+    elif quantizer.scan == "lut8":
+        rows = unpack(rows, quantizer.m, quantizer.bits)
+    else:
+        return safetensors.save_file(tensors, path, metadata)
+    tensors["codes"] = np.ascontiguousarray(rows.reshape(-1, 1, 16, rows.shape[1]))
+    safetensors.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("rows", "float16")])
+@pytest.mark.parametrize("mmap", [True, False])
+def test_files_of_layout_1(tmp_path, monkeypatch, name, mmap):
+    monkeypatch.setattr("lutra.index._coded._UPGRADED", 7)
+    x, q = vectors(1200), vectors(9, seed=1)
+    index = trained(FORMS[name](), x)
+    index.add(x[:1100])
+    write_layout_1(index, tmp_path / "old")
+    old = load(tmp_path / "old", mmap=mmap)
+    for i in (index, old):
+        i.add(x[1100:])
+    for a, b in zip(old.search(q, 12), index.search(q, 12)):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(old.reconstruct([0, 1150]), index.reconstruct([0, 1150]))
+
+
+@pytest.mark.parametrize("quantizer", [
+    PQ(128, 16, 5), PQ(128, 64, 5), PQ(128, 32, 6), PQ(128, 16, 7), PQ(128, 16, 8), SQ(128), SQ(128, "6bit"),
+    RotatedSQ(128, 5), RotatedSQ(128, 7),
+], ids=repr)  # fmt: skip
+def test_codes_take_their_bytes(quantizer):
+    """Less than a tenth more, without what the quantizer itself takes."""
+    x = vectors(2000, 128)
+    index = Codes(quantizer, "ip" if isinstance(quantizer, RotatedSQ) else "l2")
+    trained(index, x).add(x)
+    index.compact()
+    own = sum(a.nbytes for a in quantizer._tensors().values())
+    assert index.nbytes - own <= 1.10 * 2000 * quantizer.code_size
+    held = sum(a.nbytes for a in index._lists.arrays.values())
+    assert 2000 * quantizer.code_size <= held <= 1.10 * 2000 * quantizer.code_size
+
+
+def test_an_unknown_layout_is_refused(tmp_path):
+    index = Codes(SQ(D))
+    trained(index, vectors(50)).add(vectors(50))
+    index.save(tmp_path / "x")
+    raw = (tmp_path / "x").read_bytes().replace(rb"\"layout\": 2", rb"\"layout\": 3")
+    (tmp_path / "x").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"x: .*'layout' must be an integer from 1 to 2, it is 3"):
+        load(tmp_path / "x")
 
 
 def test_damaged_files(tmp_path):

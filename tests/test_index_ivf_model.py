@@ -11,44 +11,54 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lutra import _backend
 from lutra.index import IVF, Codes, load
-from lutra.quant import PQ
+from lutra.quant import PQ, SQ
 
 D = 4
 COORDINATES = st.integers(-4, 4)  # small integers: scores are exact in float32, and full of ties
 VECTOR = st.lists(COORDINATES, min_size=D, max_size=D)
 
 
-def exact_quantizer():
+def exact_quantizer(bits=8):
     """Codes that are their vectors: a codebook of the nine values for each coordinate."""
-    quantizer = PQ(D, D, 8)
-    values = np.zeros((D, 256, 1), np.float32)
+    quantizer = PQ(D, D, bits)
+    values = np.zeros((D, 1 << bits, 1), np.float32)
     values[:, :9, 0] = np.arange(-4, 5)
     values[:, 9:] = 100
     quantizer._assign({"codebooks": values})
     return quantizer
 
 
+def exact_scalar(kind):
+    """Scalar codes whose steps are 1 wide and have integers in the middle."""
+    quantizer = SQ(D, kind)
+    steps = np.full(D, (1 << quantizer.bits) - 1, np.float32)
+    quantizer._assign({"low": np.full(D, -4.5, np.float32), "width": steps})
+    return quantizer
+
+
 class Model(RuleBasedStateMachine):
     @initialize(
         metric=st.sampled_from(["ip", "l2"]),
-        kind=st.sampled_from(["rows", "soar", "codes", "refined", "flat"]),
+        kind=st.sampled_from(["rows", "soar", "codes", "refined", "flat", "scalar", "flat scalar", "codes6"]),
         nlist=st.sampled_from([2, 5, 40]),
     )
     def begin(self, metric, kind, nlist):
         self.folder = tempfile.TemporaryDirectory()
         self.metric, self.rows, self.next = metric, {}, 0
-        if kind == "flat":
-            self.index = Codes(exact_quantizer(), metric)
+        if kind in ("flat", "flat scalar"):
+            self.index = Codes(exact_quantizer() if kind == "flat" else exact_scalar("6bit"), metric)
             return
         arguments = {
             "rows": {}, "soar": {"soar": True}, "codes": {"quantizer": exact_quantizer(), "residual": False},
+            "scalar": {"quantizer": exact_scalar("8bit"), "residual": False},
+            "codes6": {"quantizer": exact_quantizer(6), "residual": False},
             "refined": {"quantizer": PQ(D, 2, 4), "refine": "float16", "soar": True},
         }[kind]  # fmt: skip
         self.index = IVF(D, nlist, metric=metric, nprobe=nlist, **arguments)
         sample = np.random.default_rng(nlist).integers(-4, 5, (200, D)).astype(np.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if kind == "codes":  # the quantizer is there already
+            if kind in ("codes", "codes6", "scalar"):  # the quantizer is there already
                 self.index._set_centroids(sample[:nlist])
             else:
                 self.index.train(sample)
@@ -124,7 +134,8 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def reconstruct(self, data):
         ids = data.draw(st.lists(st.sampled_from(list(self.rows)), min_size=1, max_size=5))
-        assert self.index.reconstruct(ids).tolist() == [self.rows[i] for i in ids]
+        # the middle of a scalar code's step is rounded
+        assert self.index.reconstruct(ids).round(5).tolist() == [self.rows[i] for i in ids]
 
     @invariant()
     def holds_what_it_should(self):

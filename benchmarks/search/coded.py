@@ -1,4 +1,4 @@
-"""Scans of codes without lists: 4-bit product quantization, rotated scalar codes, RaBitQ, AVQ."""
+"""Scans of codes without lists: 4-bit product quantization, scalar codes, rotated or not, RaBitQ, AVQ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lutra.index import Codes
-from lutra.quant import PQ, RaBitQ, RotatedSQ
+from lutra.quant import PQ, SQ, RaBitQ, RotatedSQ
 
 from .context import Context, K, peer, recall
 
@@ -119,6 +119,17 @@ def scalar(c: Context) -> None:
         targets=(1.2, 1.2),
         recalls=(got, its),
     )
+
+
+def minmax(c: Context) -> None:
+    """Scalar codes of 8 and 6 bits, each dimension by its range."""
+    for bits in (8, 6):
+        ours, theirs = filled(c, SQ(c.d, f"{bits}bit")), faiss_index(c, f"SQ{bits}")
+        r = (recall(ours.search(c.q, K).ids, c.truth), theirs and recall(theirs.search(c.q, K)[1], c.truth))
+        c.compare(
+            "codes", f"SQ {bits} bits", f"FAISS SQ{bits}", search_of(ours), theirs and search_of(theirs),
+            recalls=r,
+        )  # fmt: skip
 
 
 def rabitq(c: Context) -> None:

@@ -1,97 +1,24 @@
 #include "scan/list_rows.h"
 
-#include "scan/lists.h"
+#include "scan/list_tile.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-#if defined(LUTRA_LEVEL_v4)
-constexpr int kQueries = 6, kTile = 4;  // 24 accumulators, 4 vectors of rows, of 32 registers
-constexpr int kTileAlone = 8;           // for one query: enough chains of additions to hide their latency
-#else
-constexpr int kQueries = 4, kTile = 2;
-constexpr int kTileAlone = 4;
-#endif
-
-// Scores of Q queries with V vectors of rows from row `row` of the arena on, which begins a vector.
-template <Metric M, class T, int Q, int V>
-LUTRA_INLINE void tile(const float* const* q, const typename T::type* x, int64_t d, int64_t row, bool ahead,
-                       float scores[][kTileAlone * W]) {
-  const typename T::type* at[V];
-  for (int v = 0; v < V; ++v) {
-    const int64_t r = row + v * W;
-    at[v] = x + (r / kListBlock) * d * kListBlock + r % kListBlock;
-  }
-  const int64_t next = V * W * d;
-  vf sum[Q][V];
-  for (int i = 0; i < Q; ++i)
-    for (int v = 0; v < V; ++v) sum[i][v] = (vf){};
-  for (int64_t j = 0; j < d; ++j) {
-    vf xj[V];
-    for (int v = 0; v < V; ++v) {
-      xj[v] = T::load(at[v] + j * kListBlock);
-      if (ahead) __builtin_prefetch(at[v] + j * kListBlock + next);
-    }
-    for (int i = 0; i < Q; ++i) {
-      const vf qj = splat(q[i][j]);
-      for (int v = 0; v < V; ++v) sum[i][v] = accumulate<M>(sum[i][v], qj, xj[v]);
-    }
-  }
-  for (int i = 0; i < Q; ++i)
-    for (int v = 0; v < V; ++v) store(scores[i] + v * W, sum[i][v]);
-}
-
-template <Metric M, class T, int Q, int V>
-void rows_of_item(const ListRowsArgs& a, const float* const* q, const int64_t* query, int64_t begin, int64_t end,
-                  bool ahead, Selection* s) {
-  const auto* x = static_cast<const typename T::type*>(a.x);
-  alignas(64) float scores[Q][kTileAlone * W];
-  for (int64_t row = begin; row < end;) {
-    const int64_t left = end - row;
-    int64_t rows = V * W;
-    if (left >= rows) {
-      tile<M, T, Q, V>(q, x, a.d, row, ahead, scores);
-    } else {  // the last rows, one vector at a time
-      rows = W;
-      tile<M, T, Q, 1>(q, x, a.d, row, false, scores);
-    }
-    for (int i = 0; i < Q; ++i) offer_scores<M>(a.lists, s, query[i], scores[i], row, left < rows ? left : rows);
-    row += rows;
-  }
-}
-
 template <Metric M, class T>
 void item(const ListRowsArgs& a, const Plan& plan, const ListItem& w, int64_t q0, Selection* s) {
   constexpr int64_t kGroup = kTile * W;  // rows that stay in the L1 for all queries of the item
-  const float* q[kQueries];
-  int64_t query[kQueries];
-  const int64_t queries = w.last - w.first;
-  if (queries == 1) {
-    query[0] = plan.place(w.first) / a.lists.nprobe;
-    q[0] = a.q + (q0 + query[0]) * a.ldq;
-    return rows_of_item<M, T, 1, kTileAlone>(a, q, query, w.begin, w.end, true, s);
+  const auto* x = static_cast<const typename T::type*>(a.x);
+  const float* queries = a.q + q0 * a.ldq;
+  if (w.last - w.first == 1) {
+    const int64_t query = plan.place(w.first) / a.lists.nprobe;
+    const float* q = queries + query * a.ldq;
+    return offer_tiles<M, T, 1, kTileAlone>(a.lists, &q, &query, x, a.d, 0, w.begin, w.end, true, s);
   }
   for (int64_t begin = w.begin; begin < w.end; begin += kGroup) {
     const int64_t end = begin + kGroup < w.end ? begin + kGroup : w.end;
-    for (int64_t p = w.first; p < w.last; p += kQueries) {
-      const int64_t count = w.last - p < kQueries ? w.last - p : kQueries;
-      for (int64_t i = 0; i < count; ++i) {
-        query[i] = plan.place(p + i) / a.lists.nprobe;
-        q[i] = a.q + (q0 + query[i]) * a.ldq;
-      }
-      const bool ahead = p == w.first;
-      switch (count) {
-        case 1: rows_of_item<M, T, 1, kTile>(a, q, query, begin, end, ahead, s); break;
-        case 2: rows_of_item<M, T, 2, kTile>(a, q, query, begin, end, ahead, s); break;
-        case 3: rows_of_item<M, T, 3, kTile>(a, q, query, begin, end, ahead, s); break;
-#if defined(LUTRA_LEVEL_v4)
-        case 4: rows_of_item<M, T, 4, kTile>(a, q, query, begin, end, ahead, s); break;
-        case 5: rows_of_item<M, T, 5, kTile>(a, q, query, begin, end, ahead, s); break;
-#endif
-        default: rows_of_item<M, T, kQueries, kTile>(a, q, query, begin, end, ahead, s);
-      }
-    }
+    offer_group<M, T>(a.lists, plan, w, queries, a.ldq, x, a.d, 0, begin, end, true, s);
   }
 }
 

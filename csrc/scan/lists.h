@@ -119,6 +119,7 @@ class Plan {
 
   // Where the probe of a pair stands in the arrays (nq, nprobe), counted from q0 * nprobe.
   int64_t place(int64_t pair) const { return pairs_[pair] & 0xffffffff; }
+  int64_t list(const ListItem& item) const { return pairs_[item.first] >> 32; }
 
   ListItem* items;
   int64_t item_count = 0;

@@ -1,7 +1,9 @@
-// Sums of look-ups over 8-bit codes (asymmetric distance computation), flat or in inverted lists, with selection.
+// Sums of look-ups over codes of 5 to 8 bits (asymmetric distance computation), flat or in inverted lists, with
+// selection.
 //
-//   lut (nq, m, ksub) fp32, ksub <= 256; codes (rows, m) u8, each < ksub.
-//   score = base(q, probe) + bias(q) + mul(row) * sum_j lut[q][j][codes[row][j]] + add(row)
+//   lut (nq, m, ksub) fp32, ksub <= 2^bits; codes (rows, ceil(m bits / 8)) u8: code j is bits [j bits, (j + 1) bits) of
+//   a row, the lowest of a byte first. Each < ksub.
+//   score = base(q, probe) + bias(q) + mul(row) * sum_j lut[q][j][code(row, j)] + add(row)
 //   in fp32, j in increasing order, then mul, then (base + bias), then add. base (nq, nprobe), bias (nq), mul and add
 //   (rows): null where 0 (mul: 1). Lists, probes, positions, keep: lists.h.
 //   probes null: flat, the rows [0, list_rows[0]) for every query.
@@ -17,6 +19,7 @@ struct Lut8Args {
   ListsArgs lists;
   const float* lut;
   int64_t m, ksub;
+  int bits;
   const uint8_t* codes;
   const float *base, *bias, *add, *mul;
 };

@@ -11,6 +11,7 @@
 #include "scan/fast_scan.h"
 #include "scan/knn.h"
 #include "scan/list_rows.h"
+#include "scan/list_scalar.h"
 #include "scan/lut8.h"
 #include "scan/lut_tables.h"
 
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int64_t kCoarse = 64;  // queries of a piece of the search for the nearest lists
 
-enum class Form : int { rows = 0, lut8 = 1, lut4 = 2 };
+enum class Form : int { rows = 0, lut8 = 1, lut4 = 2, scalar = 3 };
 
 struct Found {
   std::vector<float> scores;
@@ -48,13 +49,24 @@ class ListSearcher {
     dsub_ = number("dsub");
     distances_ = number("distances") != 0;
     type_ = static_cast<DType>(number("type"));
+    bits_ = static_cast<int>(number("bits"));
     if (form_ == Form::rows)
       codes_ = array("codes").raw(arena_rows_ * d_, type_);
+    else if (form_ == Form::scalar)
+      codes_ = array("codes").as<uint8_t>(arena_rows_ * scalar_size(d_, bits_));
     else
-      codes_ = array("codes").as<uint8_t>(form_ == Form::lut8 ? arena_rows_ * m_ : arena_rows_ * ((m_ + 7) / 8) * 4);
+      codes_ =
+          array("codes").as<uint8_t>(arena_rows_ * (form_ == Form::lut8 ? (m_ * bits_ + 7) / 8 : (m_ + 7) / 8 * 4));
     add_ = array("add").as<float>(array("add").p ? arena_rows_ : 0);
     mul_ = array("mul").as<float>(array("mul").p ? arena_rows_ : 0);
     books_ = array("books").as<float>(array("books").p ? m_ * dsub_ * ksub_ : 0);
+    step_ = array("step").as<float>(array("step").p ? d_ : 0);
+    offset_ = array("offset").as<float>(array("offset").p ? d_ : 0);
+    centroids_ = array("centroids").as<float>(array("centroids").p ? nlist_ * d_ : 0);
+    if (form_ == Form::lut8 && (bits_ < 5 || bits_ > 8 || ksub_ > int64_t{1} << bits_))
+      throw py::value_error("lutra: the searcher's tables do not fit the bits of its codes");
+    if (form_ == Form::scalar && (!step_ || !offset_ || (bits_ != 8 && bits_ != 6)))
+      throw py::value_error("lutra: the searcher got no steps of scalar codes");
     vector_type_ = static_cast<DType>(number("vector_type"));
     vectors_ = array("vectors").p ? array("vectors").raw(npositions_ * d_, vector_type_) : nullptr;
     scales_ = array("scales").as<float>(array("scales").p ? npositions_ : 0);
@@ -71,7 +83,7 @@ class ListSearcher {
     c.keep = keep.as<uint8_t>(keep.p ? (npositions_ + 7) / 8 : 0);
     c.lut = lut.as<float>(lut.p ? c.nq * m_ * ksub_ : 0);
     c.bias = bias.as<float>(bias.p ? c.nq : 0);
-    if (form_ != Form::rows && !c.lut && !books_) throw py::value_error("lutra: the searcher needs tables");
+    if (by_tables() && !c.lut && !books_) throw py::value_error("lutra: the searcher needs tables");
     py::array_t<float> scores({c.nq, k});
     py::array_t<int64_t> ids({c.nq, k});
     c.scores = scores.mutable_data();
@@ -94,6 +106,7 @@ class ListSearcher {
     int64_t bad = -1;
   };
 
+  bool by_tables() const { return form_ == Form::lut8 || form_ == Form::lut4; }
   int64_t number(const char* name) const { return arrays_[name].cast<int64_t>(); }
   Ptr array(const char* name) const {
     Ptr p;
@@ -123,7 +136,7 @@ class ListSearcher {
     if (c->bad >= 0) return;
     std::vector<float> tables;
     const float* lut = c->lut;
-    if (form_ != Form::rows && !lut) {
+    if (by_tables() && !lut) {
       tables.resize(c->nq * m_ * ksub_);
       const float scale = inner_ == Metric::l2 ? -2.0f : 1.0f;
       lut_tables(LutTablesArgs{q, c->nq, d_, books_, m_, dsub_, ksub_, distances_, scale, tables.data()});
@@ -132,7 +145,7 @@ class ListSearcher {
     const float* bases = residual_ ? base.data() : nullptr;
     if (form_ == Form::lut4) return scan4(c, lut, bases, probes.data());
 
-    // Rows and 8-bit codes: the scan, then the rescoring or the removal of what was found twice.
+    // Rows, scalar codes and those of 5 to 8 bits: the scan, then the rescoring or the removal of what was found twice.
     const int64_t copies = repeated_ ? 2 : 1, wanted = copies * (c->candidates > 0 ? c->candidates : c->k);
     const bool direct = wanted == c->k && c->candidates <= 0;
     Found found;
@@ -148,8 +161,11 @@ class ListSearcher {
         c->nq,       c->nprobe,  wanted, inner_,      scores,     ids,         &c->bad};
     if (form_ == Form::rows)
       list_rows(ListRowsArgs{lists, q, d_, d_, codes_, type_});
+    else if (form_ == Form::scalar)
+      list_scalar(ListScalarArgs{lists, q, d_, d_, static_cast<const uint8_t*>(codes_), bits_, step_, offset_,
+                                 residual_ ? centroids_ : nullptr});
     else
-      lut8(Lut8Args{lists, lut, m_, ksub_, static_cast<const uint8_t*>(codes_), bases, c->bias, add_, mul_});
+      lut8(Lut8Args{lists, lut, m_, ksub_, bits_, static_cast<const uint8_t*>(codes_), bases, c->bias, add_, mul_});
     if (c->bad >= 0) return;
     if (c->candidates > 0)
       rescore(RescoreArgs{c->q, static_cast<const float*>(vectors_), c->nq, npositions_, d_, d_, d_, ids, wanted, c->k,
@@ -270,13 +286,14 @@ class ListSearcher {
   py::dict arrays_;  // which keeps them alive
   int64_t d_, nlist_, arena_rows_, npositions_, m_, ksub_, dsub_;
   Form form_;
+  int bits_;
   Metric inner_, metric_;
   DType type_, vector_type_;
   bool repeated_, residual_, distances_;
   const void *coarse_, *codes_, *vectors_;
   const int64_t *list_begin_, *list_rows_;
   const int32_t* positions_;
-  const float *add_, *mul_, *books_, *scales_;
+  const float *add_, *mul_, *books_, *scales_, *step_, *offset_, *centroids_;
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Scans of inverted lists.
 #include "bind/core/intake.h"
 #include "scan/list_rows.h"
+#include "scan/list_scalar.h"
 #include "scan/lut8.h"
 
 namespace lutra {
@@ -45,16 +46,36 @@ void register_lists(py::module_& m) {
     run(&lutra::list_rows, a, 1e6);
     return bad;
   });
-  m.def("lut8", [](Ptr lut, int64_t m_, int64_t ksub, Ptr codes, Ptr base, Ptr bias, Ptr add, Ptr mul, Ptr list_begin,
-                   Ptr list_rows, int64_t nlist, int64_t arena_rows, Ptr positions, int64_t npositions, Ptr keep,
-                   Ptr probes, int64_t nq, int64_t nprobe, int64_t k, int metric, Ptr scores, Ptr ids) {
+  m.def("list_scalar", [](Ptr q, int64_t d, Ptr codes, int bits, Ptr step, Ptr offset, Ptr centroids, Ptr list_begin,
+                          Ptr list_rows, int64_t nlist, int64_t arena_rows, Ptr positions, int64_t npositions, Ptr keep,
+                          Ptr probes, int64_t nq, int64_t nprobe, int64_t k, int metric, Ptr scores, Ptr ids) {
     int64_t bad = -1;
+    if (bits != 8 && bits != 6) throw py::value_error("lutra: scalar codes have 8 or 6 bits");
+    ListScalarArgs a{lists_of(list_begin, list_rows, nlist, arena_rows, positions, npositions, keep, probes, nq, nprobe,
+                              k, metric, scores, ids, &bad),
+                     q.as<float>(nq * d),
+                     d,
+                     d,
+                     codes.as<uint8_t>(arena_rows * scalar_size(d, bits)),
+                     bits,
+                     step.as<float>(d),
+                     offset.as<float>(d),
+                     centroids.as<float>(nlist * d)};
+    run(&lutra::list_scalar, a, 1e6);
+    return bad;
+  });
+  m.def("lut8", [](Ptr lut, int64_t m_, int64_t ksub, int bits, Ptr codes, Ptr base, Ptr bias, Ptr add, Ptr mul,
+                   Ptr list_begin, Ptr list_rows, int64_t nlist, int64_t arena_rows, Ptr positions, int64_t npositions,
+                   Ptr keep, Ptr probes, int64_t nq, int64_t nprobe, int64_t k, int metric, Ptr scores, Ptr ids) {
+    int64_t bad = -1;
+    if (bits < 5 || bits > 8 || ksub > int64_t{1} << bits) throw py::value_error("lutra: ksub does not fit the bits");
     Lut8Args a{lists_of(list_begin, list_rows, nlist, arena_rows, positions, npositions, keep, probes, nq, nprobe, k,
                         metric, scores, ids, &bad),
                lut.as<float>(nq * m_ * ksub),
                m_,
                ksub,
-               codes.as<uint8_t>(arena_rows * m_),
+               bits,
+               codes.as<uint8_t>(arena_rows * ((m_ * bits + 7) / 8)),
                base.as<float>(nq * nprobe),
                bias.as<float>(nq),
                add.as<float>(arena_rows),

@@ -8,8 +8,8 @@ form       arrays                                      scan
 =========  ==========================================  ==========================
 rows       rows of 16 vectors, interleaved             scan._lists.list_rows
 lut4       4-bit entries in blocks of 16, add, mul     scan.fast_scan
-lut8       entries, a byte each, add, mul              scan._lists.lut8
-decode     the quantizer's codes                       decoded, then as rows
+lut8       entries of 5 to 8 bits, add, mul            scan._lists.lut8
+scalar     8- or 6-bit codes in blocks of 16           scan._lists.list_scalar
 =========  ==========================================  ==========================
 
 Codes may be of residuals x - c to the centroid c of a row's list. Then, with r^ = decode(code) and the linear
@@ -18,7 +18,8 @@ form of the quantizer (quant.base), the scores are::
     ip: <q, c>     +     bias(q) + mul sum lut + add
     l2: |q - c|^2  - 2 (bias(q) + mul sum lut + add) + norm(r^) + 2 <c, r^>
 
-where all that depends on the row alone is one array, ``add``. Cosine is ip of normalised vectors.
+where all that depends on the row alone is one array, ``add``. Scalar codes are decoded in registers,
+residuals with their centroids. Cosine is ip of normalised vectors.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from typing import Any
 
 import numpy as np
 
+from ..quant import _bits
+from ..reference.lists import scalar_codes, scalar_rows
 from ..scan import _lists
 from ..scan._lists import Lists
-from ._arena import BLOCK, Arena, Field
+from ._arena import Arena, Field
 from ._home import HOST
 
 ROWS = ("float32", "float16", "bfloat16", "int8")
 _SQ_ROWS = {"fp16": "float16", "bf16": "bfloat16"}
 _TABLES = 32 << 20  # bytes of the tables of a part of a batch
-_DECODED = 16 << 20  # bytes of rows that are decoded at a time
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -85,6 +87,9 @@ class Codec:
         if self.quantizer is None:
             self.dtype = dtype_of(store)
             self.name = store
+        elif self.form == "decode":  # SQ of 8 or 6 bits
+            self.form = "scalar"
+            self._step, self._offset = self.quantizer._steps()
         #: Whether tables give squared distances themselves (without row terms).
         self._distances = False
         self.fields = self._make_fields()
@@ -95,12 +100,12 @@ class Codec:
         if quantizer is None:
             return {"vectors_in_lists": Field(self.d, 1, self.dtype)}
         byte = np.dtype(np.uint8)
-        if self.form == "decode":
-            return {"codes": Field(1, quantizer.code_size, byte)}
+        if self.form == "scalar":
+            return {"codes": Field(quantizer.code_size, 1, byte)}
         if self.form == "lut4":
             fields = {"codes": Field((quantizer.m + 7) // 8, 4, byte)}
         else:
-            fields = {"codes": Field(1, quantizer.m, byte)}
+            fields = {"codes": Field(1, _bits.packed_size(quantizer.m, quantizer.bits), byte)}
         zero = np.zeros((1, self.d), np.float32)
         if self.metric == "l2" and not self.residual:
             self._distances = quantizer._tables(zero, "l2") is not None
@@ -135,7 +140,7 @@ class Codec:
             center = None if centroids is None else centroids[i : i + step]
             codes = self.quantizer._encode(part - center if self.residual else part)
             made = {"codes": self._packed(codes)}
-            if self.form != "decode":
+            if self.form != "scalar":
                 for name, term in zip(("add", "mul"), self._terms(codes, center)):
                     if term is not None:
                         made[name] = term[:, None, None]
@@ -148,22 +153,37 @@ class Codec:
 
     def _packed(self, codes: np.ndarray) -> np.ndarray:
         """Codes as the values (n, a, b) of their array."""
-        if self.form == "decode":
-            return codes[:, None]
+        if self.form == "scalar":
+            return scalar_rows(self.quantizer._entries(codes), self.quantizer.bits)[:, :, None]
+        if self.form == "lut8":  # what may follow the entries is in the row terms
+            return codes[:, None, : self.fields["codes"].b]
         entries = self.quantizer._entries(codes)
-        if self.form == "lut8":
-            return entries[:, None]
         n, m = entries.shape
         groups = np.zeros((n, (m + 7) // 8, 2, 4), np.uint8)
         groups.reshape(n, 8 * groups.shape[1])[:, :m] = entries
         return groups[:, :, 0] | groups[:, :, 1] << 4
 
+    # ---- files of layout 1, which lutra wrote before it packed codes for the scans
+    @property
+    def fields_of_layout_1(self) -> dict[str, Field]:
+        """Arrays that had another shape then."""
+        if self.form == "scalar":
+            return {"codes": Field(1, self.quantizer.code_size, np.dtype(np.uint8))}
+        if self.form == "lut8" and self.quantizer.bits < 8:
+            return {"codes": Field(1, self.quantizer.m, np.dtype(np.uint8))}
+        return {}
+
+    def of_layout_1(self, values: np.ndarray) -> np.ndarray:
+        """The values (n, a, b) of codes in the array that they have now."""
+        rows = np.ascontiguousarray(values[:, 0])
+        return _bits.pack(rows, self.quantizer.bits)[:, None] if self.form == "lut8" else self._packed(rows)
+
     def _codes(self, values: np.ndarray) -> np.ndarray:
         """The quantizer's codes, of the values of their array."""
-        if self.form == "decode":
-            return values[:, 0]
+        if self.form == "scalar":
+            return _bits.pack(scalar_codes(values[:, :, 0], self.quantizer.bits, self.d), self.quantizer.bits)
         if self.form == "lut8":
-            return self.quantizer.pack(np.ascontiguousarray(values[:, 0]))
+            return np.ascontiguousarray(values[:, 0])
         return self.quantizer.pack(self._entries(values))
 
     def _entries(self, values: np.ndarray) -> np.ndarray:
@@ -176,10 +196,15 @@ class Codec:
         if self.quantizer is None:
             return arena.take("vectors_in_lists", rows)[:, :, 0].astype(np.float32)
         codes = arena.take("codes", rows)
-        if self.form == "decode" or hasattr(self.quantizer, "pack"):
+        if self.form == "scalar" or hasattr(self.quantizer, "pack"):
             x = self.quantizer._decode(self._codes(codes))
         else:
-            entries = self._entries(codes) if self.form == "lut4" else codes[:, 0]
+            if self.form == "lut4":
+                entries = self._entries(codes)
+            else:
+                entries = _bits.unpack(
+                    np.ascontiguousarray(codes[:, 0]), self.quantizer.m, self.quantizer.bits
+                )
             x = self._from_tables(entries, arena.take("mul", rows)[:, 0] if "mul" in self.fields else None)
         return x + centroids if self.residual else x
 
@@ -226,22 +251,24 @@ class Codec:
         centroids: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows of each query's lists: scores and positions (int64)."""
-        if self.form == "decode":
-            return self._scan_decoded(q, arena, lists, k, centroids)
-        if self.form == "rows":
-            x = arena.arrays["vectors_in_lists"].reshape(-1, self.d, BLOCK)
+        if self.form in ("rows", "scalar"):
             if lists.probes is None:
                 lists = lists._replace(probes=np.zeros((len(q), 1), np.int64))
-            return _lists.list_rows(q, x, lists, k, self.metric)
+            x = next(iter(arena.arrays.values()))[:, :, :, 0]
+            if self.form == "rows":
+                return _lists.list_rows(q, x, lists, k, self.metric)
+            steps = self.quantizer.bits, self._step, self._offset, centroids if self.residual else None
+            return _lists.list_scalar(q, x, *steps, lists, k, self.metric)
         codes, add, mul = arena.arrays["codes"], arena.arrays.get("add"), arena.arrays.get("mul")
         lut, bias = self.tables(q)
         base = base if self.residual else None
         flat = [None if a is None else a.reshape(-1) for a in (add, mul)]
+        bits = 8
         if self.form == "lut4":  # only where nothing is compiled
             codes = self._entries(codes.transpose(0, 2, 1, 3).reshape(-1, codes.shape[1], 4))
         else:
-            codes = codes.reshape(-1, self.quantizer.m)
-        scores, ids = _lists.lut8(lut, codes, lists, k, self.metric, base, bias, *flat)
+            codes, bits = codes.reshape(-1, codes.shape[3]), self.quantizer.bits
+        scores, ids = _lists.lut8(lut, codes, lists, k, self.metric, base, bias, *flat, bits)
         if self.metric == "l2":  # rounding may leave small negative ones
             np.maximum(scores, 0, out=scores)
         return scores, ids
@@ -249,15 +276,21 @@ class Codec:
     def describe(self, arena: Arena) -> dict[str, Any]:
         """What `_core.ListSearcher` asks about the codes, but for the lists."""
         quantizer = self.quantizer
-        names = {"rows": 0, "lut8": 1, "lut4": 2}
+        names = {"rows": 0, "lut8": 1, "lut4": 2, "scalar": 3}
         about: dict[str, Any] = {
             "form": names[self.form], "type": 0, "m": 0, "ksub": 0, "dsub": 0, "books": None, "add": None,
-            "mul": None, "distances": int(self._distances), "residual": int(self.residual),
+            "mul": None, "distances": int(self._distances), "residual": int(self.residual), "bits": 8,
+            "step": None, "offset": None,
         }  # fmt: skip
         if quantizer is None:
             about.update(codes=arena.arrays["vectors_in_lists"], type=_lists._TYPES[self.name])
             return about
         about.update(codes=arena.arrays["codes"], m=quantizer.m, ksub=16)
+        if self.form != "lut4":
+            about.update(bits=quantizer.bits)
+        if self.form == "scalar":
+            about.update(step=self._step, offset=self._offset)
+            return about
         about.update({name: arena.arrays[name] for name in ("add", "mul") if name in arena.arrays})
         if type(quantizer).__name__ == "PQ" and quantizer.dsub:
             ksub = max(16, quantizer.ksub)  # unused entries are 0, as in PQ's own tables
@@ -267,40 +300,6 @@ class Codec:
         elif self.form == "lut8":
             about.update(ksub=quantizer._tables(np.zeros((1, self.d), np.float32), "ip").lut.shape[2])
         return about
-
-    def _scan_decoded(self, q, arena, lists, k, centroids):
-        """Decode the probed lists, a few at a time, and score the vectors exactly."""
-        found = []
-        step = max(BLOCK, _DECODED // (4 * self.d) // BLOCK * BLOCK)
-        probes = lists.probes
-        wanted = np.zeros(1, np.int64) if probes is None else np.unique(probes[probes >= 0])
-        rows, owner = arena.where(wanted)
-        for i in range(0, len(rows), step):
-            part, owners = rows[i : i + step], owner[i : i + step]
-            center = None if centroids is None else centroids[owners]
-            x = self.vectors(arena, part, center)
-            where = part.astype(np.int32) if lists.positions is None else lists.positions[part]
-            if probes is None:
-                mine, begin, count = None, np.zeros(1, np.int64), np.array([len(part)])
-                spread = np.arange(len(part))
-            else:
-                here, count = np.unique(owners, return_counts=True)
-                padded = (count + BLOCK - 1) // BLOCK * BLOCK
-                begin = np.cumsum(padded) - padded
-                spread = np.arange(len(part)) + np.repeat(begin - (np.cumsum(count) - count), count)
-                number = np.full(arena.nlist + 1, -1, np.int64)
-                number[here] = np.arange(len(here))
-                mine = number[probes]
-            blocks = (int(spread[-1]) + BLOCK) // BLOCK
-            compact = np.zeros((blocks, self.d, BLOCK), np.float32)
-            compact[spread >> 4, :, spread & 15] = x
-            positions = np.full(blocks * BLOCK, -1, np.int32)
-            positions[spread] = where
-            if mine is None:
-                mine = np.zeros((len(q), 1), np.int64)
-            few = Lists(begin, count, positions, lists.npositions, lists.keep, mine)
-            found.append(_lists.list_rows(q, compact, few, k, self.metric))
-        return merge(found, len(q), k, self.metric)
 
 
 def merge(found: list[Any], nq: int, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from .._arrays import BF16, F16, F32, I8
 from .._checks import METRICS
 from ..scan._lists import Lists
 from . import _files
-from ._arena import BLOCK, Arena
+from ._arena import BLOCK, Arena, Field
 from ._codec import ROWS, Codec, merge, to_rows
 from ._home import HOST
 from ._rows import Rows
@@ -20,6 +21,10 @@ from .base import Index
 
 _KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
 _BATCH, _PROBES = 4096, 1 << 20  # queries of a part, and the lists that they look into
+# How codes lie in files: 2 as they are scanned; in 1 scalar codes lay row by row, and entries of 5 to 7 bits
+# took a byte.
+_LAYOUT = 2
+_UPGRADED = 1 << 12  # blocks that are brought to it at a time
 _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
 
 
@@ -240,7 +245,7 @@ class CodedIndex(Index):
     def _make_searcher(self) -> Any:
         """What holds the index for searches in one call; False where it cannot."""
         core, codec = _backend.core, self._coder
-        if core is None or codec.form == "decode":
+        if core is None:
             return False
         arena = self._lists
         if arena.positions is not None and self._unchecked and arena.size:
@@ -249,21 +254,22 @@ class CodedIndex(Index):
                 raise ValueError(f"the lists hold positions from {low} to {high}: the index is damaged")
             self._unchecked = False
         about = codec.describe(arena)
-        self._own_tables = codec.form == "rows" or about["books"] is not None
+        self._own_tables = codec.form in ("rows", "scalar") or about["books"] is not None
         # The other forms rescore by `lutra.scan.rescore`, which knows no scales of rows.
         self._fused_refine = codec.form == "lut4" or self.refine != "int8"
         view = self._rows["vectors"].view if self.refine is not None and self._fused_refine else None
         scales = self._rows["scales"].view if self.refine == "int8" and view is not None else None
         return core.ListSearcher({
             **about, "d": self.d, "inner": METRICS[self._inner], "metric": METRICS[self.metric],
-            "nlist": self._nlist, "coarse": self._coarse(), "arena_rows": arena.size,
+            "nlist": self._nlist, "coarse": self._coarse(), "centroids": self._centers(),
+            "arena_rows": arena.size,
             "npositions": self.ntotal, "list_begin": arena.begin, "list_rows": arena.rows,
             "positions": arena.positions, "repeated": int(self._copies > 1), "vectors": view,
             "vector_type": _KEPT[self.refine] if self.refine else 0, "scales": scales,
         })  # fmt: skip
 
     def _compose(self, q, k, keep, nprobe, factor):
-        """The search made of its parts: on the reference, and for codes that are decoded."""
+        """The search made of its parts, on the reference."""
         unit = self._unit(q)
         base, probes = self._probe(unit, nprobe)
         lists = self._of_lists(keep, probes)
@@ -313,6 +319,9 @@ class CodedIndex(Index):
             quantizer = dict(quantizer)
             quantizer = build(quantizer.pop("name", None), quantizer)
         factor = config.pop("refine_factor", None)
+        layout = config.pop("layout", 1)
+        if type(layout) is not int or not 1 <= layout <= _LAYOUT:
+            raise ValueError(f"'layout' must be an integer from 1 to {_LAYOUT}, it is {layout!r}")
         index = cls(quantizer=quantizer, **config)
         if factor is not None:
             index.refine_factor = index._factor(factor)
@@ -335,6 +344,7 @@ class CodedIndex(Index):
                 shape = (blocks, field.a, BLOCK, field.b)
                 dtype = _files.name_of(field.dtype)
                 tensors.append(_files.Tensor(name, dtype, shape, partial(arena.parts, name)))
+        metadata["config"] = json.dumps({**json.loads(metadata["config"]), "layout": _LAYOUT})
         return tensors, metadata
 
     def _restore(self, file: _files.File, n: int, mmap: bool) -> None:
@@ -386,11 +396,23 @@ class CodedIndex(Index):
             found, _ = file.tensor("positions", "I32", (blocks, BLOCK), mmap=mmap)
             positions = found.reshape(-1)
         arrays = {}
+        old = self._coder.fields_of_layout_1 if file.config.get("layout", 1) == 1 else {}
         for name, field in arena.fields.items():
-            shape = (blocks, field.a, BLOCK, field.b)
-            arrays[name], _ = file.tensor(name, _files.name_of(field.dtype), shape, mmap=mmap)
+            written = old.get(name, field)
+            shape = (blocks, written.a, BLOCK, written.b)
+            array, _ = file.tensor(name, _files.name_of(field.dtype), shape, mmap=mmap)
+            arrays[name] = array if written is field else self._upgraded(array, field)
         arena.restore(rows, arrays, positions)
         self._unchecked = True  # until the first search: opening a file reads no more than it must
+
+    def _upgraded(self, old: np.ndarray, field: Field) -> np.ndarray:
+        """The array of codes of a file that has them in layout 1."""
+        array = field.empty(len(old))
+        for i in range(0, len(old), _UPGRADED):
+            rows = old[i : i + _UPGRADED].transpose(0, 2, 1, 3).reshape(-1, *old.shape[1::2])
+            new = self._coder.of_layout_1(rows).reshape(-1, BLOCK, field.a, field.b)
+            array[i : i + _UPGRADED] = new.transpose(0, 2, 1, 3)
+        return array
 
     @property
     def _copies(self) -> int:

@@ -29,7 +29,7 @@ class SQ(Quantizer):
     Value x of a dimension with training range [low, low + width] is coded as floor(x' (2**b - 1)), where
     x' = (x - low) / width is clipped to [0, 1], and decoded as the middle of its step: FAISS's
     QT_8bit, QT_6bit and QT_4bit with the same bytes. '4bit' is scanned in registers with d look-ups
-    (``scan`` is 'lut4'), the others by decoding.
+    (``scan`` is 'lut4'), the others by decoding, in registers too.
     """
 
     def __init__(self, d: int, kind: str = "8bit") -> None:
@@ -130,6 +130,12 @@ class SQ(Quantizer):
         levels = np.ascontiguousarray(levels.T)  # whose order the tables take
         lut = np.square(q[:, :, None] - levels) if metric == "l2" else q[:, :, None] * levels
         return Tables(lut, None)
+
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """step and offset (d,): code c stands for c * step + offset, up to rounding."""
+        assert self._low is not None and self._width is not None
+        step = self._width.astype(np.float64) / ((1 << self.bits) - 1)
+        return step.astype(np.float32), (self._low + step / 2).astype(np.float32)
 
     # ---- files
     def _config(self) -> dict[str, Any]:

@@ -58,9 +58,51 @@ def list_rows(q, x, lists, k, metric):
     return search(score, len(q), lists, k, metric)
 
 
-def lut8(lut, codes, base, bias, add, mul, lists, k, metric):
-    """Sums of look-ups, j in increasing order, in float32."""
-    ksub = lut.shape[2]
+def scalar_codes(rows, bits, d):
+    """Bytes of rows of scalar codes (n, bytes) as codes (n, d), by the layout of csrc/scan/list_scalar.h."""
+    if bits == 8:
+        return rows
+    n, groups = len(rows), (d + 3) // 4
+    three = np.zeros((n, groups, 3), np.uint8)
+    three.reshape(n, 3 * groups)[:, : rows.shape[1]] = rows
+    four = np.empty((n, groups, 4), np.uint8)
+    four[:, :, :3] = three & 63
+    four[:, :, 3] = three[:, :, 0] >> 6 | three[:, :, 1] >> 6 << 2 | three[:, :, 2] >> 6 << 4
+    return four.reshape(n, 4 * groups)[:, :d]
+
+
+def scalar_rows(codes, bits):
+    """Codes (n, d) as bytes of rows: the inverse of `scalar_codes`."""
+    if bits == 8:
+        return codes
+    n, d = codes.shape
+    groups = (d + 3) // 4
+    four = np.zeros((n, groups, 4), np.uint8)
+    four.reshape(n, 4 * groups)[:, :d] = codes
+    last = four[:, :, 3:]
+    three = four[:, :, :3] | (last >> np.array([0, 2, 4], np.uint8) & 3) << 6
+    return three.reshape(n, 3 * groups)[:, : (d * bits + 7) // 8]
+
+
+def list_scalar(q, codes, bits, step, offset, centroids, lists, k, metric):
+    """``codes`` (blocks, bytes, 16): decoded as code * step + (offset + centroid), then scored in float32."""
+    d = q.shape[1]
+    bytes_of = np.asarray(codes).transpose(0, 2, 1).reshape(-1, codes.shape[1])
+    probes = lists[5]
+
+    def score(i, rows, places):
+        shift = offset if centroids is None else offset + centroids[probes[i, places]]
+        x = scalar_codes(bytes_of[rows], bits, d).astype(np.float32) * step + shift
+        return np.square(q[i] - x).sum(1) if metric == "l2" else (q[i] * x).sum(1)
+
+    return search(score, len(q), lists, k, metric)
+
+
+def lut8(lut, codes, base, bias, add, mul, lists, k, metric, bits=8):
+    """Sums of look-ups, j in increasing order, in float32; code j is bits [j bits, (j + 1) bits) of a row."""
+    m, ksub = lut.shape[1:]
+    planes = np.unpackbits(codes, axis=1, count=m * bits, bitorder="little").reshape(len(codes), m, bits)
+    codes = np.packbits(planes, axis=2, bitorder="little").reshape(len(codes), m)
 
     def score(i, rows, places):
         entries = codes[rows]

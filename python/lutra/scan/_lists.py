@@ -56,6 +56,35 @@ def list_rows(q: np.ndarray, x: np.ndarray, lists: Lists, k: int, metric: str) -
     return scores, ids
 
 
+def list_scalar(
+    q: np.ndarray,
+    codes: np.ndarray,
+    bits: int,
+    step: np.ndarray,
+    offset: np.ndarray,
+    centroids: np.ndarray | None,
+    lists: Lists,
+    k: int,
+    metric: str,
+) -> tuple[Any, Any]:
+    """Scores of scalar codes; ``codes`` (blocks, bytes, 16), 8 or 6 bits, step and offset (d,).
+
+    The layout is in csrc/scan/list_scalar.h; ``centroids`` (nlist, d) where codes are of residuals.
+    """
+    assert lists.probes is not None
+    if _backend.core is None:
+        return reference.list_scalar(q, codes, bits, step, offset, centroids, lists, k, metric)
+    nq, d = q.shape
+    scores, ids = np.empty((nq, k), np.float32), np.empty((nq, k), np.int64)
+    bad = _backend.core.list_scalar(
+        q, d, codes, bits, step, offset, centroids, lists.begin, lists.rows, len(lists.begin),
+        16 * len(codes), lists.positions, lists.npositions, lists.keep, lists.probes, nq,
+        lists.probes.shape[1], k, METRICS[metric], scores, ids,
+    )  # fmt: skip
+    _check(bad)
+    return scores, ids
+
+
 def lut8(
     lut: np.ndarray,
     codes: np.ndarray,
@@ -66,17 +95,21 @@ def lut8(
     bias: np.ndarray | None = None,
     add: np.ndarray | None = None,
     mul: np.ndarray | None = None,
+    bits: int = 8,
 ) -> tuple[Any, Any]:
-    """base + bias + mul * (sums of look-ups) + add over codes (rows, m) uint8; lut (nq, m, ksub) float32."""
+    """base + bias + mul * (sums of look-ups) + add over codes of 5 to 8 bits; lut (nq, m, ksub) float32.
+
+    ``codes`` (rows, ceil(m bits / 8)) uint8, packed as the quantizers do it.
+    """
     if _backend.core is None:
-        return reference.lut8(lut, codes, base, bias, add, mul, lists, k, metric)
+        return reference.lut8(lut, codes, base, bias, add, mul, lists, k, metric, bits)
     nq, m, ksub = lut.shape
     scores, ids = np.empty((nq, k), np.float32), np.empty((nq, k), np.int64)
     nprobe = 1 if lists.probes is None else lists.probes.shape[1]
     bad = _backend.core.lut8(
-        lut, m, ksub, codes, base, bias, add, mul, lists.begin, lists.rows, len(lists.begin), len(codes),
-        lists.positions, lists.npositions, lists.keep, lists.probes, nq, nprobe, k, METRICS[metric],
-        scores, ids,
+        lut, m, ksub, bits, codes, base, bias, add, mul, lists.begin, lists.rows, len(lists.begin),
+        len(codes), lists.positions, lists.npositions, lists.keep, lists.probes, nq, nprobe, k,
+        METRICS[metric], scores, ids,
     )  # fmt: skip
     _check(bad)
     return scores, ids

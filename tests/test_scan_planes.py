@@ -71,11 +71,17 @@ def test_few_candidates_are_noticed(simd_level, monkeypatch, make, screen):
     index.add(x)
     monkeypatch.setattr(_planes, "_SCREEN", screen)
     found = index.search(q, 10)
-    decoded = index.quantizer.decode(index.quantizer.encode(x))
-    truth = scan.knn(q, decoded, 10)
-    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.ids.tolist(), truth.ids.tolist())])
+    rotated, bias = index.quantizer._rotated(q)
+    levels, _ = index.quantizer._plane_values()
+    arrays, low = index._lists.arrays, index._lists.arrays["low"]
+    terms = (None if name not in arrays else arrays[name].reshape(-1)[:20_000] for name in ("add", "mul"))
+    scores, ids = reference.plane_scan(
+        rotated, arrays["codes"], low.reshape(-1, low.shape[3]), 20_000, index.quantizer._planes, 10, "ip",
+        levels, bias, *terms,
+    )  # fmt: skip
+    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.ids.tolist(), ids.tolist())])
     assert hits > 0.985
-    np.testing.assert_allclose(found.scores[:, 0], truth.scores[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(found.scores[:, 0], scores[:, 0], rtol=1e-4)
 
 
 @compiled
@@ -109,3 +115,58 @@ def test_values_that_are_not_finite_are_refused(simd_level):
     q[1, 3] = np.inf
     with pytest.raises(ValueError, match="queries are too large"):
         _planes.plane_scan(q, codes, low, 400, 4, 3, "ip", 1.0)
+
+
+@pytest.mark.parametrize("make", [lambda d: quant.RotatedSQ(d, 4), lambda d: quant.RaBitQ(d, 2)])
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+@pytest.mark.parametrize("d", [17, 64])
+def test_index_in_planes(tmp_path, make, metric, d):
+    """Added in parts, removed, saved, opened again: the same as the codes that the quantizer makes."""
+    rng = np.random.default_rng(d)
+    x = rng.standard_normal((700, d)).astype(np.float32)
+    index = lutra.index.Codes(make(d), metric, refine="float16")
+    index.train(x)
+    for part in (x[:300], x[300:301], x[301:]):
+        index.add(part)
+    assert index._coder.form == "planes"
+    terms = 4 if metric == "l2" else 0  # squared norms
+    if d == 64:  # else planes end with whole words
+        assert index._arena.nbytes <= 704 * (1.1 * index.quantizer.code_size + terms) + 100
+    index.remove_ids(np.arange(0, 700, 7))
+    left = np.setdiff1d(np.arange(700), np.arange(0, 700, 7))
+    q = x[left[:9]]
+    assert (index.search(q, 1, refine_factor=4).ids[:, 0] == left[:9]).all()
+    path = tmp_path / "planes.safetensors"
+    index.save(path)
+    for mmap in (True, False):
+        again = lutra.index.load(path, mmap=mmap)
+        for factor in (0, 3):
+            want, got = (i.search(q, 5, refine_factor=factor) for i in (index, again))
+            np.testing.assert_array_equal(got.ids, want.ids)
+            np.testing.assert_array_equal(got.scores, want.scores)
+    alone = lutra.index.Codes(index.quantizer, metric)
+    alone.add(x)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True) if metric == "cosine" else x
+    codes = index.quantizer.encode(unit)
+    np.testing.assert_allclose(alone.reconstruct(np.arange(700)), index.quantizer.decode(codes), atol=1e-5)
+
+
+def test_files_from_before_planes(tmp_path):
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((500, 24)).astype(np.float32)
+    old = lutra.index.Codes(quant.RotatedSQ(24, 4), "ip")
+    old._in_planes = False
+    old.train(x)
+    old.add(x)
+    assert old._coder.form == "lut4"
+    old.save(tmp_path / "old.safetensors")
+    again = lutra.index.load(tmp_path / "old.safetensors")
+    again.add(x[:50])
+    again.save(tmp_path / "old.safetensors")
+    again = lutra.index.load(tmp_path / "old.safetensors")
+    assert again._coder.form == "lut4" and len(again) == 550
+    new = lutra.index.Codes(again.quantizer, "ip")
+    new.add(x)
+    new.add(x[:50])
+    got, want = again.search(x[:20], 3), new.search(x[:20], 3)
+    np.testing.assert_allclose(got.scores, want.scores, rtol=0.02)  # tables of 8 bits, and sums in float32

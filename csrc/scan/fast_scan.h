@@ -25,9 +25,9 @@
 //     score(i, r) = bias[i] + mul[r] * sum_j rotated[i][j] * value(r, j) + add[r]
 //   with value = levels[u], or u - (2^planes - 1) / 2 without levels, u the bits of dimension j. Instead of tables: the
 //   highest plane is scanned with values of +-high, and the `screen` best rows are scored in full, by sums in fp32.
-//   Where a row outside of these could be among the k best (the worst of them and three standard deviations of the
-//   difference between both scores reach the k-th best score), the query is scanned again with four times as many, at
-//   last by full scores alone. Not with lists, positions or candidates.
+//   Where a row outside of these could be among the k best (the worst of them, the mean of the difference between both
+//   scores and three of its standard deviations reach the k-th best score), the query is scanned again with four times
+//   as many, at last by full scores alone. Not with lists, positions or candidates.
 // scores, ids (nq, k), best first, equal scores by position; where there are fewer, id -1 and -inf (ip) or +inf (l2).
 // Limit: one VPERMB of 64 bytes a cycle and 64 look-ups.
 #pragma once

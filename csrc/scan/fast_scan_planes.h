@@ -124,7 +124,9 @@ static bool full_keys(const FastScanArgs& a, const float* rotated, float base, f
   }
   const double count = static_cast<double>(from.count), mean = static_cast<double>(sum) / count;
   const double variance = static_cast<double>(squares) / count - mean * mean;
-  const double reach = worst + 3 * (scale > 0 ? sqrt(variance > 0 ? variance : 0) / scale : 0);
+  // Those that the screen left out are off by as much as these on average, or more: it chose what it overrates.
+  const double deviations = (mean > 0 ? mean : 0) + 3 * sqrt(variance > 0 ? variance : 0);
+  const double reach = worst + (scale > 0 ? deviations / scale : 0);
   int64_t better = 0;  // of the candidates, those beyond what the others reach
   for (int64_t c = 0; c < to->count; ++c) better += candidate_key(to->packed[c]) >= reach;
   return better >= a.k;

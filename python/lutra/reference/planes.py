@@ -57,7 +57,7 @@ def plane_scan(
     scores = rotated.astype(np.float64) @ x.T.astype(np.float64)
     for term, op in ((mul, np.multiply), (add, np.add)):
         if term is not None:
-            scores = op(scores, term)
+            scores = op(scores, term[:n])
     if bias is not None:
         scores = scores + bias[:, None]
     ids = np.arange(n)

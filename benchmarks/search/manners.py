@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 
 import lutra
+from lutra.bench.memory import peak_growth
 from lutra.index import IVF, Codes, Flat
 from lutra.quant import PQ
 
@@ -50,31 +50,13 @@ def busy(c: Context) -> None:
     )  # fmt: skip
 
 
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
-def _peak_of(search) -> float:
-    """MiB that the process grows by, at most, while something runs."""
-    before, top, done = _resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal top
-        while not done.is_set():
-            top = max(top, _resident())
-            time.sleep(0.0005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    search()
-    done.set()
-    watcher.join()
-    return max(0, top - before) / 2**20
-
-
 def memory(c: Context) -> None:
     """Bytes an index keeps for its codes, and what a search of the whole batch allocates."""
+    seen = peak_growth(lambda: np.ones(32 << 20, np.uint8)) / 2**20
+    if not 31 < seen < 48:
+        raise AssertionError(
+            f"32 MiB were allocated, {seen:.1f} seen: the figures below mean nothing"
+        )
     pq = PQ(c.d, 32, 4)
     pq.train(c.sample, progress=False)
     for name, index, codes in (
@@ -85,7 +67,7 @@ def memory(c: Context) -> None:
         index.train(c.sample) if not index.is_trained else None
         index.add(c.x)
         index.search(c.q[:4], K)
-        grown = _peak_of(lambda index=index: index.search(c.q, K))
+        grown = peak_growth(lambda index=index: index.search(c.q, K)) / 2**20
         share = index.nbytes / (codes * c.n)
         c.add(
             Row(

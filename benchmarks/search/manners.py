@@ -54,9 +54,7 @@ def memory(c: Context) -> None:
     """Bytes an index keeps for its codes, and what a search of the whole batch allocates."""
     seen = peak_growth(lambda: np.ones(32 << 20, np.uint8)) / 2**20
     if not 31 < seen < 48:
-        raise AssertionError(
-            f"32 MiB were allocated, {seen:.1f} seen: the figures below mean nothing"
-        )
+        raise AssertionError(f"32 MiB were allocated, {seen:.1f} seen: the figures below mean nothing")
     pq = PQ(c.d, 32, 4)
     pq.train(c.sample, progress=False)
     for name, index, codes in (

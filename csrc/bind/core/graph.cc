@@ -29,8 +29,9 @@ Graph graph_of(const py::tuple& t) {
   g.rows = pointer(0).as<uint8_t>(g.n * g.stride);
   if (g.storage == DType::i8) g.terms = pointer(1).as<float>(2 * g.n);
   if (codes) {
-    g.books = pointer(16).as<float>((g.d << g.bits));
-    g.lanes = pointer(17).as<float>((g.d << g.bits));
+    g.books = pointer(16).as<float>(g.d << g.bits);
+    g.lanes = pointer(17).as<float>(g.d << g.bits);
+    if (!g.books || !g.lanes) throw py::value_error("lutra: the graph's codes have no codebooks");
   }
   g.links = pointer(2).as<int32_t>(g.n * g.width);
   g.upper = pointer(3).as<int32_t>(g.upper_rows * g.upper_width);
@@ -44,6 +45,7 @@ Graph graph_of(const py::tuple& t) {
 void register_graph(py::module_& m) {
   m.def("graph_encode",
         [](Ptr x, int64_t n, int64_t d, int64_t stride, int storage, int metric, bool normalise, Ptr rows, Ptr terms) {
+          if (static_cast<DType>(storage) == DType::u8) throw py::value_error("lutra: codes come from their quantizer");
           GraphEncodeArgs a{x.as<float>(n * d),
                             n,
                             d,

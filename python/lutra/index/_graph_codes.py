@@ -74,7 +74,7 @@ def check_quantizer(quantizer: Any, d: int) -> PQ | None:
     """The quantizer, None for what is none; an error for one that a graph cannot walk on."""
     if not isinstance(quantizer, Quantizer):
         return None
-    if type(quantizer) not in (PQ, OPQ):
+    if not isinstance(quantizer, PQ):
         raise ValueError(
             f"storage may be the quantizers PQ and OPQ of lutra.quant, got {quantizer!r}; take one of them, "
             "or 'int8' for codes of a byte a dimension"

@@ -64,12 +64,12 @@ class HNSW(Index):
     are then linked in order: the graph depends on how the vectors were divided into calls of `add`, never on
     the number of threads. Removal links the neighbours of what goes with one another.
 
-    Memory a vector: the row by ``storage`` (rounded up to 64 bytes; codes to 16), the vector by ``refine``, 8 M bytes of
-    links and about 10 more. Searching takes n / 8 bytes a thread besides.
+    Memory a vector: the row by ``storage`` (rounded up to 64 bytes; codes to 16), the vector by ``refine``,
+    8 M bytes of links and about 10 more. Searching takes n / 8 bytes a thread besides.
 
-    Scores are exact with ``refine`` and with ``storage='float32'``, else those of the stored rows (of codes: by
-    tables of 16-bit integers). With ``refine`` a search scores its best max(2 k, k + 16) again, over codes all
-    ``ef_search``.
+    Scores are exact with ``refine`` and with ``storage='float32'``, else those of the stored rows (of codes:
+    by tables of 16-bit integers). With ``refine`` a search scores its best max(2 k, k + 16) again, over codes
+    all ``ef_search``.
 
     Over codes the graph is built from the codes, also where vectors are kept: a graph of the vectors
     themselves finds about as much.
@@ -112,8 +112,8 @@ class HNSW(Index):
         self.quantizer = check_quantizer(storage, self.d)
         if self.quantizer is None and not (isinstance(storage, str) and storage in STORAGES):
             raise ValueError(
-                f"storage must be one of {', '.join(map(repr, STORAGES))}, or a PQ or OPQ of lutra.quant; "
-                f"got {storage!r}"
+                f"storage must be one of {', '.join(map(repr, STORAGES))}; got {storage!r} "
+                "(a PQ or OPQ of lutra.quant is one too)"
             )
         self.storage = storage
         if refine == "auto":
@@ -158,8 +158,9 @@ class HNSW(Index):
             if self.ntotal:
                 raise ValueError(f"the index holds {self.ntotal} coded vectors; train a new one")
             points = sampled(native, SAMPLE, 0)
-            self.quantizer.train(HOST.normalise(points) if self.metric == "cosine" else points,
-                                 progress=progress)
+            self.quantizer.train(
+                HOST.normalise(points) if self.metric == "cosine" else points, progress=progress
+            )
             self._graph.changed()
 
     @property
@@ -269,7 +270,8 @@ class HNSW(Index):
     def _config(self):
         return {
             "d": self.d, "M": self.M, "metric": self.metric, "ef_construction": self.ef_construction,
-            "ef_search": self.ef_search, "storage": storage_config(self.storage), "refine": self.refine, "seed": self.seed,
+            "ef_search": self.ef_search, "storage": storage_config(self.storage),
+            "refine": self.refine, "seed": self.seed,
         }  # fmt: skip
 
     @classmethod

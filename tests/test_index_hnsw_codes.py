@@ -466,3 +466,21 @@ def test_tune_needs_vectors_without_refine():
     kept.add(x)
     kept.tune(x[:50], 0.9)
     assert recall(kept.search(x[:50], 10), exact(x[:50], x, 10, "l2")) > 0.9
+
+
+@needs_core
+def test_in_a_folder(tmp_path):
+    """Segments take the training of the base."""
+    x = clustered(900, 16)
+    index = HNSW(16, 8, storage=trained(PQ, x, 8, 4), ef_construction=40)
+    index.add(x[:500])
+    with lutra.index.create(tmp_path / "folder", index) as store:
+        store.add(x[500:700])
+        store.commit()
+        store.add(x[700:])
+        assert recall(store.search(x, 5), exact(x, x, 5, "l2")) > 0.9
+        store.remove_ids(np.arange(0, 900, 3))
+        store.compact()
+    left = np.setdiff1d(np.arange(900), np.arange(0, 900, 3))
+    again = lutra.index.open(tmp_path / "folder")
+    assert recall(again.search(x[left], 5), exact(x[left], x, 5, "l2", left)) > 0.9

@@ -121,27 +121,40 @@ LUTRA_INLINE void look_up(const Graph& g, const uint16_t* table, const int32_t* 
 }
 
 // ---- decoded rows
-template <int D>
+// D: the length of a sub-vector where it is known at compile time (a copy is a move or two then), else 0.
+template <int B, int D>
 LUTRA_INLINE void decode_parts(const Graph& g, const uint8_t* row, float* out) {
-  const int64_t columns = int64_t{1} << g.bits, dsub = D ? D : g.d / g.m;
+  const int64_t dsub = D ? D : g.d / g.m;
+  const float* books = g.books;
   for (int64_t j = 0; j < g.m; ++j) {
-    const int64_t entry = g.bits == 8 ? row[j] : row[j >> 1] >> (4 * (j & 1)) & 15;
-    const float* from = g.books + (j * columns + entry) * dsub;
-    for (int64_t s = 0; s < dsub; ++s) out[j * dsub + s] = from[s];
+    const int64_t entry = B == 8 ? row[j] : row[j >> 1] >> (4 * (j & 1)) & 15;
+    if (D)
+      memcpy(out + j * D, books + entry * D, D * sizeof(float));
+    else
+      memcpy(out + j * dsub, books + entry * dsub, static_cast<size_t>(dsub) * sizeof(float));
+    books += dsub << B;
+  }
+}
+
+template <int B>
+LUTRA_INLINE void decode_row(const Graph& g, const uint8_t* row, float* out) {
+  switch (g.d / g.m) {
+    case 1: return decode_parts<B, 1>(g, row, out);
+    case 2: return decode_parts<B, 2>(g, row, out);
+    case 4: return decode_parts<B, 4>(g, row, out);
+    case 8: return decode_parts<B, 8>(g, row, out);
+    case 16: return decode_parts<B, 16>(g, row, out);
+    default: return decode_parts<B, 0>(g, row, out);
   }
 }
 
 // A node's row as `decoded_values` floats, zeros behind the d values.
 static inline void decode_node(const Graph& g, int64_t node, float* out) {
   const uint8_t* row = g.rows + node * g.stride;
-  switch (g.d / g.m) {
-    case 1: decode_parts<1>(g, row, out); break;
-    case 2: decode_parts<2>(g, row, out); break;
-    case 4: decode_parts<4>(g, row, out); break;
-    case 8: decode_parts<8>(g, row, out); break;
-    case 16: decode_parts<16>(g, row, out); break;
-    default: decode_parts<0>(g, row, out);
-  }
+  if (g.bits == 8)
+    decode_row<8>(g, row, out);
+  else
+    decode_row<4>(g, row, out);
   for (int64_t j = g.d; j < decoded_values(g); ++j) out[j] = 0;
 }
 

@@ -18,10 +18,11 @@ from lutra.quant import OPQ, PQ, RQ, SQ, RaBitQ
 METRICS = ("ip", "l2", "cosine")
 
 
-def grid_pq(d, m, bits, seed=0):
-    """Small whole numbers as centroids: everything but the tables' rounding is exact, and full of ties."""
+def grid_pq(d, m, bits, reach=3, seed=0):
+    """Whole numbers as centroids: everything is exact, but for the tables where they reach far; many ties."""
     quantizer = PQ(d, m, bits)
-    books = np.random.default_rng(seed).integers(-3, 4, (m, 1 << bits, d // m)).astype(np.float32)
+    books = np.random.default_rng(seed).integers(-reach, reach + 1, (m, 1 << bits, d // m))
+    books = books.astype(np.float32)
     quantizer._restore({"codebooks": books})
     return quantizer
 
@@ -48,13 +49,14 @@ class nothing:
 @needs_core
 @pytest.mark.parametrize("metric", [0, 1], ids=["ip", "l2"])
 @pytest.mark.parametrize(
-    ("d", "m", "bits"),
-    [(1, 1, 8), (1, 1, 4), (15, 5, 8), (15, 15, 4), (34, 17, 8), (66, 33, 4), (97, 97, 8), (65, 13, 6),
-     (63, 63, 3), (16, 2, 1), (130, 130, 4), (24, 3, 8), (64, 4, 8)],
+    ("d", "m", "bits", "reach"),
+    [(1, 1, 8, 3), (1, 1, 4, 3), (15, 5, 8, 3), (15, 15, 4, 3), (34, 17, 8, 3), (66, 33, 4, 3),
+     (97, 97, 8, 3), (65, 13, 6, 3), (63, 63, 3, 3), (16, 2, 1, 3), (130, 130, 4, 3), (24, 3, 8, 3),
+     (64, 4, 8, 3), (12, 4, 8, 300), (33, 33, 4, 300), (15, 3, 8, 300)],
 )  # fmt: skip
-def test_graph_is_the_references(simd_level, monkeypatch, metric, d, m, bits):
+def test_graph_is_the_references(simd_level, monkeypatch, metric, d, m, bits, reach):
     """Link for link, and the same is found with the same scores."""
-    x, quantizer = grids(100, d, d), grid_pq(d, m, bits)
+    x, quantizer = grids(100, d, d), grid_pq(d, m, bits, reach)
     remove = np.arange(0, 100, 3)
     graphs = [
         grown(kernels, monkeypatch, x, metric, quantizer, remove=remove)

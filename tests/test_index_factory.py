@@ -18,6 +18,7 @@ TEXTS = [
     "IVF64,SQfp16", "IVF64,PQ32x4fs,RFlat", "IVF64,PQ32", "IVF64,PQ32x4fsr", "IVF64,RaBitQ", "IVF64,RaBitQ4",
     "IVF64,RaBitQfs", "IVF64,RQ8x8", "IVF64_HNSW32,Flat", "IVF64(HNSW32),Flat", "IVF64,Flat,IDMap", "HNSW",
     "HNSW32", "HNSW32,Flat", "HNSW32,SQ8", "HNSW32_SQ8", "HNSW32,SQfp16", "HNSW32,SQ8,RFlat",
+    "HNSW32,PQ16", "HNSW32_PQ16", "HNSW32_PQ16,RFlat", "HNSW32,PQ32,Refine(SQfp16)", "OPQ16,HNSW32_PQ16",
     "PCA64,IVF64,SQ8,RFlat",
 ]  # fmt: skip
 #: Ours alone.
@@ -73,7 +74,8 @@ def test_plans():
         ("Flat,Flat", r"part 2, 'Flat': expected one of the end, IDMap, RFlat"),
         ("Flat,RFlat,RFlat", r"part 3, 'RFlat': expected one of the end"),
         ("PQ32,Refine(PQ64)", r"part 2, 'Refine\(PQ64\)': expected one of RFlat"),
-        ("HNSW32,PQ32", r"part 2, 'PQ32': a graph is over vectors or scalar codes"),
+        ("HNSW32,RaBitQ", r"part 2, 'RaBitQ': a graph is over vectors, scalar codes or PQ"),
+        ("HNSW32_PQ30", r"part 2, 'PQ30': 30 sub-vectors do not divide 128 dimensions"),
         ("HNSW1", "the links of a node"),
         ("BFlat", "expected one of"),
         ("Flat,", r"part 2, ''"),
@@ -106,7 +108,7 @@ ALIASES = (
     "RaBitQfs", "RaBitQfs4", "RQ8x8", "IVF64,RQ8x8", "OPQ32_64,PQ32", "OPQ32,PQ32", "IVF64,PQ32x4fsr",
     "IVF64,RaBitQfs",
     "IVF64_HNSW32,Flat", "IVF64(HNSW32),Flat", "IVF64,Flat,IDMap", "HNSW", "HNSW32,Flat", "HNSW32_SQ8",
-    "PCAR64,Flat", "PQ32,Refine(SQbf16)",
+    "HNSW32,PQ16", "OPQ16,HNSW32_PQ16", "PCAR64,Flat", "PQ32,Refine(SQbf16)",
 )  # fmt: skip
 SEARCHED = [(text, "l2") for text in (*TEXTS, *OWN) if text not in ALIASES] + [
     (text, metric)
@@ -117,6 +119,7 @@ SEARCHED = [(text, "l2") for text in (*TEXTS, *OWN) if text not in ALIASES] + [
         "PCA64,Flat",
         "RR,SQ8",
         "HNSW32",
+        "HNSW32_PQ16,RFlat",
         "IVF64,RaBitQ4",
     )
     for metric in ("ip", "cosine")
@@ -158,6 +161,16 @@ def least(text):
     if "RFlat" in text or text in ("Flat", "HNSW32"):
         return 0.9
     return 0.1 if "RaBitQ" in text or "RQ" in text or "PQ" in text or "PCA" in text or "RR64" in text else 0.5
+
+
+def test_graphs_over_codes():
+    index = factory("HNSW32_PQ16x4,Refine(SQfp16)", 128, "cosine")
+    assert (index.M, index.storage.m, index.storage.bits, index.refine) == (32, 16, 4, "float16")
+    index = factory("OPQ16_64,HNSW24,PQ16", 128)
+    assert (index.index.M, index.index.d, index.index.storage.m, index.index.refine) == (24, 64, 16, None)
+    assert not index.is_trained
+    with pytest.raises(ValueError, match="refine must be None, 'auto', 'float32' or 'float16', got 'int8'"):
+        factory("HNSW32,PQ16,Refine(SQ8)", 128)
 
 
 def test_flat_metrics_and_binary():

@@ -9,7 +9,10 @@ class Chooser {
  public:
   Chooser(const Graph& g, KeysFn keys, int64_t candidates, float alpha, int64_t fill)
       : g_(g), keys_(keys), alpha_(alpha), fill_(fill), taken_(candidates + 1), taken_key_(candidates + 1),
-        left_(candidates + 1), between_(candidates + 1), room_(4 * row_values(g)) {}
+        left_(candidates + 1), between_(candidates + 1), room_(probe_bytes(g)),
+        decoded_(has_codes(g) ? (most_taken(g) + 1) * row_values(g) : 0), places_(most_taken(g)) {
+    for (int64_t i = 0; i < most_taken(g); ++i) places_[i] = static_cast<int32_t>(i);
+  }
 
   // From the candidates in order, at most `most`, into list and keys; the count.
   // In order of distance a candidate is taken unless it is nearer to one taken before than to the node (copies of
@@ -40,13 +43,28 @@ class Chooser {
   }
 
  private:
+  static int64_t most_taken(const Graph& g) { return g.width > g.upper_width ? g.width : g.upper_width; }
+
   bool hidden(int32_t candidate, float key, int64_t count) {
+    if (has_codes(g_)) return hidden_codes(candidate, key, count);
     if (count == 0) return false;
     const Probe probe = probe_of_node(g_, candidate, room_.data);
+    return is_near(g_, keys_, probe, taken_.data, key, count);
+  }
+
+  // Codes are decoded once each: the candidate behind those that were taken, where it stays if it is taken too.
+  bool hidden_codes(int32_t candidate, float key, int64_t count) {
+    float* mine = decoded_.data + count * decoded_values(g_);
+    decode_node(g_, candidate, mine);
+    const Graph plain = decoded_graph(g_, decoded_.data);
+    return is_near(plain, keys_of(plain), Probe{mine, 0, 0, 0, nullptr}, places_.data, key, count);
+  }
+
+  bool is_near(const Graph& g, KeysFn keys, const Probe& probe, const int32_t* rows, float key, int64_t count) {
     constexpr int64_t kStep = 4;  // the nearest were taken first, and hide most
     for (int64_t j = 0; j < count; j += kStep) {
       const int n = static_cast<int>(count - j < kStep ? count - j : kStep);
-      keys_(g_, probe, taken_.data + j, n, between_.data);
+      keys(g, probe, rows + j, n, between_.data);
       for (int r = 0; r < n; ++r)
         if (alpha_ * between_[r] <= key) return true;
     }
@@ -62,6 +80,8 @@ class Chooser {
   Buffer<int32_t> left_;
   Buffer<float> between_;
   Buffer<char> room_;
+  Buffer<float> decoded_;
+  Buffer<int32_t> places_;
 };
 
 }  // namespace LUTRA_NS

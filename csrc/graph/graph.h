@@ -9,6 +9,9 @@
 // Vectors for walking, rows (n, stride) bytes, stride a multiple of 64, zeros behind the d values:
 //   f32, f16, bf16: as they are.  i8: q = round(x / s) with s = max |x| / 127, stored as q + 128 (padding 128), and
 //   terms (n, 2) = (s, s^2 sum q^2 for l2, 0 for ip). With the query coded likewise, the products are sums of u8 x i8.
+//   u8: codes of a product quantizer, an entry a byte (`bits` 8) or half a byte (4, the lower half first), stride a
+//   multiple of 16. books (m, 2^bits, d / m) and lanes (m, d / m, 2^bits) are its codebooks, whole for any bits of a
+//   row. How they are compared: keys_codes.h.
 // Keys are "smaller is better": -<q, x> for ip, sum (q - x)^2 for l2 (i8: |q|^2 + |x|^2 - 2 <q, x> of the coded
 // values). Cosine is ip of vectors that the caller normalised. Equal keys: the lower position first.
 //
@@ -33,9 +36,11 @@ struct Graph {
   int64_t top;
   DType storage;
   Metric metric;  // ip or l2
+  const float *books, *lanes;
+  int64_t m, bits;
 };
 
-// Vectors into rows (and terms). `normalise`: divide by the norm first (0 stays 0).
+// Vectors into rows (and terms), but for codes. `normalise`: divide by the norm first (0 stays 0).
 struct GraphEncodeArgs {
   const float* x;  // (n, d)
   int64_t n, d, stride;
@@ -54,7 +59,8 @@ struct GraphEncodeArgs {
 // k best as in scan/knn.h: scores descend (ip, cosine) or ascend (l2), -1 and -inf or +inf where there is none.
 struct GraphSearchArgs {
   Graph g;
-  const float* q;  // (nq, d)
+  const float* q;       // (nq, d)
+  const float* turned;  // null, or (nq, d): the queries as the rows' codes see them (normalised, rotated)
   int64_t nq, k, ef, rescore;
   const uint8_t* keep;
   int64_t allowed;  // bits set in keep, or n

@@ -18,11 +18,13 @@ struct Edges {
 class Inserter {
  public:
   Inserter(const GraphInsertArgs& a, KeysFn keys)
-      : g_(a.g), keys_(keys), ef_(a.ef), walker_(a.g, keys), chooser_(a.g, keys, a.ef, a.alpha, a.fill), key_(a.ef),
-        id_(a.ef), room_(4 * row_values(a.g)) {}
+      : g_(a.g), keys_(keys_of(a.g)), link_keys_(keys), ef_(a.ef), walker_(a.g, keys_),
+        chooser_(a.g, keys, a.ef, a.alpha, a.fill), key_(a.ef), id_(a.ef), room_(probe_bytes(a.g)),
+        link_key_(has_codes(a.g) ? a.ef : 0), link_id_(has_codes(a.g) ? a.ef : 0),
+        link_room_(has_codes(a.g) ? probe_bytes(a.g) : 0) {}
 
   void insert(int64_t node, Edges* e, int64_t first) {
-    const Probe probe = probe_of_node(g_, node, room_.data);
+    const Probe probe = probe_of_walk(g_, node, room_.data);
     Pool pool{key_.data, id_.data, 0, ef_, Tie::of_node(static_cast<uint32_t>(node))};
     walker_.avoid = static_cast<int32_t>(node);
     int32_t near = static_cast<int32_t>(g_.entry);
@@ -36,7 +38,8 @@ class Inserter {
       int64_t width;
       int32_t* list = const_cast<int32_t*>(list_of(g_, node, layer, &width));
       int64_t at = first + (layer == 0 ? 0 : g_.width + (layer - 1) * g_.upper_width);
-      const int64_t count = chooser_.choose(pool, node, width, list, e->key + at);
+      const int64_t count =
+          chooser_.choose(has_codes(g_) ? compared(pool, node) : pool, node, width, list, e->key + at);
       for (int64_t j = 0; j < count; ++j, ++at) {
         int64_t theirs;
         list_of(g_, list[j], layer, &theirs);
@@ -48,14 +51,33 @@ class Inserter {
   }
 
  private:
+  // What a walk over codes found, in the order of the keys for linking.
+  Pool compared(const Pool& pool, int64_t node) {
+    constexpr int64_t kStep = 64;
+    int32_t ids[kStep];
+    float keys[kStep];
+    const Probe probe = probe_of_node(g_, node, link_room_.data);
+    Pool again{link_key_.data, link_id_.data, 0, ef_, pool.tie};
+    for (int64_t i = 0; i < pool.size; i += kStep) {
+      const int count = static_cast<int>(pool.size - i < kStep ? pool.size - i : kStep);
+      for (int j = 0; j < count; ++j) ids[j] = static_cast<int32_t>(pool.id[i + j] & ~kExpanded);
+      link_keys_(g_, probe, ids, count, keys);
+      for (int j = 0; j < count; ++j) again.offer(keys[j], static_cast<uint32_t>(ids[j]));
+    }
+    return again;
+  }
+
   const Graph& g_;
-  KeysFn keys_;
+  KeysFn keys_, link_keys_;
   int64_t ef_;
   Walker walker_;
   Chooser chooser_;
   Buffer<float> key_;
   Buffer<uint32_t> id_;
   Buffer<char> room_;
+  Buffer<float> link_key_;
+  Buffer<uint32_t> link_id_;
+  Buffer<char> link_room_;
 };
 
 class Linker {
@@ -63,7 +85,7 @@ class Linker {
   Linker(const GraphInsertArgs& a, KeysFn keys)
       : g_(a.g), keys_(keys), capacity_(4 * a.g.width > 256 ? 4 * a.g.width : 256),
         chooser_(a.g, keys, capacity_, a.alpha, a.fill), key_(capacity_), id_(capacity_), found_(a.g.width + 1),
-        room_(4 * row_values(a.g)) {}
+        room_(probe_bytes(a.g)) {}
 
   // The nodes of a chain into their list.
   void link(const Edges& e, int64_t target, int64_t chain, int32_t center) {
@@ -116,7 +138,7 @@ class Linker {
 void graph_insert(const GraphInsertArgs& a) {
   const Graph& g = a.g;
   if (a.count <= 0 || g.entry < 0) return;
-  const KeysFn keys = keys_of(g);
+  const KeysFn keys = link_keys_of(g);
   Buffer<int64_t> first(a.count + 1);
   first[0] = 0;
   for (int64_t i = 0; i < a.count; ++i) {

@@ -15,7 +15,7 @@ class Repairer {
   Repairer(const GraphRepairArgs& a, KeysFn keys)
       : a_(a), g_(a.g), keys_(keys), walker_(a.g, keys), chooser_(a.g, keys, kCandidates, a.alpha, a.fill),
         around_(kCandidates), gone_(kGone), found_(kCandidates), key_(kCandidates), id_(kCandidates),
-        room_(4 * row_values(a.g)) {}
+        room_(probe_bytes(a.g)) {}
 
   void repair(int64_t node, int64_t layer) {
     int64_t width;
@@ -78,7 +78,7 @@ class Repairer {
 }  // namespace
 
 void graph_repair(const GraphRepairArgs& a) {
-  const KeysFn keys = keys_of(a.g);
+  const KeysFn keys = link_keys_of(a.g);
   parallel_ranges(a.g.n, 256, a.g.n * 500.0, [&](int64_t begin, int64_t end) {
     Repairer repairer(a, keys);
     for (int64_t node = begin; node < end; ++node) {

@@ -53,14 +53,13 @@ class Searcher {
  public:
   Searcher(const GraphSearchArgs& a, int64_t capacity)
       : a_(a), g_(a.g), keys_(keys_of(a.g)), walker_(a.g, keys_), key_(capacity), id_(capacity), exact_key_(capacity),
-        exact_id_(capacity), room_(4 * (row_values(a.g) + a.g.d)), capacity_(capacity) {
-    unit_ = reinterpret_cast<float*>(room_.data) + row_values(a.g);
-  }
+        exact_id_(capacity), room_(probe_bytes(a.g)), unit_(a.g.d), capacity_(capacity) {}
 
   void query(int64_t i, bool scan) {
     const float* q = a_.q + i * g_.d;
     const float factor = a_.score_metric == Metric::cosine ? inverse_norm(q, g_.d) : 1.0f;
-    const Probe probe = probe_of_query(g_, q, factor, room_.data);
+    const Probe probe = a_.turned ? probe_of_query(g_, a_.turned + i * g_.d, 1.0f, room_.data)
+                                  : probe_of_query(g_, q, factor, room_.data);
     for (int64_t j = 0; j < g_.d; ++j) unit_[j] = q[j] * factor;
     Pool pool{key_.data, id_.data, 0, capacity_, Tie::by_position()};
     walker_.visited = 0;
@@ -121,7 +120,7 @@ class Searcher {
         if (j + 2 < count)
           for (int64_t at = 0; at < g_.d * size && at < 1024; at += 64)
             __builtin_prefetch(rows + pool.id[j + 2] * g_.d * size + at);
-        best.offer(-sign * exact_score(a_, unit_, pool.id[j]), pool.id[j]);
+        best.offer(-sign * exact_score(a_, unit_.data, pool.id[j]), pool.id[j]);
       }
       result = &best;
     }
@@ -141,7 +140,7 @@ class Searcher {
   Buffer<float> exact_key_;
   Buffer<uint32_t> exact_id_;
   Buffer<char> room_;
-  float* unit_;
+  Buffer<float> unit_;
   int64_t capacity_;
 };
 

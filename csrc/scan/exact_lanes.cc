@@ -44,7 +44,7 @@ LUTRA_INLINE void tile(const Queries& c, const float* panel, const Block& b, int
       for (int v = 0; v < V; ++v) sum[r][v] = step<K>(sum[r][v], q[v], xj);
     }
     if (j % 16 == 0 && stream)  // the same place of the next tile's rows
-      for (int r = 0; r < R; ++r) __builtin_prefetch(x[r] + R * b.ldx + j);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(x[r] + 64 * b.ldx + j, 0, 2);
   }
   uint32_t any = 0, mask[R][V];
   for (int v = 0; v < V; ++v) {

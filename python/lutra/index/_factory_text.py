@@ -125,9 +125,11 @@ class _Reader:
         nlist, soar = self.lists()
         graph = None if nlist else self.graph()
         code = self.code(optional=graph is not None)
-        if graph is not None and code.kind not in ("Flat", "SQ"):
-            self.fail(f"a graph is over vectors or scalar codes: Flat, SQ8, SQfp16, SQbf16; not {code.kind}",
-                      self.at - 1)  # fmt: skip
+        if graph is not None and code.kind not in ("Flat", "SQ", "PQ"):
+            possible = "Flat, SQ8, SQfp16, SQbf16, PQ32"
+            self.fail(
+                f"a graph is over vectors, scalar codes or PQ: {possible}; not {code.kind}", self.at - 1
+            )
         self.take("IDMap2?")
         refine = self.refine()
         self.take("IDMap2?")

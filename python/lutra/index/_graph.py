@@ -9,11 +9,13 @@ import numpy as np
 from .. import _backend
 from .. import reference as _reference
 from ._files import File, Tensor
+from ._graph_codes import Coder
 from ._graph_tables import Table
 from ._progress import Progress
 
 #: storage: (number in csrc/common/types.h, bytes a value)
 STORAGES = {"float32": (0, 4), "float16": (1, 2), "bfloat16": (2, 2), "int8": (3, 1)}
+_CODES = 4
 _LINE = 64
 _SHARE = 32  # a batch of insertions is at most this part of the graph
 _BATCH = 4096  # and at most so many: Python looks for an interrupt between batches
@@ -36,17 +38,21 @@ class Graph:
         0: ip, 1: l2.
     normalise : bool
         Vectors are divided by their norms.
-    storage : str
+    storage : str, PQ or OPQ
     M, ef_construction, seed : int
     """
 
     def __init__(
-        self, d: int, metric: int, normalise: bool, storage: str, M: int, ef_construction: int, seed: int
+        self, d: int, metric: int, normalise: bool, storage: Any, M: int, ef_construction: int, seed: int
     ) -> None:
         self.d, self.metric, self.normalise, self.M = d, metric, normalise, M
         self.ef, self.seed = ef_construction, seed
-        self.storage, self.size = STORAGES[storage]
-        self.stride = -(-d * self.size // _LINE) * _LINE
+        self.coder = None if isinstance(storage, str) else Coder(storage, normalise)
+        if self.coder is None:
+            self.storage, size = STORAGES[storage]
+            self.stride = -(-d * size // _LINE) * _LINE
+        else:
+            self.storage, self.stride = _CODES, self.coder.stride
         self.fill = 2 * M * 3 // 4  # full lists would be chosen anew with every node that comes to them
         #: what there is one row of for each node
         self.tables: dict[str, Table] = {
@@ -69,7 +75,8 @@ class Graph:
     @property
     def nbytes(self) -> int:
         """Beside the tables."""
-        return self.upper.nbytes + self.owners.nbytes + self._heads.nbytes
+        codebooks = 0 if self.coder is None else self.coder.nbytes
+        return self.upper.nbytes + self.owners.nbytes + self._heads.nbytes + codebooks
 
     @property
     def levels(self) -> np.ndarray:
@@ -82,10 +89,11 @@ class Graph:
             n = t["rows"].n
             top = int(self.levels[self.entry]) if self.entry >= 0 else 0
             terms = t["terms"].view if "terms" in t else None
+            codes = (None, None, 0, 0) if self.coder is None else self.coder.parts()
             self._tuple = (
                 t["rows"].view, terms, t["links"].view, self.upper.view, t["upper_at"].view[:, 0],
                 self.levels, n, self.upper.n, self.d, self.stride, 2 * self.M, self.M, self.entry, top,
-                self.storage, self.metric,
+                self.storage, self.metric, *codes,
             )  # fmt: skip
         return self._tuple
 
@@ -95,14 +103,19 @@ class Graph:
     # ---- vectors
     def encode(self, x: np.ndarray, out: dict[str, Any]) -> None:
         x = np.ascontiguousarray(x)
-        terms = out.get("terms")
-        _kernels().graph_encode(
-            x, len(x), self.d, self.stride, self.storage, self.metric, self.normalise, out["rows"], terms
-        )
+        if self.coder is not None:
+            self.coder.encode(x, out["rows"])
+        else:
+            _kernels().graph_encode(
+                x, len(x), self.d, self.stride, self.storage, self.metric, self.normalise, out["rows"],
+                out.get("terms"),
+            )  # fmt: skip
         out["links"][:] = -1
 
     def decode(self, positions: np.ndarray) -> np.ndarray:
         rows = self.tables["rows"].view[positions]
+        if self.coder is not None:
+            return self.coder.decode(rows)
         terms = self.tables["terms"].view[positions] if "terms" in self.tables else None
         return _reference.graph.decode(rows, terms, self.d, self.storage)
 
@@ -266,8 +279,9 @@ class Graph:
         if not q.flags.c_contiguous:
             q = np.ascontiguousarray(q)
         code = 0 if exact is None or exact.dtype == np.float32 else 1
+        turned = None if self.coder is None else self.coder.turned(q)
         _kernels().graph_search(
-            self.parts(), q, len(q), k, ef, rescore, keep, allowed, exact, code, score_metric, scores,
+            self.parts(), q, turned, len(q), k, ef, rescore, keep, allowed, exact, code, score_metric, scores,
             positions, None,
         )  # fmt: skip
         return scores, positions

@@ -11,7 +11,7 @@ from ._coded import CodedIndex
 from ._home import HOST, check_matrix, to_float32
 from .base import register
 
-_SAMPLE = 1 << 17  # vectors that a quantizer is trained on at most
+SAMPLE = 1 << 17  # vectors that a quantizer is trained on at most
 
 
 @register
@@ -82,7 +82,7 @@ class Codes(CodedIndex):
         with self._lock.writing():
             if self.ntotal:
                 raise ValueError(f"the index holds {self.ntotal} coded vectors; train a new one")
-            points = sampled(native, _SAMPLE, 0)
+            points = sampled(native, SAMPLE, 0)
             self.quantizer.train(self._unit(points), progress=progress)
             self._codec = self._arena = self._searcher = None
 

@@ -35,7 +35,8 @@ def factory(text: str, d: int, metric: str = "l2") -> Any:
         ``L2norm``               vectors and queries of unit norm
         ``IVF1024``              1024 lists; ``_HNSW32`` behind is accepted, centroids are scanned exactly;
                                  ``IVF1024_SOAR``: with second lists (not FAISS's)
-        ``HNSW32``               a graph with 32 links over ``Flat`` (or nothing), ``SQ8``, ``SQfp16``
+        ``HNSW32``               a graph with 32 links over ``Flat`` (or nothing), ``SQ8``, ``SQfp16``,
+                                 ``PQ32`` (``HNSW32,PQ32`` or ``HNSW32_PQ32``)
         ``Flat``                 the vectors; narrower: ``SQfp16 SQbf16 SQ8_direct SQ8_direct_signed``
         ``PQ32``, ``PQ16x6``     32 sub-vectors, of 8 (6) bits each; ``PQ32x4fs`` is ``PQ32x4``
         ``SQ8 SQ6 SQ4``          scalar quantization
@@ -97,7 +98,8 @@ def _core(plan: Plan) -> Index:
     if plan.graph is not None:
         from .hnsw import HNSW
 
-        return HNSW(d, plan.graph, metric, storage=_storage(code), refine=refine)
+        storage = _quantizer(code, d) if code.kind == "PQ" else _storage(code)
+        return HNSW(d, plan.graph, metric, storage=storage, refine=refine)
     if plan.nlist is not None:
         quantizer = code.name if code.kind == "Flat" else _quantizer(code, d)
         if quantizer == "float32":

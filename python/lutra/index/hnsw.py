@@ -12,9 +12,11 @@ from .._arrays import F16, F32
 from .._results import Neighbors
 from ._files import File, Tensor, describe
 from ._graph import STORAGES, Graph
+from ._graph_codes import check_quantizer, quantizer_tensors, restore_quantizer, storage_config, storage_of
 from ._home import HOST, check_matrix
 from ._rows import Rows
 from .base import Index, register
+from .codes import SAMPLE, sampled
 
 _KEPT = {"float32": F32, "float16": F16}
 _METRICS = {"ip": 0, "l2": 1, "cosine": 2}
@@ -42,12 +44,16 @@ class HNSW(Index):
     ef_search : int, default 64
         How many a search keeps, at least its k: the higher, the better the recall and the longer the time.
         An attribute, which may be changed at any time, and an argument of `search`.
-    storage : {'int8', 'float16', 'bfloat16', 'float32'}, default 'int8'
+    storage : {'int8', 'float16', 'bfloat16', 'float32'} or a quantizer, default 'int8'
         How the vectors are stored that walks compare with the query. ``'int8'``: d bytes and 8 more, each
-        vector with a scale of its own; a walk then reads a quarter of the memory.
+        vector with a scale of its own; a walk then reads a quarter of the memory. A `lutra.quant.PQ` or
+        `lutra.quant.OPQ`, trained or not (`train`): its codes, m bytes where it has 5 to 8 bits, m / 2
+        where it has fewer.
     refine : {'auto', None, 'float32', 'float16'}, default 'auto'
         Keep the vectors as they are besides, 4 d or 2 d bytes each, so that a search ranks the best that it
-        found by exact scores. ``'auto'``: ``'float32'`` where ``storage`` is ``'int8'``, else None.
+        found by exact scores. ``'auto'``: ``'float32'`` where ``storage`` is ``'int8'``, ``'float16'`` for
+        codes, else None. Codes are coarse: where memory is for them alone, take None, and expect the recall
+        of an exhaustive scan of the codes, whatever ``ef_search``.
     seed : int, default 0
         Of the layers that vectors are put on.
 
@@ -58,10 +64,15 @@ class HNSW(Index):
     are then linked in order: the graph depends on how the vectors were divided into calls of `add`, never on
     the number of threads. Removal links the neighbours of what goes with one another.
 
-    Memory a vector: the row by ``storage`` (rounded up to 64 bytes), the vector by ``refine``, 8 M bytes of
-    links and about 10 more. Searching takes n / 8 bytes a thread besides.
+    Memory a vector: the row by ``storage`` (rounded up to 64 bytes; codes to 16), the vector by ``refine``,
+    8 M bytes of links and about 10 more. Searching takes n / 8 bytes a thread besides.
 
-    Scores are exact with ``refine`` and with ``storage='float32'``, else those of the stored rows.
+    Scores are exact with ``refine`` and with ``storage='float32'``, else those of the stored rows (of codes:
+    by tables of 16-bit integers). With ``refine`` a search scores its best max(2 k, k + 16) again, over codes
+    all ``ef_search``.
+
+    Over codes the graph is built from the codes, also where vectors are kept: a graph of the vectors
+    themselves finds about as much.
 
     References
     ----------
@@ -89,7 +100,7 @@ class HNSW(Index):
         *,
         ef_construction: int = 200,
         ef_search: int = 64,
-        storage: str = "int8",
+        storage: Any = "int8",
         refine: str | None = "auto",
         seed: int = 0,
     ) -> None:
@@ -97,11 +108,16 @@ class HNSW(Index):
         self.M = _checks.integer("M", M, 2, 256)
         self.ef_construction = _checks.integer("ef_construction", ef_construction, 1, 1 << 20)
         self.ef_search = _checks.integer("ef_search", ef_search, 1)
-        if storage not in STORAGES:
-            raise ValueError(f"storage must be one of {', '.join(map(repr, STORAGES))}; got {storage!r}")
+        #: The quantizer of the codes, None where rows are no codes.
+        self.quantizer = check_quantizer(storage, self.d)
+        if self.quantizer is None and not (isinstance(storage, str) and storage in STORAGES):
+            raise ValueError(
+                f"storage must be one of {', '.join(map(repr, STORAGES))}; got {storage!r} "
+                "(a PQ or OPQ of lutra.quant is one too)"
+            )
         self.storage = storage
         if refine == "auto":
-            refine = "float32" if storage == "int8" else None
+            refine = "float16" if self.quantizer is not None else "float32" if storage == "int8" else None
         if refine is not None and refine not in _KEPT:
             raise ValueError(f"refine must be None, 'auto', 'float32' or 'float16', got {refine!r}")
         self.refine = refine
@@ -116,9 +132,36 @@ class HNSW(Index):
         if refine is not None:
             self._rows["vectors"] = Rows(HOST, self.d, _KEPT[refine])
 
+    @property
+    def is_trained(self) -> bool:
+        return self.quantizer is None or self.quantizer.is_trained
+
     def train(self, x: Any, progress: bool | None = None) -> None:
-        """Nothing: a graph needs no training. ``x`` is checked, so that code for any index runs."""
-        check_matrix(x, "x", self.d)
+        """Train the quantizer on a sample of vectors; nothing where there is none.
+
+        Parameters
+        ----------
+        x : array, shape (n, d)
+            Like those that will be added. At most 131,072 are used, drawn by a fixed seed.
+        progress : bool or None
+            A progress bar (tqdm): None shows one where it takes more than two seconds, on a terminal.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the quantizer's ``train``; an index that holds vectors, whose codes would lose their meaning.
+        """
+        native = check_matrix(x, "x", self.d)
+        if self.quantizer is None:
+            return
+        with self._lock.writing():
+            if self.ntotal:
+                raise ValueError(f"the index holds {self.ntotal} coded vectors; train a new one")
+            points = sampled(native, SAMPLE, 0)
+            self.quantizer.train(
+                HOST.normalise(points) if self.metric == "cosine" else points, progress=progress
+            )
+            self._graph.changed()
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +257,7 @@ class HNSW(Index):
         ef = max(ef, k)
         vectors = self._rows.get("vectors")
         exact = None if vectors is None else vectors.view
-        rescore = max(2 * k, k + 16)
+        rescore = max(2 * k, k + 16) if self.quantizer is None else ef
         return self._graph.search(q, k, ef, keep, allowed, exact, rescore, _METRICS[self.metric])
 
     def _reconstruct(self, positions):
@@ -227,23 +270,29 @@ class HNSW(Index):
     def _config(self):
         return {
             "d": self.d, "M": self.M, "metric": self.metric, "ef_construction": self.ef_construction,
-            "ef_search": self.ef_search, "storage": self.storage, "refine": self.refine, "seed": self.seed,
+            "ef_search": self.ef_search, "storage": storage_config(self.storage),
+            "refine": self.refine, "seed": self.seed,
         }  # fmt: skip
 
     @classmethod
     def _from_config(cls, config):
-        return cls(**{name: value for name, value in config.items() if name != "entry"})
+        config = {name: value for name, value in config.items() if name != "entry"}
+        return cls(**{**config, "storage": storage_of(config.get("storage", "int8"))})
 
     def _contents(self):
         tensors = self._graph.contents()
         if self.refine is not None:
             tensors.append(Tensor.of_rows("vectors", self._rows["vectors"]))
+        if self.quantizer is not None:
+            tensors += quantizer_tensors(self.quantizer)
         if not self._ids.are_positions:
             tensors.append(Tensor.of_array("ids", self._ids.array))
         config = {**self._config(), "entry": self._graph.entry, "n": self.ntotal, "next_id": self._ids.next}
-        return tensors, describe(type(self).__name__, {**config, "trained": True})
+        return tensors, describe(type(self).__name__, {**config, "trained": self.is_trained})
 
     def _restore(self, file: File, n: int, mmap: bool) -> None:
+        if self.quantizer is not None:
+            restore_quantizer(file, self.quantizer, n)
         self._graph.restore(file, n, file.config.get("entry"), mmap)
         if self.refine is not None:
             dtype = {"float32": "F32", "float16": "F16"}[self.refine]

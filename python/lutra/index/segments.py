@@ -307,7 +307,9 @@ class Store:
         """An empty index with the training of the base."""
         base = self._parts[0]
         if type(base.index).__name__ in _UNTRAINED:
-            return type(base.index)._from_config(base.index._config())
+            empty = type(base.index)._from_config(base.index._config())
+            if empty.is_trained:  # a graph over codes is not
+                return empty
         assert base.entry is not None
         fresh = load(self._file(base.entry.file))  # mapped: letting go of all rows reads none
         fresh.remove_ids(fresh.ids)

@@ -133,7 +133,7 @@ def keeps_vectors(index: Any) -> bool:
     if name == "Flat":
         return True
     if name == "HNSW":
-        return index.refine is not None or index.storage != "int8"
+        return index.refine is not None or index.storage in ("float32", "float16", "bfloat16")
     if name == "Store":
         return keeps_vectors(index.parts[0])
     if getattr(index, "refine", None) is not None:

@@ -116,9 +116,12 @@ class OPQ(PQ):
         assert self._rotation is not None
         return self._rotation.T
 
+    def _turned(self, x: np.ndarray) -> np.ndarray:
+        return multiply(x, self._turn)
+
     def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
-        turned = None if directions is None else multiply(directions, self._turn)
-        return super()._entries_of(multiply(x, self._turn), turned)
+        turned = None if directions is None else self._turned(directions)
+        return super()._entries_of(self._turned(x), turned)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         assert self._rotation is not None
@@ -129,7 +132,7 @@ class OPQ(PQ):
         return np.einsum("ij,ij->i", x, x)
 
     def _tables(self, q: np.ndarray, metric: str) -> Tables:
-        return super()._tables(multiply(q, self._turn), metric)
+        return super()._tables(self._turned(q), metric)
 
     # ---- files
     def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:

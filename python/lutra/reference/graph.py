@@ -5,13 +5,14 @@ The same arguments as the compiled functions, whose arrays are written in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .scan import pairwise
 
-F32, F16, BF16, I8 = 0, 1, 2, 3
+F32, F16, BF16, I8, CODES = 0, 1, 2, 3, 4
 _WIDE = (np.inf, -1)
 
 
@@ -32,6 +33,10 @@ class Graph(NamedTuple):
     top: int
     storage: int
     metric: int  # 0: ip, 1: l2
+    books: Any = None  # of codes: (m, 2**bits, d // m), `bits` 4 or 8
+    lanes: Any = None
+    m: int = 0
+    bits: int = 0
 
     def list_of(self, node: int, layer: int) -> np.ndarray:
         """The list of a node on a layer, to be read or written."""
@@ -46,9 +51,30 @@ class Graph(NamedTuple):
         outside = (found < 0) | (found >= self.n)
         return found[: int(outside.argmax())] if outside.any() else found
 
+    def entries(self, nodes: Any) -> np.ndarray:
+        rows = self.rows[nodes][..., : -(-self.m * self.bits // 8)]
+        if self.bits == 4:
+            rows = np.stack([rows & 15, rows >> 4], -1).reshape(*rows.shape[:-1], 2 * rows.shape[-1])
+        return rows[..., : self.m]
+
     def vectors(self, nodes: Any) -> np.ndarray:
+        if self.storage == CODES:
+            decoded = self.books[np.arange(self.m), self.entries(nodes)]
+            return decoded.reshape(*decoded.shape[:-2], self.d)
         terms = None if self.terms is None else self.terms[nodes]
         return decode(self.rows[nodes], terms, self.d, self.storage)
+
+    def walk_keys(self, probe: np.ndarray) -> Callable[[Any], np.ndarray]:
+        """Keys as walks see them: of codes by a table of 16-bit integers (csrc/graph/keys_codes.h)."""
+        if self.storage != CODES:
+            return lambda nodes: self.keys(probe, nodes)
+        table, add, mul = code_table(probe, self.books, self.metric)
+
+        def keys(nodes: Any) -> np.ndarray:
+            sums = table[np.arange(self.m), self.entries(nodes)].sum(-1, dtype=np.uint32)
+            return add + mul * sums.astype(np.float32)
+
+        return keys
 
     def keys(self, probe: np.ndarray, nodes: Any) -> np.ndarray:
         """Smaller is better: negated inner products or squared distances."""
@@ -108,6 +134,21 @@ def decode(rows, terms, d, storage):
     return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+# ---- codes
+def code_table(q, books, metric):
+    """Integers (m, 2**bits), and what keys add and multiply by."""
+    parts = q.reshape(len(books), 1, -1)
+    limit = np.float32(1e37)
+    with np.errstate(over="ignore", invalid="ignore"):
+        floats = np.square(parts - books).sum(-1) if metric else -(parts * books).sum(-1)
+    floats = np.clip(np.nan_to_num(floats, nan=limit), -limit, limit)
+    low = floats.min(1, keepdims=True)
+    span = (floats - low).max()
+    exponent = max(int(np.frexp(span / np.float32(65535))[1]), -100)
+    table = np.floor((floats - low) * np.float32(2.0**-exponent) + np.float32(0.5)).astype(np.uint16)
+    return table, np.float32(low.sum(dtype=np.float64)), np.float32(2.0**exponent)
+
+
 # ---- walking
 def _mix(v):
     v = np.asarray(v).astype(np.uint32)
@@ -133,8 +174,8 @@ def _nearest(keys, nodes, owner, count):
     return keys[order], nodes[order]
 
 
-def _descend(g, probe, layers, node, avoid=-1):
-    key = g.keys(probe, [node])[0]
+def _descend(g, keys_of, layers, node, avoid=-1):
+    key = keys_of([node])[0]
     for layer in layers:
         moved = True
         while moved:
@@ -142,15 +183,15 @@ def _descend(g, probe, layers, node, avoid=-1):
             for other in g.neighbours(node, layer).tolist():
                 if other == avoid:
                     continue
-                its = g.keys(probe, [other])[0]
+                its = keys_of([other])[0]
                 if its < key or (its == key and other < node):
                     key, node, moved = its, other, True
     return node
 
 
-def _spread(g, probe, layer, start, ef, owner=None):
+def _spread(g, keys_of, layer, start, ef, owner=None):
     """Best first from some nodes: the ``ef`` nearest that were seen."""
-    keys, pool = _nearest(g.keys(probe, start), start, owner, ef)
+    keys, pool = _nearest(keys_of(start), start, owner, ef)
     seen = set(start.tolist()) | ({owner} if owner is not None else set())
     read: set[int] = set()
     while True:
@@ -163,12 +204,12 @@ def _spread(g, probe, layer, start, ef, owner=None):
             seen.update(new)
             found = np.array(new, np.int64)
             keys, pool = _nearest(
-                np.concatenate([keys, g.keys(probe, found)]), np.concatenate([pool, found]), owner, ef
+                np.concatenate([keys, keys_of(found)]), np.concatenate([pool, found]), owner, ef
             )
 
 
 def graph_search(
-    graph, q, nq, k, ef, rescore, keep, allowed, exact, exact_type, score_metric, scores, ids, visited
+    graph, q, turned, nq, k, ef, rescore, keep, allowed, exact, exact_type, score_metric, scores, ids, visited
 ):
     g = Graph(*graph)
     name = ("ip", "l2", "cosine")[score_metric]
@@ -185,17 +226,18 @@ def graph_search(
         if g.storage == I8:
             codes, scale = int8_codes(query[None])
             probe = codes[0] * scale
+        if turned is not None:
+            probe = turned[i]
+        keys_of = g.walk_keys(probe)
         found = np.empty(0, np.int64)
         if not scan:
-            start = np.array([_descend(g, probe, range(g.top, 0, -1), g.entry)])
-            keys, found = _spread(g, probe, 0, start, max(pool, capacity))
+            start = np.array([_descend(g, keys_of, range(g.top, 0, -1), g.entry)])
+            keys, found = _spread(g, keys_of, 0, start, max(pool, capacity))
             if mask is not None:
                 keys, found = keys[mask[found]], found[mask[found]]
         if len(found) < min(k, allowed):
             found = np.arange(g.n) if mask is None else np.flatnonzero(mask)
-            keys, found = _nearest(
-                g.keys(probe, found), found, None, capacity if scan else max(pool, capacity)
-            )
+            keys, found = _nearest(keys_of(found), found, None, capacity if scan else max(pool, capacity))
         sign = -1 if name == "l2" else 1
         if not len(found):
             keys = np.empty(0, np.float32)
@@ -240,12 +282,16 @@ def graph_insert(graph, nodes, count, ef, alpha, fill, owners, heads):
     lists = []
     for node in nodes[:count].tolist():
         probe = g.vectors(node)
+        keys_of = g.walk_keys(probe)
         level = min(int(g.levels[node]), g.top)
-        start = np.array([_descend(g, probe, range(g.top, level, -1), g.entry, node)])
+        start = np.array([_descend(g, keys_of, range(g.top, level, -1), g.entry, node)])
         for layer in range(level, -1, -1):
-            keys, start = _spread(g, probe, layer, start, ef, node)
+            keys, start = _spread(g, keys_of, layer, start, ef, node)
             width = g.width if layer == 0 else g.upper_width
-            chosen = _choose(g, keys, start, node, width, alpha, fill)
+            near = start
+            if g.storage == CODES:  # whose walks have other keys
+                keys, near = _nearest(g.keys(probe, start), start, node, ef)
+            chosen = _choose(g, keys, near, node, width, alpha, fill)
             lists.append((node, layer, chosen))
             for other in chosen:
                 if len(g.list_of(other, layer)) == 0:

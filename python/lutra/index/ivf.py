@@ -205,9 +205,12 @@ class IVF(CodedIndex):
             ).centroids  # fmt: skip
             if not isinstance(self.quantizer, str):
                 part = points[:: max(1, len(points) // _SAMPLE)]
+                toward = {}
                 if self.residual:
+                    if self.quantizer._uses_directions:
+                        toward["directions"] = part
                     part = part - centroids[address.nearest(part, centroids, 1, "l2").ids[:, 0]]
-                self.quantizer.train(part, progress=progress)
+                self.quantizer.train(part, progress=progress, **toward)
             self._set_centroids(centroids)
 
     def _set_centroids(self, centroids: np.ndarray) -> None:

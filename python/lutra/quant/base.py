@@ -88,6 +88,11 @@ class Quantizer(ABC):
 
     # ---- what a kind of quantizer says about itself
     @property
+    def _uses_directions(self) -> bool:
+        """Whether `train`, `encode` and `_encode` take ``directions``: the vectors whose residuals are coded."""
+        return False
+
+    @property
     @abstractmethod
     def is_trained(self) -> bool:
         """Whether ``encode`` and ``decode`` may be called."""

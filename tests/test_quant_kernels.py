@@ -170,7 +170,8 @@ def test_equal_residual_codes_go_to_the_lowest(simd_level):
 def test_a_beam_without_room_is_refused():
     one, codes = np.zeros((1, 4), np.float32), np.zeros((1, 5, 2), np.uint8)
     gram = np.zeros((8, 8), np.float32)
-    for begin, end, width, keep, why in ((0, 1, 9, 5, "keep"), (1, 3, 1, 1, "codebooks"), (1, 2, 1, 1, "start")):
+    wrong = ((0, 1, 9, 5, "keep"), (1, 3, 1, 1, "codebooks"), (1, 2, 1, 1, "start"))
+    for begin, end, width, keep, why in wrong:
         with pytest.raises(ValueError, match=why):
             _backend.core.rq_encode(
                 one, one, gram, 1, 2, 4, 5, begin, end, width, keep, None, None, codes, None

@@ -71,7 +71,7 @@ def rq_entries(x: np.ndarray, books: np.ndarray, gram: np.ndarray, beam: int) ->
 def rq_extend(
     dots: np.ndarray, gram: np.ndarray, m: int, beam: int, codes: np.ndarray, reached: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Partial codes (n, width, j) and their scores with the next of m codebooks, see csrc/address/rq_encode.h.
+    """Partial codes (n, width, j) and scores with one more of m codebooks, see csrc/address/rq_encode.h.
 
     ``dots`` (n, ksub) are of codebook j alone, and ``gram`` holds its columns and those of codebooks before.
     """

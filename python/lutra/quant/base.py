@@ -89,7 +89,7 @@ class Quantizer(ABC):
     # ---- what a kind of quantizer says about itself
     @property
     def _uses_directions(self) -> bool:
-        """Whether `train`, `encode` and `_encode` take ``directions``: the vectors whose residuals are coded."""
+        """Whether training and encoding take ``directions``: the vectors whose residuals are coded."""
         return False
 
     @property

@@ -32,8 +32,8 @@ class RQ(Quantizer):
     bits : int, default 8
         Bits of a code, 1 to 8; m * bits / 8 bytes a vector, rounded up.
     beam : int, default 5
-        Partial codes that are kept while a vector is coded, in training too (FAISS's ``max_beam_size``); 1 takes
-        the nearest centroid at each step.
+        Partial codes that are kept while a vector is coded, in training too (FAISS's ``max_beam_size``); 1
+        takes the nearest centroid at each step.
     seed : int, default 0
         Of the training.
 

@@ -94,7 +94,7 @@ def test_rq_beams_and_stages():
         quant.RQ(16, 2, 4, beam=0)
 
 
-@pytest.mark.parametrize("bits", (4, 6))
+@pytest.mark.parametrize("bits", (4, 5))
 def test_rq_errs_no_more_than_faiss(bits):
     faiss = pytest.importorskip("faiss")
     x, new = skewed(4000, 24), skewed(1000, 24, 1)

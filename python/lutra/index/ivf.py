@@ -68,6 +68,7 @@ class IVF(CodedIndex):
     in the lists, small ones up to a quarter; `compact` gives it back.
 
     The index lives on the CPU; queries from a GPU are copied. At nprobe = nlist every vector is compared.
+    A `PQ` or `OPQ` of the anisotropic loss is told the vectors' own directions besides their residuals.
     Without ``refine``, `reconstruct` gives what the codes stand for (for cosine: of the normalised vector).
 
     References

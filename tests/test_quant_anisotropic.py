@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lutra import _backend, quant
+from lutra import _backend, address, quant
 from lutra.bench.data import clustered
+from lutra.index import IVF, load
 from lutra.quant import _anisotropic
 from lutra.reference.quant import pq_encode
 
@@ -79,6 +80,59 @@ def test_residuals(kind, tmp_path):
     np.testing.assert_array_equal(loaded.encode(left, directions=x), codes)
     assert not np.array_equal(loaded.encode(left), codes)
     np.testing.assert_array_equal(quantizer.encode(left[7:9], directions=x[7:9]), codes[7:9])
+
+
+def in_lists(kind, x, **options):
+    quantizer = kind(16, 8, 4, loss="anisotropic", threshold=0.5)
+    index = IVF(16, 10, quantizer, options.pop("metric", "ip"), **options)
+    index.train(x)
+    index.add(x)
+    return index
+
+
+@pytest.mark.parametrize("kind", (quant.PQ, quant.OPQ))
+@pytest.mark.parametrize("metric", ("ip", "cosine"))
+def test_lists_pass_the_directions_on(kind, metric, tmp_path):
+    x = clustered(2000, 16, queries=1)[0]
+    index = in_lists(kind, 2 * x if metric == "cosine" else x, metric=metric)
+    centroids = index.centroids
+    middle = centroids[address.nearest(x, centroids, 1, "l2").ids[:, 0]]
+    same = kind(16, 8, 4, loss="anisotropic", threshold=0.5).train(x - middle, directions=x)
+    np.testing.assert_allclose(same.codebooks, index.quantizer.codebooks, atol=1e-5)
+    decoded = index.quantizer.decode(index.quantizer.encode(x - middle, directions=x))
+    found = index.reconstruct(np.arange(len(x)))
+    close = (np.abs(found - middle - decoded) < 1e-5).all(1)
+    assert close.mean() > 0.99  # of equally good codes either may be chosen where x was rounded again
+    blind = index.quantizer.decode(index.quantizer.encode(x - middle))
+    assert (np.abs(blind - decoded) > 1e-3).any(1).mean() > 0.1
+    index.save(tmp_path / "file")
+    loaded = load(tmp_path / "file")
+    index.add(x[:50] + 0.01)
+    loaded.add(x[:50] + 0.01)
+    rows = np.arange(len(x), len(x) + 50)
+    np.testing.assert_array_equal(loaded.reconstruct(rows), index.reconstruct(rows))
+
+
+@pytest.mark.parametrize("soar", (False, True))
+def test_directions_lower_the_error_along_the_vector(monkeypatch, soar):
+    x, q = clustered(3000, 16, queries=50)
+
+    def along(index):
+        found = index.search(q, 10, nprobe=10)
+        assert (found.ids >= 0).all()
+        return np.square(((x - index.reconstruct(np.arange(len(x)))) * x).sum(1)).mean()
+
+    informed = along(in_lists(quant.PQ, x, soar=soar))
+    monkeypatch.setattr(quant.PQ, "_uses_directions", False)
+    assert informed < 0.7 * along(in_lists(quant.PQ, x, soar=soar))
+
+
+def test_no_directions_without_residuals(monkeypatch):
+    x = clustered(1000, 16, queries=1)[0]
+    index = in_lists(quant.PQ, x, residual=False)
+    np.testing.assert_allclose(
+        index.reconstruct(np.arange(99)), index.quantizer.decode(index.quantizer.encode(x[:99])), atol=1e-6
+    )
 
 
 def test_errors():

@@ -118,7 +118,7 @@ def test_residual_codes(simd_level, m, ksub, beam):
         x = normal(n, 7)
         entries = _kernels.rq_entries(x, books, gram, beam)
         dots = reference.linear(x, books.reshape(-1, 7).T)
-        expected = reference.rq_encode(dots, np.diagonal(gram), gram, m, beam)
+        expected = reference.rq_encode(dots, np.diagonal(gram), gram, m, beam)[0][:, 0]
 
         def error(codes, x=x):
             return np.square(x - sum(books[j][codes[:, j]] for j in range(m))).sum(1)
@@ -130,3 +130,49 @@ def test_residual_codes(simd_level, m, ksub, beam):
             sums = sum(books[j][every[:, j]] for j in range(m))
             best = np.square(x[:, None] - sums).sum(-1).min(1)
             np.testing.assert_allclose(error(entries), best, atol=1e-4)
+
+
+@pytest.mark.parametrize(("m", "ksub"), [(1, 2), (3, 4), (5, 16), (4, 50), (2, 256)])
+@pytest.mark.parametrize("beam", (1, 2, 5, 33))
+def test_residual_codes_book_by_book(simd_level, threads, m, ksub, beam):
+    """As training goes: one codebook after the other, with all partial codes and their scores."""
+    books = normal(m, ksub, 7) / np.arange(1, m + 1, dtype=np.float32)[:, None, None]
+    whole = _kernels.rq_gram(books)
+    gram = np.zeros_like(whole)  # what is filled in is all that may be read
+    for n in (0, 1, 17, 200):
+        x = normal(n + 1, 7)[1:]
+        codes, reached = np.empty((n, 1, 0), np.uint8), np.zeros((n, 1), np.float32)
+        for j in range(m):
+            new = slice(j * ksub, (j + 1) * ksub)
+            gram[: new.stop, new] = whole[: new.stop, new]
+            dots = _kernels.multiply(x, books[j].T)
+            expected, scores = reference.rq_encode(
+                dots, np.diagonal(gram), gram, m, beam, j, j + 1, codes, reached, beam
+            )
+            codes, reached = _kernels.rq_extend(dots, gram, m, beam, codes, reached)
+            assert codes.shape == expected.shape == (n, min(beam, ksub ** (j + 1)), j + 1)
+            np.testing.assert_allclose(reached, scores, atol=1e-4)
+            assert n == 0 or (codes == expected).all(2).mean() >= 0.9
+            assert (np.diff(reached, axis=1) >= 0).all()
+            left = x[:, None] - sum(books[i][codes[:, :, i]] for i in range(j + 1))
+            np.testing.assert_allclose(
+                reached + np.square(x).sum(1)[:, None], np.square(left).sum(-1), atol=1e-4
+            )
+        np.testing.assert_array_equal(codes[:, 0], _kernels.rq_entries(x, books, whole, beam))
+
+
+def test_equal_residual_codes_go_to_the_lowest(simd_level):
+    books = np.repeat(normal(3, 8, 5), 4, axis=1)  # each centroid four times
+    entries = _kernels.rq_entries(normal(50, 5), books, _kernels.rq_gram(books), 4)
+    assert (entries % 4 == 0).all()
+
+
+def test_a_beam_without_room_is_refused():
+    one, codes = np.zeros((1, 4), np.float32), np.zeros((1, 5, 2), np.uint8)
+    gram = np.zeros((8, 8), np.float32)
+    wrong = ((0, 1, 9, 5, "keep"), (1, 3, 1, 1, "codebooks"), (1, 2, 1, 1, "start"))
+    for begin, end, width, keep, why in wrong:
+        with pytest.raises(ValueError, match=why):
+            _backend.core.rq_encode(
+                one, one, gram, 1, 2, 4, 5, begin, end, width, keep, None, None, codes, None
+            )

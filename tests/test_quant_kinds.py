@@ -94,6 +94,40 @@ def test_rq_beams_and_stages():
         quant.RQ(16, 2, 4, beam=0)
 
 
+@pytest.mark.parametrize("bits", (4, 5))
+def test_rq_errs_no_more_than_faiss(bits):
+    faiss = pytest.importorskip("faiss")
+    x, new = skewed(4000, 24), skewed(1000, 24, 1)
+    theirs = faiss.ResidualQuantizer(24, 6, bits)
+    theirs.max_beam_size = 5
+    theirs.train(x)
+    ours = quant.RQ(24, 6, bits).train(x)
+    for rows in (x, new):
+        error = np.square(rows - theirs.decode(theirs.compute_codes(rows))).sum() / np.square(rows).sum()
+        assert np.square(rows - ours.decode(ours.encode(rows))).sum() / np.square(rows).sum() < 1.05 * error
+
+
+@pytest.mark.parametrize("beam", (1, 3))
+def test_rq_codes_of_a_file_are_the_same(tmp_path, beam):
+    x = skewed(500, 7)
+    trained = quant.RQ(7, 3, 4, beam=beam).train(x)
+    trained.save(tmp_path / "file")
+    loaded = quant.load(tmp_path / "file")
+    assert loaded.beam == beam
+    np.testing.assert_array_equal(loaded.encode(x), trained.encode(x))
+
+
+@pytest.mark.parametrize("d", (1, 2, 3, 5))
+def test_rq_of_few_dimensions(d):
+    x = skewed(200, d)
+    errors = [mean_error(quant.RQ(d, 3, 2, beam=beam).train(x, n_iter=5), x) for beam in (1, 4)]
+    assert max(errors) < (0.1 if d < 3 else 0.5)
+    same = np.repeat(x[:1], 50, axis=0)
+    np.testing.assert_allclose(
+        quant.RQ(d, 2, 2).train(same).decode(np.zeros((1, 1), np.uint8)), x[:1], atol=1e-5
+    )
+
+
 # ---- RaBitQ
 @pytest.mark.parametrize("center", (True, False))
 def test_rabitq_has_no_bias_and_keeps_its_bound(center):

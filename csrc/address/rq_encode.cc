@@ -48,16 +48,33 @@ void extend(const RqEncodeArgs& a, const Scratch& t, int64_t j, int32_t parent, 
     for (int64_t i = 0; i < j; ++i) sum += gram[(i * a.ksub + code[i]) * width + c];
     t.scores[c] = base + (t.start[c] + 2.0f * sum);
   }
-  for (c = 0; c < a.ksub; ++c)
-    if (*count < a.beam || t.scores[c] < t.best[a.beam - 1].score)
+  for (c = 0; c < a.ksub && *count < a.beam; ++c)
+    offer(t.best, count, a.beam, {t.scores[c], parent, static_cast<int32_t>(c)});
+  // Most vectors of scores hold nothing that is better than the last of a full beam.
+  for (; c + W <= a.ksub; c += W) {
+    uint32_t mask = bits_not_le(splat(t.best[a.beam - 1].score), load(t.scores + c));
+    for (; mask; mask &= mask - 1) {
+      const int64_t entry = c + __builtin_ctz(mask);
+      if (t.scores[entry] < t.best[a.beam - 1].score)
+        offer(t.best, count, a.beam, {t.scores[entry], parent, static_cast<int32_t>(entry)});
+    }
+  }
+  for (; c < a.ksub; ++c)
+    if (t.scores[c] < t.best[a.beam - 1].score)
       offer(t.best, count, a.beam, {t.scores[c], parent, static_cast<int32_t>(c)});
 }
 
-void row(const RqEncodeArgs& a, Scratch t, const float* dots, uint8_t* entries) {
-  int64_t width = 1;
+void row(const RqEncodeArgs& a, Scratch t, int64_t i) {
+  const float* dots = a.dots + i * (a.end - a.begin) * a.ksub;
+  int64_t width = a.begin ? a.width : 1;
   t.reached[0] = 0;
-  for (int64_t j = 0; j < a.m; ++j) {
-    for (int64_t c = 0; c < a.ksub; ++c) t.start[c] = a.norms[j * a.ksub + c] - 2.0f * dots[j * a.ksub + c];
+  for (int64_t b = 0; a.begin && b < width; ++b) {
+    t.reached[b] = a.reached[i * width + b];
+    memcpy(t.codes + b * a.m, a.start + (i * width + b) * a.begin, a.begin);
+  }
+  for (int64_t j = a.begin; j < a.end; ++j, dots += a.ksub) {
+    const float* norms = a.norms + j * a.ksub;
+    for (int64_t c = 0; c < a.ksub; ++c) t.start[c] = norms[c] - 2.0f * dots[c];
     int64_t count = 0;
     for (int64_t b = 0; b < width; ++b) extend(a, t, j, static_cast<int32_t>(b), &count);
     for (int64_t b = 0; b < count; ++b) {
@@ -70,20 +87,24 @@ void row(const RqEncodeArgs& a, Scratch t, const float* dots, uint8_t* entries) 
     t.next = free;
     width = count;
   }
-  memcpy(entries, t.codes, a.m);
+  for (int64_t b = 0; b < a.keep; ++b) {
+    memcpy(a.entries + (i * a.keep + b) * a.end, t.codes + b * a.m, a.end);
+    if (a.scores) a.scores[i * a.keep + b] = t.reached[b];
+  }
 }
 
 }  // namespace
 
 void rq_encode(const RqEncodeArgs& a) {
-  const double nanoseconds = 0.05 * a.n * a.m * (a.m + 8) * a.ksub * a.beam;
+  const double nanoseconds = 0.05 * a.n * (a.end - a.begin) * (a.end + 8) * a.ksub * a.beam;
   parallel_ranges(a.n, kRows, nanoseconds, [&](int64_t begin, int64_t end) {
-    Buffer<float> values(2 * a.ksub + a.beam);
-    Buffer<uint8_t> codes(2 * a.beam * a.m);
+    const int64_t most = a.width > a.beam ? a.width : a.beam;
+    Buffer<float> values(2 * a.ksub + most);
+    Buffer<uint8_t> codes(2 * most * a.m);
     Buffer<Extension> best(a.beam);
-    const Scratch t{values.data, values.data + a.ksub,      values.data + 2 * a.ksub,
-                    codes.data,  codes.data + a.beam * a.m, best.data};
-    for (int64_t i = begin; i < end; ++i) row(a, t, a.dots + i * a.m * a.ksub, a.entries + i * a.m);
+    const Scratch t{values.data, values.data + a.ksub,    values.data + 2 * a.ksub,
+                    codes.data,  codes.data + most * a.m, best.data};
+    for (int64_t i = begin; i < end; ++i) row(a, t, i);
   });
 }
 

@@ -32,12 +32,33 @@ void register_quant(py::module_& m) {
                       x.as<float>(n * m * dsub)};
     run(&pq_decode, args, 1.0 * n * m);
   });
-  m.def("rq_encode", [](Ptr dots, Ptr norms, Ptr gram, int64_t n, int64_t m, int64_t ksub, int64_t beam, Ptr entries) {
+  m.def("rq_encode", [](Ptr dots, Ptr norms, Ptr gram, int64_t n, int64_t m, int64_t ksub, int64_t beam, int64_t begin,
+                        int64_t end, int64_t width, int64_t keep, Ptr start, Ptr reached, Ptr entries, Ptr scores) {
     if (ksub < 1 || ksub > 256 || beam < 1) throw py::value_error("lutra: ksub must be in [1, 256], beam at least 1");
+    if (begin < 0 || end <= begin || end > m || width < 1 || width > 256)
+      throw py::value_error("lutra: codebooks must be in [0, m), width in [1, 256]");
+    if (!begin) width = 1;
+    int64_t room = width;
+    for (int64_t j = begin; j < end && room < beam; ++j) room *= ksub;
+    if (keep < 1 || keep > beam || keep > room) throw py::value_error("lutra: keep must be in [1, beam]");
+    if (begin && !(start.p && reached.p)) throw py::value_error("lutra: begin > 0 needs start and reached");
     const int64_t all = m * ksub;
-    RqEncodeArgs args{dots.as<float>(n * all),   norms.as<float>(all), gram.as<float>(all * all), n, m, ksub, beam,
-                      entries.as<uint8_t>(n * m)};
-    run(&rq_encode, args, 0.05 * n * m * all * beam);
+    RqEncodeArgs args{dots.as<float>(n * (end - begin) * ksub),
+                      norms.as<float>(all),
+                      gram.as<float>(all * all),
+                      n,
+                      m,
+                      ksub,
+                      beam,
+                      begin,
+                      end,
+                      width,
+                      keep,
+                      begin ? start.as<uint8_t>(n * width * begin) : nullptr,
+                      begin ? reached.as<float>(n * width) : nullptr,
+                      entries.as<uint8_t>(n * keep * end),
+                      scores.p ? scores.as<float>(n * keep) : nullptr};
+    run(&rq_encode, args, 0.05 * n * (end - begin) * end * ksub * beam);
   });
 }
 

@@ -149,7 +149,10 @@ class Codec:
         for i in range(0, n, step):
             part = x[i : i + step]
             center = None if centroids is None else centroids[i : i + step]
-            codes = self.quantizer._encode(part - center if self.residual else part)
+            if self.residual and self.quantizer._uses_directions:  # its loss is about the vector
+                codes = self.quantizer._encode(part - center, part)
+            else:
+                codes = self.quantizer._encode(part - center if self.residual else part)
             if self.form == "planes":
                 top, low = bit_planes.split(self.quantizer._integers(codes), self.quantizer._planes)
                 made = {"codes": _blocks(top), "low": low[:, None]}

@@ -152,11 +152,15 @@ def lloyd(
     rng: np.random.Generator,
     bar: Progress,
     slack: float | None = None,
+    start: Any = None,
 ) -> tuple[Any, np.ndarray]:
-    """Centroids and the objective of each iteration; with ``slack``, of clusters of bounded size."""
+    """Centroids and the objective of each iteration; with ``slack``, of clusters of bounded size.
+
+    They start from ``start`` where that is given, and not as ``init`` says.
+    """
     xp = home.xp
     metric = "ip" if spherical else "l2"
-    centroids = _start(home, points, k, init, spherical, rng)
+    centroids = _start(home, points, k, init, spherical, rng) if start is None else start
     every = home.positions(np.arange(k))
     objective: list[float] = []
     before = None

@@ -68,6 +68,7 @@ class IVF(CodedIndex):
     in the lists, small ones up to a quarter; `compact` gives it back.
 
     The index lives on the CPU; queries from a GPU are copied. At nprobe = nlist every vector is compared.
+    A `PQ` or `OPQ` of the anisotropic loss is told the vectors' own directions besides their residuals.
     Without ``refine``, `reconstruct` gives what the codes stand for (for cosine: of the normalised vector).
 
     References
@@ -205,9 +206,12 @@ class IVF(CodedIndex):
             ).centroids  # fmt: skip
             if not isinstance(self.quantizer, str):
                 part = points[:: max(1, len(points) // _SAMPLE)]
+                toward = {}
                 if self.residual:
+                    if self.quantizer._uses_directions:
+                        toward["directions"] = part
                     part = part - centroids[address.nearest(part, centroids, 1, "l2").ids[:, 0]]
-                self.quantizer.train(part, progress=progress)
+                self.quantizer.train(part, progress=progress, **toward)
             self._set_centroids(centroids)
 
     def _set_centroids(self, centroids: np.ndarray) -> None:

@@ -55,15 +55,35 @@ def rq_entries(x: np.ndarray, books: np.ndarray, gram: np.ndarray, beam: int) ->
     m, ksub, d = books.shape
     centroids = books.reshape(m * ksub, d)
     columns, norms = np.ascontiguousarray(centroids.T), np.ascontiguousarray(np.diagonal(gram))
-    out = np.empty((len(x), m), np.uint8)
-    step = max(16, (1 << 23) // (m * ksub))
+    out = np.empty((len(x), 1, m), np.uint8)
+    step = max(16, (1 << 21) // (m * ksub))
     for i in range(0, len(x), step):
         dots = multiply(x[i : i + step], columns)
         if _backend.core is None:
-            out[i : i + step] = reference.rq_encode(dots, norms, gram, m, beam)
+            out[i : i + step], _ = reference.rq_encode(dots, norms, gram, m, beam)
         else:
-            _backend.core.rq_encode(dots, norms, gram, len(dots), m, ksub, beam, out[i : i + step])
-    return out
+            _backend.core.rq_encode(
+                dots, norms, gram, len(dots), m, ksub, beam, 0, m, 1, 1, None, None, out[i : i + step], None
+            )
+    return out[:, 0]
+
+
+def rq_extend(
+    dots: np.ndarray, gram: np.ndarray, m: int, beam: int, codes: np.ndarray, reached: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Partial codes (n, width, j) and scores with one more of m codebooks, see csrc/address/rq_encode.h.
+
+    ``dots`` (n, ksub) are of codebook j alone, and ``gram`` holds its columns and those of codebooks before.
+    """
+    (n, width, j), ksub = codes.shape, dots.shape[1]
+    norms, keep = np.ascontiguousarray(np.diagonal(gram)), min(beam, width * ksub)
+    if _backend.core is None:
+        return reference.rq_encode(dots, norms, gram, m, beam, j, j + 1, codes, reached, keep)
+    out, scores = np.empty((n, keep, j + 1), np.uint8), np.empty((n, keep), np.float32)
+    _backend.core.rq_encode(
+        dots, norms, gram, n, m, ksub, beam, j, j + 1, width, keep, codes, reached, out, scores
+    )
+    return out, scores
 
 
 def rq_gram(books: np.ndarray) -> np.ndarray:

@@ -90,6 +90,11 @@ class Quantizer(ABC):
 
     # ---- what a kind of quantizer says about itself
     @property
+    def _uses_directions(self) -> bool:
+        """Whether training and encoding take ``directions``: the vectors whose residuals are coded."""
+        return False
+
+    @property
     @abstractmethod
     def is_trained(self) -> bool:
         """Whether ``encode`` and ``decode`` may be called."""

@@ -223,13 +223,16 @@ class PQ(Quantizer):
             for i in range(0, len(codes), PART):
                 part = to_float32(HOST, native[i : i + PART], "x", i)
                 along = to_float32(HOST, toward[i : i + PART], "directions", i)
-                entries = self._entries_of(part, along)
-                codes[i : i + PART] = _bits.pack(entries, self.bits)
+                codes[i : i + PART] = self._encode(part, along)
                 bar.tick(len(part))
         return deliver(HOST, (codes,), x)[0]
 
-    def _encode(self, x: np.ndarray) -> np.ndarray:
-        return _bits.pack(self._entries_of(x, None), self.bits)
+    @property
+    def _uses_directions(self) -> bool:
+        return self.loss == "anisotropic"
+
+    def _encode(self, x: np.ndarray, directions: np.ndarray | None = None) -> np.ndarray:
+        return _bits.pack(self._entries_of(x, directions), self.bits)
 
     def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
         return pq_entries(x, self._books, directions, self.threshold if self.loss == "anisotropic" else 0.0)

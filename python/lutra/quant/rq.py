@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks
+from .. import _checks, gather
 from ..index._home import HOST
-from ..index._kmeans import lloyd
+from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
 from . import _bits
-from ._kernels import multiply, rq_entries, rq_gram
+from ._kernels import multiply, rq_entries, rq_extend, rq_gram
 from .base import Quantizer, Tables, training_matrix
 from .pq import pack_entries
+
+_STEPS = 10  # numbers of dimensions that k-means goes through
+_LEAST = 1 << 14  # points that a small codebook is trained on, too
 
 
 class RQ(Quantizer):
@@ -29,7 +32,8 @@ class RQ(Quantizer):
     bits : int, default 8
         Bits of a code, 1 to 8; m * bits / 8 bytes a vector, rounded up.
     beam : int, default 5
-        Partial codes that are kept while a vector is coded; 1 takes the nearest centroid at each step.
+        Partial codes that are kept while a vector is coded, in training too (FAISS's ``max_beam_size``); 1
+        takes the nearest centroid at each step.
     seed : int, default 0
         Of the training.
 
@@ -42,7 +46,9 @@ class RQ(Quantizer):
 
     References
     ----------
-    Chen, Guan, Wang, Approximate nearest neighbor search by residual vector quantization, Sensors 2010.
+    Chen, Guan, Wang, Approximate nearest neighbor search by residual vector quantization, Sensors 2010. Liu,
+    Lu, Shao, Improved residual vector quantization for high-dimensional approximate nearest neighbor search,
+    arXiv 1509.05195 (beams, and k-means in ever more dimensions).
     """
 
     def __init__(self, d: int, m: int, bits: int = 8, *, beam: int = 5, seed: int = 0) -> None:
@@ -79,17 +85,24 @@ class RQ(Quantizer):
         self,
         x: Any,
         *,
-        n_iter: int = 25,
+        n_iter: int = 10,
         init: str = "random",
         max_points_per_centroid: int | None = 256,
         progress: bool | None = None,
     ) -> RQ:
-        """Learn the codebooks, each from what those before leave over.
+        """Learn the codebooks, each from what the partial codes of those before leave over.
 
         Parameters
         ----------
-        x, n_iter, init, max_points_per_centroid, progress
-            As `PQ.train`.
+        x : array, shape (n, d)
+            At least 2**bits vectors; 39 * 2**bits and more are advisable.
+        n_iter : int, default 10
+            Rounds of k-means for each codebook in each of up to 10 growing numbers of dimensions.
+        init, progress
+            As in `lutra.index.kmeans`; ``init`` is for the fewest dimensions.
+        max_points_per_centroid : int or None, default 256
+            So many times 2**bits vectors, but up to 16384 at least, are used; of what all partial codes leave
+            over a codebook sees a sample of that size. None: all.
 
         Returns
         -------
@@ -100,28 +113,43 @@ class RQ(Quantizer):
         ------
         TypeError, ValueError
             As `PQ.train`.
+
+        Notes
+        -----
+        A codebook's k-means starts in the first two principal components of what is left and goes on in ever
+        more of them, each time from the centroids so far: with one start in all dimensions most centroids
+        would differ in directions that hardly matter. About 6 d 2**bits n_iter flops for a point, a codebook.
         """
         n_iter = _checks.integer("n_iter", n_iter, 1)
-        _checks.choice("init", init, {"random": 0, "k-means++": 1})
+        _checks.choice("init", init, INITS)
         most = None
         if max_points_per_centroid is not None:
-            most = self.ksub * _checks.integer("max_points_per_centroid", max_points_per_centroid, 1)
+            each = _checks.integer("max_points_per_centroid", max_points_per_centroid, 1)
+            most = max(self.ksub * each, _LEAST)
         points = training_matrix(x, self.d, self.ksub, most, self.seed)
         if len(points) < 39 * self.ksub:
             warnings.warn(
                 f"{len(points)} vectors for {self.ksub} centroids; at least {39 * self.ksub} are advisable",
                 stacklevel=2,
             )
-        books = np.zeros((self.m, self.ksub, self.d), np.float32)
-        left = points
-        with Progress(self.m * n_iter, "RQ training", progress) as bar:
+        n, every = len(points), self.m * self.ksub
+        books, gram = np.zeros((self.m, self.ksub, self.d), np.float32), np.zeros((every, every), np.float32)
+        codes, reached = np.empty((n, 1, 0), np.uint8), np.zeros((n, 1), np.float32)
+        with Progress(self.m * n_iter * len(_dimensions(self.d)), "RQ training", progress) as bar:
             for j in range(self.m):
                 rng = np.random.default_rng((self.seed, j))
-                books[j], _ = lloyd(HOST, left, self.ksub, n_iter, init, False, rng, bar)
+                width = codes.shape[1]
+                chosen = np.arange(n * width)
+                if most is not None and len(chosen) > most:
+                    chosen = np.sort(rng.choice(len(chosen), most, replace=False))
+                left = points[chosen // width] - _sum(codes.reshape(n * width, j)[chosen], books)
+                books[j] = _progressive(left, self.ksub, n_iter, init, rng, bar)
+                new = slice(j * self.ksub, (j + 1) * self.ksub)
+                gram[: new.stop, new] = multiply(books[: j + 1].reshape(-1, self.d), books[j].T)
                 if j + 1 < self.m:
-                    so_far = books[: j + 1]
-                    left = points - _sum(rq_entries(points, so_far, rq_gram(so_far), self.beam), so_far)
-        self._codebooks, self._gram = books, None
+                    dots = multiply(points, books[j].T)
+                    codes, reached = rq_extend(dots, gram, self.m, self.beam, codes, reached)
+        self._codebooks, self._gram = books, gram
         return self
 
     # ---- codes
@@ -165,8 +193,31 @@ class RQ(Quantizer):
 
 
 def _sum(entries: np.ndarray, books: np.ndarray) -> np.ndarray:
-    """The sums of the centroids that each row of entries names."""
-    total = np.zeros((len(entries), books.shape[2]), np.float32)
-    for j, book in enumerate(books):
-        total += book[entries[:, j]]
-    return total
+    """The sums of the centroids that each row of entries (n, j) names, of the first j codebooks."""
+    j = entries.shape[1]
+    if not entries.size:
+        return np.zeros((len(entries), books.shape[2]), np.float32)
+    rows = entries + np.arange(j, dtype=np.int32) * np.int32(books.shape[1])
+    return gather.bag(books[:j].reshape(-1, books.shape[2]), rows, mode="sum")
+
+
+def _dimensions(d: int) -> list[int]:
+    """Numbers of dimensions up to d, each about d**0.1 times the one before."""
+    return sorted({round(d ** ((i + 1) / _STEPS)) for i in range(_STEPS)})
+
+
+def _progressive(
+    points: np.ndarray, k: int, n_iter: int, init: str, rng: np.random.Generator, bar: Progress
+) -> np.ndarray:
+    """Centroids (k, d) by k-means in ever more principal components."""
+    mean = points.mean(0, dtype=np.float64).astype(np.float32)
+    centred = points - mean
+    _, columns = np.linalg.eigh(np.cov(centred.T.astype(np.float64)).reshape(2 * centred.shape[1:]))
+    turn = columns[:, ::-1].astype(np.float32)
+    rotated = multiply(centred, turn)
+    centroids: Any = None
+    for d in _dimensions(points.shape[1]):
+        start = None if centroids is None else np.pad(centroids, ((0, 0), (0, d - centroids.shape[1])))
+        some = np.ascontiguousarray(rotated[:, :d])
+        centroids, _ = lloyd(HOST, some, k, n_iter, init, False, rng, bar, start=start)
+    return multiply(centroids, turn.T) + mean

@@ -50,19 +50,24 @@ def pq_decode(entries, books):
     return books[np.arange(len(books)), entries].reshape(len(entries), -1)
 
 
-def rq_encode(dots, norms, gram, m, beam):
-    """Entries (n, m) uint8 by beam search; see csrc/address/rq_encode.h."""
+def rq_encode(dots, norms, gram, m, beam, begin=0, end=None, start=None, reached=None, keep=1):
+    """Entries (n, keep, end) uint8 and scores (n, keep) by beam search; see csrc/address/rq_encode.h."""
+    end = m if end is None else end
     n, ksub = len(dots), norms.size // m
     norms, gram = norms.reshape(m, ksub), gram.reshape(m, ksub, m, ksub)
-    reached, codes = np.zeros((n, 1), np.float32), np.empty((n, 1, 0), np.int64)
+    if begin == 0:
+        reached, codes = np.zeros((n, 1), np.float32), np.empty((n, 1, 0), np.int64)
+    else:
+        codes = start.astype(np.int64)
     every = np.arange(n)[:, None]
-    for j in range(m):
+    for j in range(begin, end):
         cross = np.zeros((n, reached.shape[1], ksub), np.float32)
         for i in range(j):
             cross += gram[i, :, j][codes[:, :, i]]
-        start = norms[j] - 2 * dots[:, j * ksub : (j + 1) * ksub]
-        scores = (reached[:, :, None] + (start[:, None] + 2 * cross)).reshape(n, -1)
+        first = norms[j] - 2 * dots[:, (j - begin) * ksub : (j - begin + 1) * ksub]
+        scores = reached[:, :, None] + (first[:, None] + 2 * cross)
+        scores = scores.reshape(n, scores.shape[1] * ksub)
         order = np.argsort(scores, axis=1, kind="stable")[:, :beam]
         reached = np.take_along_axis(scores, order, 1)
         codes = np.concatenate([codes[every, order // ksub], (order % ksub)[:, :, None]], axis=2)
-    return codes[:, 0].astype(np.uint8)
+    return codes[:, :keep].astype(np.uint8), reached[:, :keep]

@@ -88,7 +88,8 @@ LUTRA_INLINE void dimension(const float* const* q, float step, float offset, int
 template <Metric M, int B, int Q, int V>
 LUTRA_INLINE void tile_of_codes(const ListScalarArgs& a, const float* const* q, const float* offset, int64_t row,
                                 float scores[][kTileAlone * W]) {
-  const int64_t ahead = V * W * scalar_size(a.d, B);
+  // Into the L2: two tiles and what is fetched for the next would fill the L1.
+  const int64_t ahead = 2 * V * W * scalar_size(a.d, B);
   const float* step = a.step;
   const uint8_t* at[V];
   vf sum[Q][V];
@@ -98,7 +99,7 @@ LUTRA_INLINE void tile_of_codes(const ListScalarArgs& a, const float* const* q, 
   }
   int64_t j = 0, byte = 0;
   for (; j + 4 <= a.d; j += 4, byte += Four<B>::kSize * kListBlock) {
-    for (int v = 0; v < V; ++v) __builtin_prefetch(at[v] + byte + ahead);
+    for (int v = 0; v < V; ++v) __builtin_prefetch(at[v] + byte + ahead, 0, 2);
     dimension<M, B, 0, Q, V>(q, step[j], offset[j], j, at, byte, sum);
     dimension<M, B, 1, Q, V>(q, step[j + 1], offset[j + 1], j, at, byte, sum);
     dimension<M, B, 2, Q, V>(q, step[j + 2], offset[j + 2], j, at, byte, sum);

@@ -9,10 +9,10 @@ namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-constexpr int64_t kGroup = 64;              // rows whose scores are compared at once
-constexpr int64_t kTableBytes = 320 << 10;  // of a group of look-ups' interleaved tables: they stay in the L2
-constexpr int64_t kRowBlock = 512;          // rows whose sums are kept between groups
-constexpr int64_t kSpread = 256 << 10;      // bytes of codes that are spread for all queries
+constexpr int64_t kGroup = 64;          // rows whose scores are compared at once
+constexpr int64_t kLookups = 20;        // whose interleaved tables are used at once: they stay in the L2
+constexpr int64_t kRowBlock = 512;      // rows whose sums are kept between groups
+constexpr int64_t kSpread = 256 << 10;  // bytes of codes that are spread for all queries
 
 template <int B>
 constexpr int64_t kEntries = int64_t{1} << B;
@@ -161,11 +161,20 @@ template <int B>
 void spread_rows(const Lut8Args& a, int64_t begin, int64_t end, uint8_t* out) {
   const int64_t size = row_bytes<B>(a), ld = whole_words(a.m);
   const uint8_t* last = a.codes + a.lists.arena_rows * size;
-  for (int64_t row = begin; row < end; ++row, out += ld)
-    for (int64_t j = 0; j < a.m; j += 8) {
-      const uint64_t word = spread<B>(load_word(a.codes + row * size + j / 8 * B, last, false));
-      memcpy(out + j, &word, 8);
-    }
+  const uint8_t* codes = a.codes + begin * size;
+  for (int64_t row = begin; row < end; ++row, codes += size, out += ld) {
+    const uint8_t* from = codes;
+    if (last - codes >= size + 8)
+      for (int64_t j = 0; j < ld; j += 8, from += B) {
+        const uint64_t word = spread<B>(load_word(from, last, true));
+        memcpy(out + j, &word, 8);
+      }
+    else
+      for (int64_t j = 0; j < ld; j += 8, from += B) {
+        const uint64_t word = spread<B>(load_word(from, last, false));
+        memcpy(out + j, &word, 8);
+      }
+  }
 }
 
 // `block`: the codes of rows [begin, end), a byte each, `ld` a row. `first`: the first query, counted from that of the
@@ -173,13 +182,12 @@ void spread_rows(const Lut8Args& a, int64_t begin, int64_t end, uint8_t* out) {
 template <Metric M, int B>
 void rows_in_lanes(const Lut8Args& a, const float* table, int64_t first, int64_t queries, const float* constant,
                    const uint8_t* block, int64_t ld, int64_t begin, int64_t end, float* sums, Selection* s) {
-  const int64_t group = kTableBytes / (kEntries<B> * W * 4);
   const vf constants = load(constant);
   for (int64_t row = begin; row < end; row += kRowBlock) {
     const int64_t rows = end - row < kRowBlock ? end - row : kRowBlock;
     const uint8_t* codes = block + (row - begin) * ld;
-    for (int64_t j0 = 0; j0 < a.m; j0 += group) {
-      const int64_t j1 = j0 + group < a.m ? j0 + group : a.m;
+    for (int64_t j0 = 0; j0 < a.m; j0 += kLookups) {
+      const int64_t j1 = j0 + kLookups < a.m ? j0 + kLookups : a.m;
       int64_t r = 0;
       for (; r + 4 <= rows; r += 4) lane_sums<B, 4>(table, codes + r * ld, ld, j0, j1, sums + r * W);
       for (; r < rows; ++r) lane_sums<B, 1>(table, codes + r * ld, ld, j0, j1, sums + r * W);

@@ -36,9 +36,8 @@ class Codes(CodedIndex):
 
     Notes
     -----
-    Memory: the codes (entries of 5 to 7 bits take a byte each), the vectors of ``refine``, 4 bytes a vector
-    for each row term that the quantizer has (squared norms for l2, factors of RaBitQ), and 8 for an id where
-    ids are not 0, 1, 2, ...
+    Memory: the codes, the vectors of ``refine``, 4 bytes a vector for each row term that the quantizer has
+    (squared norms for l2, factors of RaBitQ), and 8 for an id where ids are not 0, 1, 2, ...
 
     The index lives on the CPU; queries from a GPU are copied.
 

@@ -262,13 +262,13 @@ class Codec:
         codes, add, mul = arena.arrays["codes"], arena.arrays.get("add"), arena.arrays.get("mul")
         lut, bias = self.tables(q)
         base = base if self.residual else None
-        flat = [None if a is None else a.reshape(-1) for a in (add, mul)]
+        add, mul = (None if a is None else a.reshape(-1) for a in (add, mul))
         bits = 8
         if self.form == "lut4":  # only where nothing is compiled
             codes = self._entries(codes.transpose(0, 2, 1, 3).reshape(-1, codes.shape[1], 4))
         else:
             codes, bits = codes.reshape(-1, codes.shape[3]), self.quantizer.bits
-        scores, ids = _lists.lut8(lut, codes, lists, k, self.metric, base, bias, *flat, bits)
+        scores, ids = _lists.lut8(lut, codes, lists, k, self.metric, base, bias, add, mul, bits)
         if self.metric == "l2":  # rounding may leave small negative ones
             np.maximum(scores, 0, out=scores)
         return scores, ids

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import lutra
-from lutra.index import PQ, Flat, Store, compact, create, load
+from lutra import quant
+from lutra.index import HNSW, IVF, PQ, Codes, Flat, Store, compact, create, load
 from lutra.index import _files as files
 from lutra.index import _manifest as manifest
 
@@ -38,12 +39,39 @@ def refined():
     return index
 
 
-KINDS = {"flat": flat, "pq": pq, "refined": refined}
+def planes():
+    index = Codes(quant.RotatedSQ(8, 4), "ip", refine="float16")
+    index.train(vectors(700, seed=5))
+    return index
+
+
+def lists():
+    index = IVF(8, 6, quant.PQ(8, 4, 4), "l2", nprobe=6)
+    index.train(vectors(700, seed=5))
+    return index
+
+
+def rows():
+    index = IVF(8, 6, metric="cosine", nprobe=6)
+    index.train(vectors(700, seed=5))
+    return index
+
+
+def graph():
+    return HNSW(8, 8, "l2", ef_search=400)
+
+
+KINDS = {
+    "flat": flat, "pq": pq, "refined": refined, "planes": planes, "lists": lists, "rows": rows,
+    "graph": graph,
+}  # fmt: skip
 
 
 def same(store, index):
     """The store answers as the index does."""
-    options = {"refine": 500} if getattr(index, "refine", None) else {}  # each part refines its own best
+    options = {}
+    if isinstance(index, (PQ, Codes)) and index.refine:  # each part refines its own best
+        options = {"refine" if isinstance(index, PQ) else "refine_factor": 500}
     assert store.ntotal == len(store) == index.ntotal
     np.testing.assert_array_equal(store.ids, index.ids)
     if index.ntotal:

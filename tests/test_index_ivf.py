@@ -348,9 +348,9 @@ def test_an_unknown_layout_is_refused(tmp_path):
     index = Codes(SQ(D))
     trained(index, vectors(50)).add(vectors(50))
     index.save(tmp_path / "x")
-    raw = (tmp_path / "x").read_bytes().replace(rb"\"layout\": 2", rb"\"layout\": 4")
+    raw = (tmp_path / "x").read_bytes().replace(rb"\"layout\": 2", rb"\"layout\": 3")
     (tmp_path / "x").write_bytes(raw)
-    with pytest.raises(ValueError, match=r"x: .*'layout' must be an integer from 1 to 3, it is 4"):
+    with pytest.raises(ValueError, match=r"x: .*'layout' must be an integer from 1 to 2, it is 3"):
         load(tmp_path / "x")
 
 

@@ -3,11 +3,13 @@
 // Lists: the threads share the queries; a single one is shared out by its lists where that pays.
 #include "scan/fast_scan.h"
 
+#include <string.h>
+
 #include "common/parallel.h"
 #include "common/select.h"
 #include "scan/exact_row.h"
-#include "scan/fast_scan_planes.h"
 #include "scan/fast_scan_rows.h"
+#include "scan/fast_scan_screen.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -17,24 +19,32 @@ using namespace fast_scan_rows;
 
 constexpr int64_t kPiece = 16 << 10;  // bytes of codes that groups of queries go over in turn
 constexpr int kShare = 64;            // queries of one piece of work
-constexpr int64_t kWidest = 64;       // times as many candidates as at first, before all rows are scored in full
+
+// One pass over the rows. With a screen, `whole` are the caller's arguments, and those of the pass are either of the
+// highest bits or, where these did not do, of whole codes.
+struct Job : FastScanArgs {
+  const FastScanArgs* whole = nullptr;
+  const float* rotated = nullptr;  // (nq, 16 * parts)
+  explicit Job(const FastScanArgs& a) : FastScanArgs(a) {}
+  bool screens() const { return whole && whole->m != m; }
+};
 
 int64_t wanted(const FastScanArgs& a) {
-  const int64_t count = a.planes ? a.screen : a.candidates > 0 ? a.candidates : a.k;
+  const int64_t count = a.screen > 0 ? a.screen : a.candidates > 0 ? a.candidates : a.k;
   const int64_t most = a.repeated ? 2 * count : count;
   return most < a.n ? most : (a.n > 0 ? a.n : 1);
 }
 
 // ------------------------------------------------------------------------------------------ scanning
-void scan_group(const FastScanArgs& a, Query* q, const float* base, int queries, int64_t begin, int64_t rows,
-                const Bounds* bounds) {
+void scan_group(const FastScanArgs& a, const uint8_t* codes, Query* q, const float* base, int queries, int64_t begin,
+                int64_t rows, const Bounds* bounds) {
   Query* each[kQueries];
   for (int i = 0; i < queries; ++i) each[i] = q + i;
   switch (queries) {
-    case 1: return scan_rows<1>(a, each, base, begin, rows, bounds);
-    case 2: return scan_rows<2>(a, each, base, begin, rows, bounds);
-    case 3: return scan_rows<3>(a, each, base, begin, rows, bounds);
-    default: return scan_rows<4>(a, each, base, begin, rows, bounds);
+    case 1: return scan_rows<1>(a, codes, each, base, begin, rows, bounds);
+    case 2: return scan_rows<2>(a, codes, each, base, begin, rows, bounds);
+    case 3: return scan_rows<3>(a, codes, each, base, begin, rows, bounds);
+    default: return scan_rows<4>(a, codes, each, base, begin, rows, bounds);
   }
 }
 
@@ -43,15 +53,30 @@ int64_t piece_rows(int64_t m) {
   return rows < kTile ? kTile : rows;
 }
 
-void scan_all(const FastScanArgs& a, Query* q, const float* base, int64_t queries, int64_t begin, int64_t end,
+const uint8_t* codes_at(const FastScanArgs& a, int64_t row) { return a.codes + row / kRows * groups_of(a.m) * 64; }
+
+// Codes of rows from `row` on: as they lie, or their highest bits, brought to `room`.
+const uint8_t* source(const Job& a, int64_t row, int64_t rows, uint8_t* room) {
+  if (!a.screens()) return codes_at(a, row);
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  fast_scan_screen::highest_bits(codes_at(*a.whole, row), a.whole->m, a.bits, blocks, room);
+  return room;
+}
+
+int64_t room_of(const Job& a, int64_t rows) { return a.screens() ? rows * groups_of(a.m) * 4 + kAhead : 0; }
+
+void scan_all(const Job& a, Query* q, const float* base, int64_t queries, int64_t begin, int64_t end,
               const Bounds* bounds) {
-  const int64_t piece = piece_rows(a.m);
+  // Few queries wait for the memory, which goes on while a tile is scanned if tiles are taken one by one.
+  const int64_t piece = a.screens() && queries < 2 * kQueries ? kTile : piece_rows(a.m);
+  Buffer<uint8_t> room(room_of(a, piece));
   for (int64_t row = begin; row < end; row += piece) {
     const int64_t rows = end - row < piece ? end - row : piece;
     const Bounds here = bounds ? bounds->from(row / kTile) : Bounds{};
+    const uint8_t* codes = source(a, row, rows, room.data);
     for (int64_t i = 0; i < queries; i += kQueries)
-      scan_group(a, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row, rows,
-                 bounds ? &here : nullptr);
+      scan_group(a, codes, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row,
+                 rows, bounds ? &here : nullptr);
   }
 }
 
@@ -60,18 +85,20 @@ void scan_all(const FastScanArgs& a, Query* q, const float* base, int64_t querie
 // that once were among the best. A guess too high is noticed at the end, when fewer than `want` were found.
 constexpr int64_t kStride = 32;
 
-bool guess_thresholds(const FastScanArgs& a, Query* q, const float* base, int64_t queries) {
+bool guess_thresholds(const Job& a, Query* q, const float* base, int64_t queries) {
   const int64_t want = wanted(a);
   const float share = static_cast<float>(want) / kStride;
   const int64_t rank = static_cast<int64_t>(share + 3 * sqrtf(share)) + 3;
   // Few queries wait for the memory, and a few wanted rows cost less than the sample.
   if (queries < kQueries || want < 64 || a.n < 64 * kStride * kTile || a.n < 64 * want) return false;
   for (int64_t i = 0; i < queries; ++i) q[i].best.want = rank;
+  Buffer<uint8_t> room(room_of(a, kTile));
   for (int64_t row = 0; row < a.n; row += kStride * kTile) {
     const int64_t rows = a.n - row < kTile ? a.n - row : kTile;
+    const uint8_t* codes = source(a, row, rows, room.data);
     for (int64_t i = 0; i < queries; i += kQueries)
-      scan_group(a, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row, rows,
-                 nullptr);
+      scan_group(a, codes, q + i, base + i, static_cast<int>(queries - i < kQueries ? queries - i : kQueries), row,
+                 rows, nullptr);
   }
   for (int64_t i = 0; i < queries; ++i) {
     Candidates* best = &q[i].best;
@@ -103,7 +130,8 @@ void scan_probe(const FastScanArgs& a, Query* q, int64_t i, int64_t probe) {
   const int64_t list = a.probes[i * a.nprobe + probe];
   if (list < 0 || list >= a.lists || a.list_rows[list] <= 0) return;
   const float base = base_of(a, i, probe);
-  scan_rows<1>(a, &q, &base, a.list_begin[list], a.list_rows[list], nullptr);
+  const int64_t begin = a.list_begin[list];
+  scan_rows<1>(a, codes_at(a, begin), &q, &base, begin, a.list_rows[list], nullptr);
 }
 
 // ------------------------------------------------------------------------------------------ results
@@ -144,25 +172,20 @@ void write(const FastScanArgs& a, int64_t i, float sign, const uint64_t* sorted,
   }
 }
 
-const float* rotated_of(const FastScanArgs& a, int64_t i) {
-  return a.rotated + i * fast_scan_planes::parts_of(a.d) * fast_scan_planes::kPart;
-}
-
-// False where more candidates are needed (planes).
-bool finish_planes(const FastScanArgs& a, int64_t i, Candidates* best, int64_t* bad) {
+// The best candidates by full scores. False where more are needed.
+bool finish_screen(const Job& a, int64_t i, Candidates* best, int64_t* bad) {
   cut(best);
   Candidates full = *best;
   full.want = a.k;
-  Buffer<float> off(best->count);
-  const float sign = order_of(a);
-  if (!fast_scan_planes::full_keys(a, rotated_of(a, i), base_of(a, i, -1), sign, *best, off.data, &full, bad))
-    return false;
+  const float* rotated = a.rotated + i * fast_scan_screen::parts_of(a.whole->m) * fast_scan_screen::kPart;
+  const float base = base_of(a, i, -1), sign = order_of(a);
+  if (!fast_scan_screen::full_keys(*a.whole, rotated, base, sign, a.screens(), *best, &full, bad)) return false;
   write(a, i, sign, full.packed, candidates_sort(&full, false));
   return true;
 }
 
-bool finish(const FastScanArgs& a, int64_t i, Candidates* best, int64_t* bad) {
-  if (a.planes) return finish_planes(a, i, best, bad);
+bool finish(const Job& a, int64_t i, Candidates* best, int64_t* bad) {
+  if (a.whole) return finish_screen(a, i, best, bad);
   if (a.candidates <= 0) {
     const int64_t count = candidates_sort(best, a.repeated);
     write(a, i, order_of(a), best->packed, count);
@@ -234,7 +257,7 @@ struct Work {  // queries and their tables, for one thread's share
 };
 
 // Each query by one thread. `wider` marks the queries that need more candidates.
-void by_queries(const FastScanArgs& a, int64_t share, double nanoseconds, int64_t* bad, uint8_t* wider) {
+void by_queries(const Job& a, int64_t share, double nanoseconds, int64_t* bad, uint8_t* wider) {
   const int64_t shares = (a.nq + share - 1) / share;
   const TileBounds bounds(a);
   Buffer<int64_t> worst(shares);
@@ -260,7 +283,7 @@ void by_queries(const FastScanArgs& a, int64_t share, double nanoseconds, int64_
 }
 
 // Each thread takes pieces of the rows, or lists, for all queries, which are few.
-void by_rows(const FastScanArgs& a, int threads, int64_t* bad, uint8_t* wider) {
+void by_rows(const Job& a, int threads, int64_t* bad, uint8_t* wider) {
   Work work(a, 0, a.nq);
   if (!work.good) {
     *bad = -2;
@@ -295,61 +318,7 @@ void by_rows(const FastScanArgs& a, int threads, int64_t* bad, uint8_t* wider) {
   }
 }
 
-// Planes: full scores of all rows for one query.
-void score_all(const FastScanArgs& a, int64_t* bad) {
-  constexpr int64_t kRowsOfPiece = 1024;
-  const int threads = num_threads();
-  const int64_t capacity = candidates_capacity(a.k < a.n ? a.k : a.n), pieces = (a.n + kRowsOfPiece - 1) / kRowsOfPiece;
-  Buffer<Candidates> each(threads);
-  Buffer<uint64_t> memory(threads * capacity);
-  Buffer<int64_t> worst(threads);
-  for (int t = 0; t < threads; ++t) {
-    candidates_start(&each[t], memory.data + t * capacity, a.k < a.n ? a.k : a.n);
-    worst[t] = -1;
-  }
-  const float base = base_of(a, 0, -1), sign = order_of(a);
-  parallel_slots(pieces, threads, [&](int t, int64_t p) {
-    const int64_t end = (p + 1) * kRowsOfPiece < a.n ? (p + 1) * kRowsOfPiece : a.n;
-    for (int64_t row = p * kRowsOfPiece; row < end; ++row) {
-      const float key = fast_scan_planes::full_key(a, a.rotated, base, sign, row);
-      if (key - key != 0 && worst[t] < 0) worst[t] = row;
-      if (key >= each[t].threshold) offer(a, &each[t], key, row);
-    }
-  });
-  Buffer<Candidates*> parts(threads);
-  for (int t = 0; t < threads; ++t) {
-    parts[t] = &each[t];
-    if (worst[t] >= 0 && (*bad < 0 || worst[t] < *bad)) *bad = worst[t];
-  }
-  candidates_merge(parts.data, threads);
-  write(a, 0, sign, parts[0]->packed, candidates_sort(parts[0], false));
-}
-
-void pass(const FastScanArgs& a, uint8_t* wider);
-
-// Planes: a query that needs more candidates, by itself.
-void widen(const FastScanArgs& a, int64_t i) {
-  FastScanArgs one = a;
-  int64_t bad = -1;
-  one.nq = 1;
-  one.bias = a.bias ? a.bias + i : nullptr;
-  one.rotated = rotated_of(a, i);
-  one.scores = a.scores + i * a.k;
-  one.ids = a.ids + i * a.k;
-  one.bad = &bad;
-  uint8_t again = 1;
-  while (again && bad == -1) {
-    again = 0;
-    one.screen *= 4;
-    if (one.screen > kWidest * a.screen || one.screen > a.n / 8)
-      score_all(one, &bad);
-    else
-      pass(one, &again);
-  }
-  if (*a.bad == -1) *a.bad = bad;
-}
-
-void pass(const FastScanArgs& a, uint8_t* wider) {
+void pass(const Job& a, uint8_t* wider) {
   *a.bad = -1;
   double rows = static_cast<double>(a.n);
   if (a.probes && a.lists > 0) rows = rows / static_cast<double>(a.lists) * static_cast<double>(a.nprobe);
@@ -367,15 +336,62 @@ void pass(const FastScanArgs& a, uint8_t* wider) {
   }
 }
 
+// The queries of `some` by look-ups of whole codes, in parts, each with its tables together.
+void scan_whole(const FastScanArgs& a, const float* rotated, const int64_t* some, int64_t count) {
+  constexpr int64_t kTogether = 256;
+  const int64_t ld = fast_scan_screen::parts_of(a.m) * fast_scan_screen::kPart,
+                most = count < kTogether ? count : kTogether;
+  Buffer<float> tables(most * a.m * 16), turned(most * ld), bias(most), scores(most * a.k);
+  Buffer<int64_t> ids(most * a.k);
+  for (int64_t first = 0; first < count && *a.bad == -1; first += most) {
+    Job part(a);
+    part.nq = count - first < most ? count - first : most;
+    for (int64_t i = 0; i < part.nq; ++i) {
+      const int64_t query = some[first + i];
+      memcpy(tables.data + i * a.m * 16, a.tables + query * a.m * 16, a.m * 16 * sizeof(float));
+      memcpy(turned.data + i * ld, rotated + query * ld, ld * sizeof(float));
+      bias[i] = a.bias ? a.bias[query] : 0;
+    }
+    part.tables = tables.data, part.rotated = turned.data, part.bias = bias.data;
+    part.scores = scores.data, part.ids = ids.data;
+    part.whole = &a;
+    part.screen = 2 * a.k + 32;  // tables are rounded
+    pass(part, nullptr);
+    for (int64_t i = 0; i < part.nq; ++i) {
+      memcpy(a.scores + some[first + i] * a.k, scores.data + i * a.k, a.k * sizeof(float));
+      memcpy(a.ids + some[first + i] * a.k, ids.data + i * a.k, a.k * sizeof(int64_t));
+    }
+  }
+}
+
+void scan_screened(const FastScanArgs& a) {
+  const int64_t ld = fast_scan_screen::parts_of(a.m) * fast_scan_screen::kPart, groups = (groups_of(a.m) + 3) / 4;
+  Job first(a);
+  first.m = groups * 8;
+  Buffer<float> rotated(a.nq * ld), tables(a.nq * first.m * 16);
+  parallel_for(a.nq, static_cast<double>(a.nq) * a.m * 10, [&](int64_t i) {
+    fast_scan_screen::rotated_of(a, i, rotated.data + i * ld);
+    fast_scan_screen::screen_tables(a, rotated.data + i * ld, first.m, tables.data + i * first.m * 16);
+  });
+  first.whole = &a;
+  first.tables = tables.data, first.rotated = rotated.data;
+  Buffer<uint8_t> wider(a.nq);
+  Buffer<int64_t> some(a.nq);
+  for (int64_t i = 0; i < a.nq; ++i) wider[i] = 0;
+  pass(first, wider.data);
+  int64_t count = 0;
+  for (int64_t i = 0; i < a.nq; ++i)
+    if (wider[i]) some[count++] = i;
+  if (count && *a.bad == -1) scan_whole(a, rotated.data, some.data, count);
+}
+
 }  // namespace
 
 void fast_scan(const FastScanArgs& a) {
-  if (!a.planes) return pass(a, nullptr);
-  Buffer<uint8_t> wider(a.nq);
-  for (int64_t i = 0; i < a.nq; ++i) wider[i] = 0;
-  pass(a, wider.data);
-  for (int64_t i = 0; i < a.nq && *a.bad == -1; ++i)
-    if (wider[i]) widen(a, i);
+  if (a.levels) return scan_screened(a);
+  Job all(a);
+  all.screen = 0;
+  pass(all, nullptr);
 }
 
 void pack4(const Pack4Args& a) {

@@ -20,14 +20,12 @@
 // Rescoring: the `candidates` best rows by codes (twice as many where positions repeat) are scored again with
 //   vectors[position] (ip, l2 or cosine of `exact`) and the best k of those remain. Their scores are summed along d as
 //   in scan/rescore.cc.
-// Planes: rows of `planes` bits a dimension, of which `codes` holds the highest, four dimensions an entry (m = ceil(d /
-//   4)), and `low` (n, planes - 1, 2 * ceil(d / 16)) bytes the others, the higher first, little bits first. Then
-//     score(i, r) = bias[i] + mul[r] * sum_j rotated[i][j] * value(r, j) + add[r]
-//   with value = levels[u], or u - (2^planes - 1) / 2 without levels, u the bits of dimension j. Instead of tables: the
-//   highest plane is scanned with values of +-high, and the `screen` best rows are scored in full, by sums in fp32.
-//   Where a row outside of these could be among the k best (the worst of them, the mean of the difference between both
-//   scores and three of its standard deviations reach the k-th best score), the query is scanned again with four times
-//   as many, at last by full scores alone. Not with lists, positions or candidates.
+// Screen: where tables are those of scalar codes, table[i][j][c] = rotated[i][j] * levels[c] (levels ascending, the
+//   highest bit of an entry its sign), the highest bits alone are scanned first, four dimensions a look-up with +-high
+//   for each, and the `screen` best rows are scored with all bits, by sums in fp32. Where more than k / 500 of the k
+//   best are likely to be missing among these, by an estimate that the two scores of these rows allow
+//   (fast_scan_screen.h), all look-ups are made after all and the best rows scored in the same way. Not with lists,
+//   positions or candidates.
 // scores, ids (nq, k), best first, equal scores by position; where there are fewer, id -1 and -inf (ip) or +inf (l2).
 // Limit: one VPERMB of 64 bytes a cycle and 64 look-ups.
 #pragma once
@@ -67,11 +65,9 @@ struct FastScanArgs {
   float* scores;
   int64_t* ids;
   int64_t* bad;  // a position whose exact score is NaN, or -1
-  // planes
-  const uint8_t* low;
-  int64_t planes;        // 0: none
-  const float* levels;   // (2^planes), planes <= 4, or null
-  const float* rotated;  // (nq, 16 * ceil(d / 16)), 0 from d on
+  // screen
+  const float* levels;  // (2^bits), or null
+  int64_t bits;
   float high;
   int64_t screen;
 };

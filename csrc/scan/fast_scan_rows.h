@@ -206,11 +206,12 @@ static inline void offer_tile(const FastScanArgs& a, Query* q, float base, int64
 
 constexpr int kMostTiles = 64;  // of a piece
 
-// Rows [begin, begin + rows) for Q queries; begin is a multiple of 16. `base` in keys. `bounds` of the tiles' terms,
-// which are at most kMostTiles then, or null: every row of a tile is looked at where rows have terms.
+// Rows [begin, begin + rows) for Q queries, whose codes begin at `codes`; begin is a multiple of 16. `base` in keys.
+// `bounds` of the tiles' terms, which are at most kMostTiles then, or null: every row of a tile is looked at where rows
+// have terms.
 template <int Q>
-static void scan_rows(const FastScanArgs& a, Query* const* q, const float* base, int64_t begin, int64_t rows,
-                      const Bounds* bounds) {
+static void scan_rows(const FastScanArgs& a, const uint8_t* codes, Query* const* q, const float* base, int64_t begin,
+                      int64_t rows, const Bounds* bounds) {
   const int64_t groups = groups_of(a.m), tiles = (rows + kTile - 1) / kTile;
   const bool terms = a.add || a.mul;
   const uint8_t* tables[Q];
@@ -226,8 +227,8 @@ static void scan_rows(const FastScanArgs& a, Query* const* q, const float* base,
     const int count = static_cast<int>(begin + rows - at < kTile ? begin + rows - at : kTile);
     if (bounds)
       for (int i = 0; i < Q; ++i) least[i] = of_tiles[i][t];
-    const uint8_t* codes = a.codes + at / kRows * groups * 64;
-    uint32_t some = sums<Q>(codes, groups, (count + kRows - 1) / kRows, tables, least, sum);
+    const uint8_t* tile = codes + t * kBlocks * groups * 64;
+    uint32_t some = sums<Q>(tile, groups, (count + kRows - 1) / kRows, tables, least, sum);
     for (; some; some &= some - 1) {
       const int i = __builtin_ctz(some);
       offer_tile(a, q[i], base[i], at, count, sum[i]);

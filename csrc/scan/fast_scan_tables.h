@@ -3,7 +3,6 @@
 #include "common/select.h"
 #include "common/simd.h"
 #include "scan/fast_scan.h"
-#include "scan/fast_scan_planes.h"
 #include "scan/fast_scan_tiles.h"
 
 namespace lutra {
@@ -26,17 +25,6 @@ static inline void float_tables(const FastScanArgs& a, int64_t i, float* out) {
   if (a.tables) {
     const float* t = a.tables + i * a.m * 16;
     for (int64_t e = 0; e < a.m * 16; ++e) out[e] = sign * t[e];
-    return;
-  }
-  if (a.planes) {
-    const float* q = a.rotated + i * fast_scan_planes::parts_of(a.d) * fast_scan_planes::kPart;
-    const float high = sign * a.high;
-    for (int64_t j = 0; j < a.m; ++j)
-      for (int c = 0; c < 16; ++c) {
-        float sum = 0;
-        for (int b = 0; b < 4; ++b) sum += c >> b & 1 ? q[4 * j + b] : -q[4 * j + b];
-        out[j * 16 + c] = high * sum;
-      }
     return;
   }
   const float* q = a.queries + i * a.ldq;

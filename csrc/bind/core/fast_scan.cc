@@ -51,38 +51,34 @@ void register_fast_scan(py::module_& m) {
                          &bad,
                          nullptr,
                          0,
-                         nullptr,
-                         nullptr,
                          0,
                          0};
           const double rows = probes.p && lists ? static_cast<double>(n) / lists * nprobe : static_cast<double>(n);
           run(&fast_scan, a, nq * (rows * m_ * 0.01 + 1000));
           return bad;
         });
-  m.def("plane_scan",
-        [](int64_t nq, int64_t d, int64_t planes, int64_t k, int64_t screen, int metric, Ptr rotated, float high,
-           Ptr levels, Ptr bias, Ptr codes, Ptr low, int64_t n, Ptr add, Ptr mul, Ptr keep, Ptr scores, Ptr ids) {
-          if (nq < 0 || d < 1 || planes < 2 || planes > 8 || k < 1 || screen < k || n < 0 ||
-              n >= (int64_t{1} << 32) - 1 || (levels.p && planes > 4))
-            throw py::value_error("lutra: plane_scan got a size out of range");
-          const int64_t parts = (d + 15) / 16, m_ = (d + 3) / 4;
+  // Scalar codes by their highest bits first.
+  m.def("screen_scan",
+        [](int64_t nq, int64_t m_, int64_t k, int metric, Ptr tables, Ptr levels, int64_t bits, float high,
+           int64_t screen, Ptr bias, Ptr codes, int64_t n, Ptr add, Ptr mul, Ptr keep, Ptr scores, Ptr ids) {
+          if (nq < 0 || m_ < 1 || k < 1 || bits < 1 || bits > 4 || screen < k || n < 0 || n >= (int64_t{1} << 32) - 1)
+            throw py::value_error("lutra: screen_scan got a size out of range");
           int64_t bad = -1;
           FastScanArgs a{};
-          a.nq = nq, a.m = m_, a.k = k, a.n = n, a.d = d;
+          a.nq = nq, a.m = m_, a.k = k, a.n = n;
           a.metric = static_cast<Metric>(metric);
+          a.tables = tables.as<float>(nq * m_ * 16);
+          a.levels = levels.as<float>(int64_t{1} << bits);
+          a.bits = bits, a.high = high, a.screen = screen;
           a.bias = bias.as<float>(bias.p ? nq : 0);
           a.codes = codes.as<uint8_t>((n + 15) / 16 * ((m_ + 7) / 8) * 64);
           a.add = add.as<float>(add.p ? n : 0);
           a.mul = mul.as<float>(mul.p ? n : 0);
           a.keep = keep.as<uint8_t>(keep.p ? (n + 7) / 8 : 0);
-          a.low = low.as<uint8_t>(n * (planes - 1) * 2 * parts);
-          a.planes = planes, a.high = high, a.screen = screen;
-          a.levels = levels.as<float>(levels.p ? int64_t{1} << planes : 0);
-          a.rotated = rotated.as<float>(nq * 16 * parts);
           a.scores = scores.as<float>(nq * k);
           a.ids = ids.as<int64_t>(nq * k);
           a.bad = &bad;
-          run(&fast_scan, a, nq * (static_cast<double>(n) * m_ * 0.01 + 1000));
+          run(&fast_scan, a, nq * (static_cast<double>(n) * m_ * 0.003 + 1000));
           return bad;
         });
   m.def("pack4", [](Ptr entries, int64_t n, int64_t m_, int64_t first, Ptr codes) {

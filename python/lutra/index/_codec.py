@@ -10,8 +10,6 @@ rows       rows of 16 vectors, interleaved             scan._lists.list_rows
 lut4       4-bit entries in blocks of 16, add, mul     scan.fast_scan
 lut8       entries of 5 to 8 bits, add, mul            scan._lists.lut8
 scalar     8- or 6-bit codes in blocks of 16           scan._lists.list_scalar
-planes     the highest plane as 4-bit entries, the     scan._planes.plane_scan
-           others row by row, add, mul
 =========  ==========================================  ==========================
 
 Codes may be of residuals x - c to the centroid c of a row's list. Then, with r^ = decode(code) and the linear
@@ -31,9 +29,8 @@ from typing import Any
 import numpy as np
 
 from ..quant import _bits
-from ..reference import planes as bit_planes
 from ..reference.lists import scalar_codes, scalar_rows
-from ..scan import _lists, _planes
+from ..scan import _lists
 from ..scan._lists import Lists
 from ._arena import Arena, Field
 from ._home import HOST
@@ -77,11 +74,9 @@ class Codec:
     metric : {'ip', 'l2'}
     residual : bool
         Whether codes are of residuals.
-    planes : bool
-        Whether there is one list, whose codes may lie in bit planes where the quantizer has them.
     """
 
-    def __init__(self, d: int, store: Any, metric: str, residual: bool, planes: bool = False) -> None:
+    def __init__(self, d: int, store: Any, metric: str, residual: bool) -> None:
         self.d = d
         self.metric = metric
         if type(store).__name__ == "SQ" and store.kind in _SQ_ROWS:
@@ -95,9 +90,6 @@ class Codec:
         elif self.form == "decode":  # SQ of 8 or 6 bits
             self.form = "scalar"
             self._step, self._offset = self.quantizer._steps()
-        elif planes and self.quantizer._planes and not self.residual:
-            self.form = "planes"
-            self._levels, self._high = self.quantizer._plane_values()
         #: Whether tables give squared distances themselves (without row terms).
         self._distances = False
         self.fields = self._make_fields()
@@ -112,9 +104,6 @@ class Codec:
             return {"codes": Field(quantizer.code_size, 1, byte)}
         if self.form == "lut4":
             fields = {"codes": Field((quantizer.m + 7) // 8, 4, byte)}
-        elif self.form == "planes":
-            low = bit_planes.low_size(self.d, quantizer._planes)
-            fields = {"codes": Field((self.d + 31) // 32, 4, byte), "low": Field(1, low, byte)}
         else:
             fields = {"codes": Field(1, _bits.packed_size(quantizer.m, quantizer.bits), byte)}
         zero = np.zeros((1, self.d), np.float32)
@@ -153,11 +142,7 @@ class Codec:
                 codes = self.quantizer._encode(part - center, part)
             else:
                 codes = self.quantizer._encode(part - center if self.residual else part)
-            if self.form == "planes":
-                top, low = bit_planes.split(self.quantizer._integers(codes), self.quantizer._planes)
-                made = {"codes": _blocks(top), "low": low[:, None]}
-            else:
-                made = {"codes": self._packed(codes)}
+            made = {"codes": self._packed(codes)}
             if self.form != "scalar":
                 for name, term in zip(("add", "mul"), self._terms(codes, center)):
                     if term is not None:
@@ -175,7 +160,11 @@ class Codec:
             return scalar_rows(self.quantizer._entries(codes), self.quantizer.bits)[:, :, None]
         if self.form == "lut8":  # what may follow the entries is in the row terms
             return codes[:, None, : self.fields["codes"].b]
-        return _blocks(self.quantizer._entries(codes))
+        entries = self.quantizer._entries(codes)
+        n, m = entries.shape
+        groups = np.zeros((n, (m + 7) // 8, 2, 4), np.uint8)
+        groups.reshape(n, 8 * groups.shape[1])[:, :m] = entries
+        return groups[:, :, 0] | groups[:, :, 1] << 4
 
     # ---- files of layout 1, which lutra wrote before it packed codes for the scans
     @property
@@ -203,18 +192,13 @@ class Codec:
     def _entries(self, values: np.ndarray) -> np.ndarray:
         """4-bit entries, a byte each."""
         every = np.stack([values & 15, values >> 4], 2).reshape(len(values), 8 * values.shape[1])
-        m = (self.d + 3) // 4 if self.form == "planes" else self.quantizer.m
-        return np.ascontiguousarray(every[:, :m])
+        return np.ascontiguousarray(every[:, : self.quantizer.m])
 
     def vectors(self, arena: Arena, rows: np.ndarray, centroids: np.ndarray | None) -> np.ndarray:
         """float32 vectors of rows of the arena; ``centroids`` those of their lists."""
         if self.quantizer is None:
             return arena.take("vectors_in_lists", rows)[:, :, 0].astype(np.float32)
         codes = arena.take("codes", rows)
-        if self.form == "planes":
-            top, low = self._entries(codes), arena.take("low", rows)[:, 0]
-            u = bit_planes.join(top, low, self.d, self.quantizer._planes)
-            return self.quantizer._from_integers(u, arena.take("mul", rows)[:, 0, 0])
         if self.form == "scalar" or hasattr(self.quantizer, "pack"):
             x = self.quantizer._decode(self._codes(codes))
         else:
@@ -258,8 +242,6 @@ class Codec:
         each = 12 * k
         if self.form in ("lut4", "lut8"):
             each += self.quantizer.m * 256 * 4 if self.form == "lut8" else self.quantizer.m * 16 * 4
-        if self.form == "planes":
-            each += 8 * self.d
         return max(1, _TABLES // each)
 
     def scan(
@@ -282,8 +264,6 @@ class Codec:
             return _lists.list_scalar(q, x, *steps, lists, k, self.metric)
         codes, add, mul = arena.arrays["codes"], arena.arrays.get("add"), arena.arrays.get("mul")
         add, mul = (None if a is None else a.reshape(-1) for a in (add, mul))
-        if self.form == "planes":
-            return self._scan_planes(q, arena, lists, k, add, mul)
         lut, bias = self.tables(q)
         base = base if self.residual else None
         bits = 8
@@ -296,23 +276,6 @@ class Codec:
             np.maximum(scores, 0, out=scores)
         return scores, ids
 
-    def _scan_planes(self, q, arena, lists, k, add, mul):
-        quantizer = self.quantizer
-        rotated, bias = quantizer._rotated(q)
-        if self.metric == "l2":
-            rotated = rotated * np.float32(-2)
-            square = np.einsum("ij,ij->i", q, q)
-            bias = square if bias is None else square - 2 * bias
-        low = arena.arrays["low"]
-        scores, ids = _planes.plane_scan(
-            rotated, arena.arrays["codes"], low.reshape(-1, low.shape[3]),
-            int(arena.rows[0]), quantizer._planes, k, self.metric, self._high, self._levels, bias, add, mul,
-            lists.keep,
-        )  # fmt: skip
-        if self.metric == "l2":  # rounding may leave small negative ones
-            np.maximum(scores, 0, out=scores)
-        return scores, ids
-
     def describe(self, arena: Arena) -> dict[str, Any]:
         """What `_core.ListSearcher` asks about the codes, but for the lists."""
         quantizer = self.quantizer
@@ -320,7 +283,7 @@ class Codec:
         about: dict[str, Any] = {
             "form": names[self.form], "type": 0, "m": 0, "ksub": 0, "dsub": 0, "books": None, "add": None,
             "mul": None, "distances": int(self._distances), "residual": int(self.residual), "bits": 8,
-            "step": None, "offset": None,
+            "step": None, "offset": None, "levels": None, "high": 0.0,
         }  # fmt: skip
         if quantizer is None:
             about.update(codes=arena.arrays["vectors_in_lists"], type=_lists._TYPES[self.name])
@@ -331,6 +294,8 @@ class Codec:
         if self.form == "scalar":
             about.update(step=self._step, offset=self._offset)
             return about
+        if self.form == "lut4" and (screen := quantizer._screen()) is not None:
+            about.update(levels=screen[0], high=screen[1], bits=quantizer.bits)
         about.update({name: arena.arrays[name] for name in ("add", "mul") if name in arena.arrays})
         if type(quantizer).__name__ == "PQ" and quantizer.dsub:
             ksub = max(16, quantizer.ksub)  # unused entries are 0, as in PQ's own tables
@@ -340,14 +305,6 @@ class Codec:
         elif self.form == "lut8":
             about.update(ksub=quantizer._tables(np.zeros((1, self.d), np.float32), "ip").lut.shape[2])
         return about
-
-
-def _blocks(entries: np.ndarray) -> np.ndarray:
-    """4-bit entries (n, m) as rows (n, ceil(m / 8), 4) of blocks; see `lutra.scan.pack4`."""
-    n, m = entries.shape
-    groups = np.zeros((n, (m + 7) // 8, 2, 4), np.uint8)
-    groups.reshape(n, 8 * groups.shape[1])[:, :m] = entries
-    return groups[:, :, 0] | groups[:, :, 1] << 4
 
 
 def merge(found: list[Any], nq: int, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,8 @@ from .base import Index
 _KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
 _BATCH, _PROBES = 4096, 1 << 20  # queries of a part, and the lists that they look into
 # How codes lie in files: 2 as they are scanned; in 1 scalar codes lay row by row, and entries of 5 to 7 bits
-# took a byte; 3 in bit planes.
-_LAYOUT = 3
+# took a byte.
+_LAYOUT = 2
 _UPGRADED = 1 << 12  # blocks that are brought to it at a time
 _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
 
@@ -44,7 +44,6 @@ class CodedIndex(Index):
         self._pending: list[Any] = []
         self._unchecked = False  # whether positions come from a file
         self._searcher: Any = None  # of the compiled module; made again after each change
-        self._in_planes = self._nlist == 1  # unless a file has it otherwise
         if refine is not None:
             self._rows["vectors"] = Rows(HOST, self.d, _KEPT[refine])
         if refine == "int8":
@@ -98,7 +97,7 @@ class CodedIndex(Index):
     def _coder(self) -> Codec:
         """The codec; made when the quantizer is trained."""
         if self._codec is None:
-            self._codec = Codec(self.d, self.quantizer, self._inner, self._residual, self._in_planes)
+            self._codec = Codec(self.d, self.quantizer, self._inner, self._residual)
             self._arena = Arena(self._nlist, self._codec.fields)
         return self._codec
 
@@ -246,7 +245,7 @@ class CodedIndex(Index):
     def _make_searcher(self) -> Any:
         """What holds the index for searches in one call; False where it cannot."""
         core, codec = _backend.core, self._coder
-        if core is None or codec.form == "planes":
+        if core is None:
             return False
         arena = self._lists
         if arena.positions is not None and self._unchecked and arena.size:
@@ -270,7 +269,7 @@ class CodedIndex(Index):
         })  # fmt: skip
 
     def _compose(self, q, k, keep, nprobe, factor):
-        """The search made of its parts: of bit planes, and on the reference."""
+        """The search made of its parts, on the reference."""
         unit = self._unit(q)
         base, probes = self._probe(unit, nprobe)
         lists = self._of_lists(keep, probes)
@@ -324,7 +323,6 @@ class CodedIndex(Index):
         if type(layout) is not int or not 1 <= layout <= _LAYOUT:
             raise ValueError(f"'layout' must be an integer from 1 to {_LAYOUT}, it is {layout!r}")
         index = cls(quantizer=quantizer, **config)
-        index._in_planes &= layout >= 3
         if factor is not None:
             index.refine_factor = index._factor(factor)
         return index
@@ -346,8 +344,7 @@ class CodedIndex(Index):
                 shape = (blocks, field.a, BLOCK, field.b)
                 dtype = _files.name_of(field.dtype)
                 tensors.append(_files.Tensor(name, dtype, shape, partial(arena.parts, name)))
-        layout = 3 if self.is_trained and self._coder.form == "planes" else 2
-        metadata["config"] = json.dumps({**json.loads(metadata["config"]), "layout": layout})
+        metadata["config"] = json.dumps({**json.loads(metadata["config"]), "layout": _LAYOUT})
         return tensors, metadata
 
     def _restore(self, file: _files.File, n: int, mmap: bool) -> None:

@@ -82,8 +82,6 @@ class Quantizer(ABC):
     code_size: int
     scan: str
     m: int
-    #: Bits of a dimension, where codes are integers whose highest bits a scan may look at first; else 0.
-    _planes: int = 0
 
     def __init__(self, d: int) -> None:
         self.d = _checks.integer("d", d, 1)
@@ -271,22 +269,10 @@ class Quantizer(ABC):
     def _row_terms(self, codes: np.ndarray) -> RowTerms:
         return RowTerms(None, None)
 
-    # ---- scanning by bit planes: <q, decode> = bias + mul * <rotated(q), values(u)> + add
-    def _integers(self, codes: np.ndarray) -> np.ndarray:
-        """The integers u (n, d) below 2**_planes of codes, uint8."""
-        raise NotImplementedError
-
-    def _plane_values(self) -> tuple[np.ndarray | None, float]:
-        """What integers stand for (None: u - (2**_planes - 1) / 2), and what the highest bit does: +-high."""
-        raise NotImplementedError
-
-    def _rotated(self, q: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Queries as `values` are compared with (nq, d), and their bias."""
-        raise NotImplementedError
-
-    def _from_integers(self, u: np.ndarray, mul: np.ndarray) -> np.ndarray:
-        """What codes decode to, of their integers and factors."""
-        raise NotImplementedError
+    def _screen(self) -> tuple[np.ndarray, float] | None:
+        """For scalar codes, whose tables are a query's values times levels: the levels (2**bits,), and what
+        the highest bit alone stands for, +-that. None: no scan by the highest bits."""
+        return None
 
     # ---- files
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -10,7 +10,7 @@ from .. import _checks
 from ._kernels import multiply
 from ._rotation import check_rotation, random_rotation
 from .base import Quantizer, RowTerms, Tables, training_matrix
-from .rotated import best_sign_value, floats
+from .rotated import floats
 
 #: The step of a uniform quantizer of 1 .. 8 bits that is best for normal values (Max, 1960).
 _STEPS = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -62,7 +62,6 @@ class RaBitQ(Quantizer):
         self.m = self.bits * self._groups
         self.scan = "lut4"
         self.code_size = self.bits * self._plane + (12 if center else 8)
-        self._planes = self.bits if self.bits > 1 else 0
         self._state: dict[str, np.ndarray] = {}
 
     @property
@@ -133,17 +132,14 @@ class RaBitQ(Quantizer):
     def _terms(self, codes: np.ndarray) -> np.ndarray:
         return floats(codes[:, self.bits * self._plane :])
 
-    def _integers(self, codes: np.ndarray) -> np.ndarray:
-        planes = codes[:, : self.bits * self._plane].reshape(len(codes), self.bits, self._plane)
-        bits = np.unpackbits(planes, axis=2, count=self.d, bitorder="little")
-        u = np.zeros((len(codes), self.d), np.uint8)
-        for i in range(self.bits):
-            u |= bits[:, i] << (self.bits - 1 - i)
-        return u
-
     def _direction(self, codes: np.ndarray) -> np.ndarray:
         """The grid points v (n, d)."""
-        return self._integers(codes) - np.float32(((1 << self.bits) - 1) / 2)
+        planes = codes[:, : self.bits * self._plane].reshape(len(codes), self.bits, self._plane)
+        bits = np.unpackbits(planes, axis=2, count=self.d, bitorder="little")
+        v = np.full((len(codes), self.d), -((1 << self.bits) - 1) / 2, np.float32)
+        for i in range(self.bits):
+            v += bits[:, i] * np.float32(1 << (self.bits - 1 - i))
+        return v
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         r = self._direction(codes) * self._terms(codes)[:, :1]
@@ -175,19 +171,6 @@ class RaBitQ(Quantizer):
     def _row_terms(self, codes: np.ndarray) -> RowTerms:
         terms = self._terms(codes)
         return RowTerms(terms[:, 2].copy() if self.center else None, terms[:, 0].copy())
-
-    def _plane_values(self) -> tuple[None, float]:
-        steps = np.arange(-(1 << (self.bits - 1)), 1 << (self.bits - 1))
-        return None, best_sign_value(steps + 0.5, steps[1:] * _STEPS[self.bits - 1])
-
-    def _rotated(self, q: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        mean = self._state["mean"]
-        bias = np.einsum("ij,j->i", q, mean) if self.center else None
-        return multiply(q - mean, self._state["rotation"].T), bias
-
-    def _from_integers(self, u: np.ndarray, mul: np.ndarray) -> np.ndarray:
-        v = (u - np.float32(((1 << self.bits) - 1) / 2)) * mul[:, None]
-        return multiply(v, self._state["rotation"]) + self._state["mean"]
 
     def _norms(self, codes: np.ndarray) -> np.ndarray:
         terms, mean = self._terms(codes), self._state["mean"]

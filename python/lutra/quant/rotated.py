@@ -54,7 +54,6 @@ class RotatedSQ(Quantizer):
         self.scan = "lut4" if self.bits <= 4 else "lut8"
         self._packed = _bits.packed_size(self.d, self.bits)
         self.code_size = self._packed + 4
-        self._planes = self.bits if 2 <= self.bits <= 4 else 0
         self._state: dict[str, np.ndarray] = {}
 
     @property
@@ -133,20 +132,13 @@ class RotatedSQ(Quantizer):
     def _row_terms(self, codes: np.ndarray) -> RowTerms:
         return RowTerms(None, self._scale(codes))
 
-    def _integers(self, codes: np.ndarray) -> np.ndarray:
-        return self._entries(codes)
-
-    def _plane_values(self) -> tuple[np.ndarray, float]:
+    def _screen(self) -> tuple[np.ndarray, float] | None:
         levels = self._state["levels"]
+        half = len(levels) // 2
+        # Few dimensions have too few signs. The highest bit must be the sign.
+        if self.d < 64 or not 2 <= self.bits <= 4 or not levels[half - 1] < 0 < levels[half]:
+            return None
         return levels, best_sign_value(levels, (levels[1:] + levels[:-1]) / 2)
-
-    def _rotated(self, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return multiply(q, self._state["rotation"].T), np.einsum("ij,j->i", q, self._state["mean"])
-
-    def _from_integers(self, u: np.ndarray, mul: np.ndarray) -> np.ndarray:
-        return (
-            multiply(self._state["levels"][u] * mul[:, None], self._state["rotation"]) + self._state["mean"]
-        )
 
     # ---- files
     def _config(self) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class Codes(CodedIndex):
     Memory: the codes, the vectors of ``refine``, 4 bytes a vector for each row term that the quantizer has
     (squared norms for l2, factors of RaBitQ), and 8 for an id where ids are not 0, 1, 2, ...
 
-    Codes of `RotatedSQ` (2 to 4 bits) and `RaBitQ` (2 and more) lie in bit planes: the highest is scanned,
-    what it leaves in doubt is scored by all bits. A row is missed with small probability only (docs/ivf.md).
+    In large collections the signs of codes of `RotatedSQ` are scanned first, and what they leave in doubt is
+    scored by all bits; a row is missed with small probability only (docs/ivf.md).
 
     The index lives on the CPU; queries from a GPU are copied.
 

@@ -27,8 +27,9 @@ typedef int32_t Sums[kTile];
 
 // Q queries and B blocks. The codes of a group are taken apart once for all queries; a look-up is one VPERMB in four
 // tables at once; entries that share a byte are added as bytes, then four bytes of a row to its sum by VPDPBUSD.
-// Sums leave the registers only where one of them reaches its query's least. For several queries the addition is written
-// as an instruction, because gcc 12 copies the sums for the intrinsic and stores nine of the sixteen in every turn.
+// Sums leave the registers only where one of them reaches its query's least. For several queries the addition is
+// written as an instruction, because gcc 12 copies the sums for the intrinsic and stores nine of the sixteen in every
+// turn.
 template <int Q, int B>
 LUTRA_VBMI static uint32_t sums_vbmi(const uint8_t* codes, int64_t groups, const uint8_t* const* tables,
                                      const int32_t* least, Sums* out) {

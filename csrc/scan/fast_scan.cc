@@ -328,9 +328,11 @@ void pass(const Job& a, uint8_t* wider) {
   // With few queries a pass costs the reading of the codes: then all of them share one, and the threads the rows.
   const int64_t enough = a.probes ? 1 : 32;
   if (a.nq >= enough * threads || threads == 1 || nanoseconds < 40e3) {
-    int64_t share = a.nq / (8 * threads);  // enough shares for the threads to end together
+    // Enough shares for the threads to end together; half as many where each takes the highest bits out of all codes.
+    const int64_t most = a.screens() ? 2 * kShare : kShare;
+    int64_t share = a.nq / ((a.screens() ? 4 : 8) * threads);
     if (!a.probes) share = share < kShare / 2 ? kShare / 2 : share / kQueries * kQueries;
-    by_queries(a, share < 1 ? 1 : share > kShare ? kShare : share, nanoseconds, a.bad, wider);
+    by_queries(a, share < 1 ? 1 : share > most ? most : share, nanoseconds, a.bad, wider);
   } else {
     by_rows(a, threads, a.bad, wider);
   }

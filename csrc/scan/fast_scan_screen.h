@@ -31,14 +31,16 @@ static inline void highest_bits(const uint8_t* codes, int64_t m, int64_t bits, i
   const int low = static_cast<int>(bits) - 1, high = low + 4;
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t s = 0; s < screened; ++s) {
-      uint32_t out[16] = {};
-      const int64_t some = groups - 4 * s < 4 ? groups - 4 * s : 4;
-      for (int h = 0; h < some; ++h) {
-        const auto* word = reinterpret_cast<const uint32_t*>(codes + (b * groups + 4 * s + h) * 64);
-        for (int r = 0; r < 16; ++r)
-          out[r] |= ((word[r] >> low & 0x01010101u) | (word[r] >> high & 0x01010101u) << 1) << (2 * h);
+      const uint8_t* from = codes + (b * groups + 4 * s) * 64;
+      const int some = static_cast<int>(groups - 4 * s < 4 ? groups - 4 * s : 4);
+      for (int64_t at = 0; at < 64; at += 4 * W) {  // bytes: W rows
+        vi out = {};
+        for (int h = 0; h < some; ++h) {
+          const vi word = *reinterpret_cast<const vi_unaligned*>(from + h * 64 + at);
+          out |= ((word >> low & 0x01010101) | (word >> high & 0x01010101) << 1) << (2 * h);
+        }
+        *reinterpret_cast<vi_unaligned*>(to + (b * screened + s) * 64 + at) = out;
       }
-      __builtin_memcpy(to + (b * screened + s) * 64, out, 64);
     }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+import lutra
 from lutra import _backend
 from lutra.index import load
 
@@ -49,3 +50,39 @@ def survives_damage(index, path, q, rounds, most):
         assert found.ids.shape == (len(q), 3)
         answered += 1
     assert refused > rounds // 20 and answered > rounds // 20
+
+
+def threads_leave_no_trace(make, x, q):
+    """The same graph and the same results with any number of threads; the last index and its results."""
+    tables = []
+    for threads in (1, 2, 3):
+        lutra.set_num_threads(threads)
+        try:
+            index = make()
+            index.add(x[:2000])
+            index.add(x[2000:])
+            index.remove_ids(np.arange(0, 3000, 4))
+            found = index.search(q, 10)
+        finally:
+            lutra.set_num_threads(0)
+        tables.append((index._graph.tables["links"].view, index._graph.upper.view, *found))
+    for other in tables[1:]:
+        for a, b in zip(tables[0], other):
+            np.testing.assert_array_equal(a, b)
+    return index, found
+
+
+def survives_a_round_trip(index, path, q, more, mmap):
+    """What is loaded finds the same, changes in the same way, and may be saved over its own file."""
+    index.save(path)
+    again = load(path, mmap=mmap)
+    assert again._config() == index._config() and again.ntotal == 120 and again.is_trained
+    for a, b in zip(index.search(q, 4), again.search(q, 4)):
+        np.testing.assert_array_equal(a, b)
+    for changed in (index, again):  # a mapped graph is copied when it changes
+        changed.add(more)
+        changed.remove_ids([3, 9, 12])
+    for a, b in zip(index.search(q, 4), again.search(q, 4)):
+        np.testing.assert_array_equal(a, b)
+    again.save(path)  # over the file that it was mapped from
+    np.testing.assert_array_equal(load(path).ids, index.ids)

@@ -7,7 +7,13 @@ import pickle
 
 import numpy as np
 import pytest
-from graph_checks import same_links, survives_damage, two_thirds
+from graph_checks import (
+    same_links,
+    survives_a_round_trip,
+    survives_damage,
+    threads_leave_no_trace,
+    two_thirds,
+)
 from test_index_hnsw import clustered, exact, grids, grown, needs_core, recall, vectors
 from test_index_hnsw_files import parts, tensor, write
 
@@ -195,21 +201,9 @@ def test_equal_vectors(metric):
 def test_threads_and_batches_leave_no_trace(kind):
     x, q = clustered(3000, 24), clustered(100, 24)
     quantizer = trained(kind, x, 12, 8)
-    tables = []
-    for threads in (1, 2, 3):
-        lutra.set_num_threads(threads)
-        try:
-            index = HNSW(24, 8, "cosine", storage=quantizer, ef_construction=40)
-            index.add(x[:2000])
-            index.add(x[2000:])
-            index.remove_ids(np.arange(0, 3000, 4))
-            found = index.search(q, 10)
-        finally:
-            lutra.set_num_threads(0)
-        tables.append((index._graph.tables["links"].view, index._graph.upper.view, *found))
-    for other in tables[1:]:
-        for a, b in zip(tables[0], other):
-            np.testing.assert_array_equal(a, b)
+    index, found = threads_leave_no_trace(
+        lambda: HNSW(24, 8, "cosine", storage=quantizer, ef_construction=40), x, q
+    )
     for i in range(0, 100, 7):
         alone = index.search(q[i : i + 1], 10)
         np.testing.assert_array_equal(alone.ids[0], found.ids[i])
@@ -329,20 +323,7 @@ def made(kind=PQ, n=120, d=9, **options):
 @pytest.mark.parametrize("refine", [None, "float32"])
 def test_round_trip(tmp_path, kind, bits, mmap, refine):
     index = made(kind, bits=bits, refine=refine, metric="cosine", ef_search=17, seed=5)
-    path = tmp_path / "index"
-    index.save(path)
-    again = load(path, mmap=mmap)
-    assert again._config() == index._config() and again.ntotal == 120 and again.is_trained
-    q = vectors(10, 9, 1)
-    for a, b in zip(index.search(q, 4), again.search(q, 4)):
-        np.testing.assert_array_equal(a, b)
-    for changed in (index, again):  # a mapped graph is copied when it changes
-        changed.add(vectors(20, 9, 2))
-        changed.remove_ids([3, 9, 12])
-    for a, b in zip(index.search(q, 4), again.search(q, 4)):
-        np.testing.assert_array_equal(a, b)
-    again.save(path)  # over the file that it was mapped from
-    np.testing.assert_array_equal(load(path).ids, index.ids)
+    survives_a_round_trip(index, tmp_path / "index", vectors(10, 9, 1), vectors(20, 9, 2), mmap)
 
 
 @pytest.mark.parametrize("ready", [True, False])

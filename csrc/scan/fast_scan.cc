@@ -177,7 +177,7 @@ bool finish_screen(const Job& a, int64_t i, Candidates* best, int64_t* bad) {
   cut(best);
   Candidates full = *best;
   full.want = a.k;
-  const float* rotated = a.rotated + i * fast_scan_screen::parts_of(a.whole->m) * fast_scan_screen::kPart;
+  const float* rotated = a.rotated + i * fast_scan_screen::padded(a.whole->m);
   const float base = base_of(a, i, -1), sign = order_of(a);
   if (!fast_scan_screen::full_keys(*a.whole, rotated, base, sign, a.screens(), *best, &full, bad)) return false;
   write(a, i, sign, full.packed, candidates_sort(&full, false));
@@ -220,7 +220,7 @@ struct TileBounds {
 
   explicit TileBounds(const FastScanArgs& a)
       : per_least(size(a)), per_most(size(a)), most_add(size(a)), all{per_least.data, per_most.data, most_add.data},
-        there(wanted(a)) {
+        there(pay(a)) {
     if (!there) return;
     const int64_t tiles = (a.n + kTile - 1) / kTile;
     parallel_ranges(tiles, 1024, static_cast<double>(a.n) * 0.3, [&](int64_t begin, int64_t end) {
@@ -231,8 +231,8 @@ struct TileBounds {
   const Bounds* get() const { return there ? &all : nullptr; }
 
  private:
-  static bool wanted(const FastScanArgs& a) { return !a.probes && (a.mul || a.add) && a.nq >= 2 * kQueries && a.n > 0; }
-  static int64_t size(const FastScanArgs& a) { return wanted(a) ? (a.n + kTile - 1) / kTile + W : 0; }
+  static bool pay(const FastScanArgs& a) { return !a.probes && (a.mul || a.add) && a.nq >= 2 * kQueries && a.n > 0; }
+  static int64_t size(const FastScanArgs& a) { return pay(a) ? (a.n + kTile - 1) / kTile + W : 0; }
 };
 
 struct Work {  // queries and their tables, for one thread's share
@@ -341,8 +341,7 @@ void pass(const Job& a, uint8_t* wider) {
 // The queries of `some` by look-ups of whole codes, in parts, each with its tables together.
 void scan_whole(const FastScanArgs& a, const float* rotated, const int64_t* some, int64_t count) {
   constexpr int64_t kTogether = 256;
-  const int64_t ld = fast_scan_screen::parts_of(a.m) * fast_scan_screen::kPart,
-                most = count < kTogether ? count : kTogether;
+  const int64_t ld = fast_scan_screen::padded(a.m), most = count < kTogether ? count : kTogether;
   Buffer<float> tables(most * a.m * 16), turned(most * ld), bias(most), scores(most * a.k);
   Buffer<int64_t> ids(most * a.k);
   for (int64_t first = 0; first < count && *a.bad == -1; first += most) {
@@ -367,7 +366,7 @@ void scan_whole(const FastScanArgs& a, const float* rotated, const int64_t* some
 }
 
 void scan_screened(const FastScanArgs& a) {
-  const int64_t ld = fast_scan_screen::parts_of(a.m) * fast_scan_screen::kPart, groups = (groups_of(a.m) + 3) / 4;
+  const int64_t ld = fast_scan_screen::padded(a.m), groups = (groups_of(a.m) + 3) / 4;
   Job first(a);
   first.m = groups * 8;
   Buffer<float> rotated(a.nq * ld), tables(a.nq * first.m * 16);

@@ -7,6 +7,7 @@
 #include "common/simd.h"
 #include "scan/candidates.h"
 #include "scan/fast_scan.h"
+#include "scan/fast_scan_tables.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -14,8 +15,10 @@ namespace fast_scan_screen {
 
 constexpr int kPart = 16;  // dimensions that are decoded together: two groups of eight
 
-LUTRA_INLINE int64_t groups_of_entries(int64_t m) { return (m + 7) / 8; }
+using fast_scan_tables::groups_of;
+
 LUTRA_INLINE int64_t parts_of(int64_t m) { return (m + kPart - 1) / kPart; }
+LUTRA_INLINE int64_t padded(int64_t m) { return parts_of(m) * kPart; }  // values of a rotated query
 
 // ---- the highest bits as entries of four dimensions
 // Four groups of a row (32 dimensions) become one: byte i has, from its lowest bit on, the bits of dimensions i and i +
@@ -27,7 +30,7 @@ LUTRA_INLINE int64_t dimension_of(int64_t entry, int bit) {
 
 // `blocks` blocks of whole codes to blocks of highest bits, (m + 31) / 32 groups each.
 static inline void highest_bits(const uint8_t* codes, int64_t m, int64_t bits, int64_t blocks, uint8_t* to) {
-  const int64_t groups = groups_of_entries(m), screened = (groups + 3) / 4;
+  const int64_t groups = groups_of(m), screened = (groups + 3) / 4;
   const int low = static_cast<int>(bits) - 1, high = low + 4;
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t s = 0; s < screened; ++s) {
@@ -50,8 +53,7 @@ static inline void rotated_of(const FastScanArgs& a, int64_t i, float* rotated) 
   const int last = (1 << a.bits) - 1;
   const float per = 1 / (a.levels[last] - a.levels[0]);
   const float* t = a.tables + i * a.m * 16;
-  for (int64_t j = 0; j < parts_of(a.m) * kPart; ++j)
-    rotated[j] = j < a.m ? (t[j * 16 + last] - t[j * 16]) * per : 0.0f;
+  for (int64_t j = 0; j < padded(a.m); ++j) rotated[j] = j < a.m ? (t[j * 16 + last] - t[j * 16]) * per : 0.0f;
 }
 
 // Tables of the highest bits, +-high for each: (m', 16).
@@ -72,13 +74,13 @@ static inline void screen_tables(const FastScanArgs& a, const float* rotated, in
 
 // ---- full scores
 LUTRA_INLINE const uint8_t* block_row(const uint8_t* codes, int64_t m, int64_t row) {
-  return codes + row / 16 * groups_of_entries(m) * 64 + row % 16 * 4;
+  return codes + row / 16 * groups_of(m) * 64 + row % 16 * 4;
 }
 
 // sum_j rotated[j] * levels[entry j]
 LUTRA_INLINE float whole_sum(const FastScanArgs& a, const float* rotated, int64_t row) {
   const uint8_t* block = block_row(a.codes, a.m, row);
-  const int64_t groups = groups_of_entries(a.m), parts = parts_of(a.m);
+  const int64_t groups = groups_of(a.m), parts = parts_of(a.m);
 #if defined(LUTRA_LEVEL_v4)
   const auto some = static_cast<__mmask16>(a.bits >= 4 ? 0xffff : (1u << (1 << a.bits)) - 1);
   const __m512 levels = _mm512_maskz_loadu_ps(some, a.levels);
@@ -114,7 +116,7 @@ LUTRA_INLINE float whole_sum(const FastScanArgs& a, const float* rotated, int64_
 
 LUTRA_INLINE void fetch_row(const FastScanArgs& a, int64_t row) {
   const uint8_t* block = block_row(a.codes, a.m, row);
-  for (int64_t g = 0; g < groups_of_entries(a.m); ++g) __builtin_prefetch(block + g * 64);
+  for (int64_t g = 0; g < groups_of(a.m); ++g) __builtin_prefetch(block + g * 64);
   if (a.mul) __builtin_prefetch(a.mul + row);
   if (a.add) __builtin_prefetch(a.add + row);
 }

@@ -24,20 +24,9 @@ void item(const ListRowsArgs& a, const Plan& plan, const ListItem& w, int64_t q0
 
 template <Metric M, class T>
 void search(const ListRowsArgs& a) {
-  const ListsArgs& l = a.lists;
-  const int all = num_threads();
-  const int64_t queries = pass_queries(l.k, l.npositions, all, 1);
-  for (int64_t q0 = 0; q0 < l.nq; q0 += queries) {
-    const int64_t count = l.nq - q0 < queries ? l.nq - q0 : queries;
-    Plan plan(l, q0, count);
-    const double nanoseconds = static_cast<double>(plan.rows) * (a.d * 0.04 + 1);
-    const int threads = nanoseconds < 40e3 ? 1 : all;
-    Selections selections(threads, count, l.k, 2 * l.npositions, M);
-    scan_blocks(plan.item_count, 1, threads, [&](int t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) item<M, T>(a, plan, plan.items[i], q0, selections.of_thread(t));
-    });
-    selections.finish(q0, l.scores, l.ids, l.bad);
-  }
+  search_items<M>(a.lists, a.d, [&](const Plan& plan, const ListItem& w, int64_t q0, int, Selection* s) {
+    item<M, T>(a, plan, w, q0, s);
+  });
 }
 
 template <Metric M>

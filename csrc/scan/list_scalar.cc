@@ -192,23 +192,11 @@ void item(const ListScalarArgs& a, const Plan& plan, const ListItem& w, int64_t 
 
 template <Metric M, int B>
 void search(const ListScalarArgs& a) {
-  const ListsArgs& l = a.lists;
-  const int all = num_threads();
-  const int64_t queries = pass_queries(l.k, l.npositions, all, 1);
   const int64_t room = (kGroup + 1) * a.d;  // of a thread: offsets, and a group of rows
-  for (int64_t q0 = 0; q0 < l.nq; q0 += queries) {
-    const int64_t count = l.nq - q0 < queries ? l.nq - q0 : queries;
-    Plan plan(l, q0, count);
-    const double nanoseconds = static_cast<double>(plan.rows) * (a.d * 0.04 + 1);
-    const int threads = nanoseconds < 40e3 ? 1 : all;
-    Selections selections(threads, count, l.k, 2 * l.npositions, M);
-    Buffer<float> rooms(threads * room);
-    scan_blocks(plan.item_count, 1, threads, [&](int t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        item<M, B>(a, plan, plan.items[i], q0, rooms.data + t * room, selections.of_thread(t));
-    });
-    selections.finish(q0, l.scores, l.ids, l.bad);
-  }
+  Buffer<float> rooms(num_threads() * room);
+  search_items<M>(a.lists, a.d, [&](const Plan& plan, const ListItem& w, int64_t q0, int t, Selection* s) {
+    item<M, B>(a, plan, w, q0, rooms.data + t * room, s);
+  });
 }
 
 }  // namespace

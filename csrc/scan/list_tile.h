@@ -91,5 +91,23 @@ void offer_group(const ListsArgs& a, const Plan& plan, const ListItem& w, const 
   }
 }
 
+// All items of all passes: item(plan, item of it, first query of the pass, thread, selection).
+template <Metric M, class Item>
+void search_items(const ListsArgs& l, int64_t d, const Item& item) {
+  const int all = num_threads();
+  const int64_t queries = pass_queries(l.k, l.npositions, all, 1);
+  for (int64_t q0 = 0; q0 < l.nq; q0 += queries) {
+    const int64_t count = l.nq - q0 < queries ? l.nq - q0 : queries;
+    Plan plan(l, q0, count);
+    const double nanoseconds = static_cast<double>(plan.rows) * (d * 0.04 + 1);
+    const int threads = nanoseconds < 40e3 ? 1 : all;
+    Selections selections(threads, count, l.k, 2 * l.npositions, M);
+    scan_blocks(plan.item_count, 1, threads, [&](int t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) item(plan, plan.items[i], q0, t, selections.of_thread(t));
+    });
+    selections.finish(q0, l.scores, l.ids, l.bad);
+  }
+}
+
 }  // namespace LUTRA_NS
 }  // namespace lutra

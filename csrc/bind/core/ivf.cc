@@ -70,7 +70,7 @@ class ListSearcher {
     vector_type_ = static_cast<DType>(number("vector_type"));
     vectors_ = array("vectors").p ? array("vectors").raw(npositions_ * d_, vector_type_) : nullptr;
     scales_ = array("scales").as<float>(array("scales").p ? npositions_ : 0);
-    levels_ = array("levels").as<float>(array("levels").p ? int64_t{1} << number("bits") : 0);
+    levels_ = array("levels").as<float>(array("levels").p ? int64_t{1} << bits_ : 0);
     high_ = arrays_["high"].cast<float>();
   }
 
@@ -170,10 +170,20 @@ class ListSearcher {
       lut8(Lut8Args{lists, lut, m_, ksub_, bits_, static_cast<const uint8_t*>(codes_), bases, c->bias, add_, mul_});
     if (c->bad >= 0) return;
     if (c->candidates > 0)
-      rescore(RescoreArgs{c->q, static_cast<const float*>(vectors_), c->nq, npositions_, d_, d_, d_, ids, wanted, c->k,
-                          metric_, c->scores, c->ids, &c->bad, vector_type_});
+      rescore_found(c, ids, wanted);
     else if (!direct)
       distinct(*c, found, wanted);
+    keep_above_zero(c);
+  }
+
+  // Exact scores of candidates (nq, count), and the k best of them.
+  void rescore_found(Call* c, const int64_t* ids, int64_t count) const {
+    rescore(RescoreArgs{c->q, static_cast<const float*>(vectors_), c->nq, npositions_, d_, d_, d_, ids, count, c->k,
+                        metric_, c->scores, c->ids, &c->bad, vector_type_});
+  }
+
+  // Squared distances, which rounding may leave a little below.
+  void keep_above_zero(Call* c) const {
     if (inner_ == Metric::l2)
       for (int64_t i = 0; i < c->nq * c->k; ++i) c->scores[i] = std::max(c->scores[i], 0.0f);
   }
@@ -258,8 +268,7 @@ class ListSearcher {
     if (levels_ && flat && !scales_ && screen_of(c->candidates > 0 ? c->candidates : c->k) <= a.n / kWorth)
       return scan_signs(c, a);
     fast_scan(a);
-    if (inner_ == Metric::l2 && c->candidates <= 0)
-      for (int64_t i = 0; i < c->nq * c->k; ++i) c->scores[i] = std::max(c->scores[i], 0.0f);
+    if (c->candidates <= 0) keep_above_zero(c);
   }
 
   // Scalar codes, by their highest bits first; what is found is rescored here, since that scan scores in full itself.
@@ -283,11 +292,8 @@ class ListSearcher {
     a.screen = screen_of(a.k);
     fast_scan(a);
     if (c->bad != -1) return;
-    if (c->candidates > 0)
-      rescore(RescoreArgs{c->q, static_cast<const float*>(vectors_), c->nq, npositions_, d_, d_, d_, a.ids, a.k, c->k,
-                          metric_, c->scores, c->ids, &c->bad, vector_type_});
-    if (inner_ == Metric::l2)
-      for (int64_t i = 0; i < c->nq * c->k; ++i) c->scores[i] = std::max(c->scores[i], 0.0f);
+    if (c->candidates > 0) rescore_found(c, a.ids, a.k);
+    keep_above_zero(c);
   }
 
   // The first k different positions of each query.

@@ -16,6 +16,7 @@ from . import _files
 from ._arena import BLOCK, Arena, Field
 from ._codec import ROWS, Codec, merge, to_rows
 from ._home import HOST
+from ._quantizer_files import quantizer_of, quantizer_tensors, restore_quantizer
 from ._rows import Rows
 from .base import Index
 
@@ -301,23 +302,10 @@ class CodedIndex(Index):
         return Lists(arena.begin, arena.rows, arena.positions, self.ntotal, keep, probes)
 
     # ---- configuration and files
-    def _quantizer_config(self) -> Any:
-        if isinstance(self.quantizer, str):
-            return self.quantizer
-        return {
-            "name": type(self.quantizer).__name__,
-            **self.quantizer._config(),
-        }  # SQ has a "kind" of its own
-
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> Any:
-        from ..quant._load import build
-
         config = dict(config)
-        quantizer = config.pop("quantizer")
-        if isinstance(quantizer, dict):
-            quantizer = dict(quantizer)
-            quantizer = build(quantizer.pop("name", None), quantizer)
+        quantizer = quantizer_of(config.pop("quantizer"))
         factor = config.pop("refine_factor", None)
         layout = config.pop("layout", 1)
         if type(layout) is not int or not 1 <= layout <= _LAYOUT:
@@ -330,8 +318,7 @@ class CodedIndex(Index):
     def _contents(self) -> tuple[list[_files.Tensor], dict[str, str]]:
         tensors, metadata = super()._contents()
         if not isinstance(self.quantizer, str):
-            for name, array in self.quantizer._tensors().items():
-                tensors.append(_files.Tensor.of_array(f"quantizer.{name}", np.ascontiguousarray(array)))
+            tensors += quantizer_tensors(self.quantizer)
         if self.is_trained:
             arena = self._lists
             blocks = int(((arena.rows + BLOCK - 1) // BLOCK).sum())
@@ -367,18 +354,8 @@ class CodedIndex(Index):
             self._rows["scales"] = Rows.of(scales, F32, mapped=mapped)
 
     def _restore_trained(self, file: _files.File) -> None:
-        if isinstance(self.quantizer, str):
-            return
-        try:
-            layout = self.quantizer._layout()
-            state = {
-                name: file.tensor(f"quantizer.{name}", *of, mmap=False)[0] for name, of in layout.items()
-            }
-            self.quantizer._restore(state)
-        except ValueError as error:
-            if str(error).startswith(file.path):
-                raise
-            file.fail(str(error), error)
+        if not isinstance(self.quantizer, str):
+            restore_quantizer(file, self.quantizer)
 
     def _restore_lists(self, file: _files.File, n: int, mmap: bool) -> None:
         arena = self._lists

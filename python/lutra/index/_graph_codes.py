@@ -10,7 +10,6 @@ from ..quant import _bits
 from ..quant.base import Quantizer
 from ..quant.opq import OPQ
 from ..quant.pq import PQ
-from ._files import File, Tensor
 from ._home import HOST
 
 _STEP = 16  # rows take a multiple of so many bytes
@@ -84,45 +83,3 @@ def check_quantizer(quantizer: Any, d: int) -> PQ | None:
     if quantizer.m > _MOST:
         raise ValueError(f"a graph is over codes of at most {_MOST} sub-vectors, got m = {quantizer.m}")
     return quantizer
-
-
-# ---- files
-def storage_config(storage: Any) -> Any:
-    """A storage as JSON can hold it."""
-    if isinstance(storage, str):
-        return storage
-    return {"name": type(storage).__name__, **storage._config()}
-
-
-def storage_of(config: Any) -> Any:
-    """The storage that `storage_config` described; a ValueError where a file is wrong."""
-    if not isinstance(config, dict):
-        return config
-    from ..quant._load import build
-
-    config = dict(config)
-    return build(config.pop("name", None), config)
-
-
-def quantizer_tensors(quantizer: PQ) -> list[Tensor]:
-    return [
-        Tensor.of_array(f"quantizer.{name}", np.ascontiguousarray(array))
-        for name, array in quantizer._tensors().items()
-    ]
-
-
-def restore_quantizer(file: File, quantizer: PQ, n: int) -> None:
-    """The trained state from a file of ``n`` vectors."""
-    trained = file.config.get("trained")
-    if type(trained) is not bool or (n and not trained):
-        file.fail(f"'trained' in the metadata is {trained!r}; there are {n} vectors")
-    if not trained:
-        return
-    try:
-        layout = quantizer._layout()
-        state = {name: file.tensor(f"quantizer.{name}", *of, mmap=False)[0] for name, of in layout.items()}
-        quantizer._restore(state)
-    except ValueError as error:
-        if str(error).startswith(file.path):
-            raise
-        file.fail(str(error), error)

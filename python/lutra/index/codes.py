@@ -9,6 +9,7 @@ import numpy as np
 from .._results import Neighbors
 from ._coded import CodedIndex
 from ._home import HOST, check_matrix, to_float32
+from ._quantizer_files import quantizer_config
 from .base import register
 
 SAMPLE = 1 << 17  # vectors that a quantizer is trained on at most
@@ -121,7 +122,7 @@ class Codes(CodedIndex):
 
     def _config(self):
         return {
-            "quantizer": self._quantizer_config(), "metric": self.metric, "refine": self.refine,
+            "quantizer": quantizer_config(self.quantizer), "metric": self.metric, "refine": self.refine,
             "refine_factor": self.refine_factor,
         }  # fmt: skip
 

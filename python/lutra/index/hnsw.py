@@ -12,8 +12,9 @@ from .._arrays import F16, F32
 from .._results import Neighbors
 from ._files import File, Tensor, describe
 from ._graph import STORAGES, Graph
-from ._graph_codes import check_quantizer, quantizer_tensors, restore_quantizer, storage_config, storage_of
+from ._graph_codes import check_quantizer
 from ._home import HOST, check_matrix
+from ._quantizer_files import quantizer_config, quantizer_of, quantizer_tensors, restore_quantizer
 from ._rows import Rows
 from .base import Index, register
 from .codes import SAMPLE, sampled
@@ -270,14 +271,14 @@ class HNSW(Index):
     def _config(self):
         return {
             "d": self.d, "M": self.M, "metric": self.metric, "ef_construction": self.ef_construction,
-            "ef_search": self.ef_search, "storage": storage_config(self.storage),
+            "ef_search": self.ef_search, "storage": quantizer_config(self.storage),
             "refine": self.refine, "seed": self.seed,
         }  # fmt: skip
 
     @classmethod
     def _from_config(cls, config):
         config = {name: value for name, value in config.items() if name != "entry"}
-        return cls(**{**config, "storage": storage_of(config.get("storage", "int8"))})
+        return cls(**{**config, "storage": quantizer_of(config.get("storage", "int8"))})
 
     def _contents(self):
         tensors = self._graph.contents()
@@ -292,7 +293,11 @@ class HNSW(Index):
 
     def _restore(self, file: File, n: int, mmap: bool) -> None:
         if self.quantizer is not None:
-            restore_quantizer(file, self.quantizer, n)
+            trained = file.config.get("trained")
+            if type(trained) is not bool or (n and not trained):
+                file.fail(f"'trained' in the metadata is {trained!r}; there are {n} vectors")
+            if trained:
+                restore_quantizer(file, self.quantizer)
         self._graph.restore(file, n, file.config.get("entry"), mmap)
         if self.refine is not None:
             dtype = {"float32": "F32", "float16": "F16"}[self.refine]

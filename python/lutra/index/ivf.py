@@ -15,6 +15,7 @@ from ._arena import BLOCK
 from ._coded import CodedIndex
 from ._home import check_matrix
 from ._kmeans import kmeans
+from ._quantizer_files import quantizer_config
 from ._soar import second_lists
 from .base import register
 from .codes import sampled
@@ -288,9 +289,9 @@ class IVF(CodedIndex):
     # ---- configuration and files
     def _config(self):
         return {
-            "d": self.d, "nlist": self.nlist, "quantizer": self._quantizer_config(), "metric": self.metric,
-            "residual": self.residual, "soar": self.soar, "soar_lambda": self.soar_lambda,
-            "refine": self.refine, "nprobe": self.nprobe, "seed": self.seed,
+            "d": self.d, "nlist": self.nlist, "quantizer": quantizer_config(self.quantizer),
+            "metric": self.metric, "residual": self.residual, "soar": self.soar,
+            "soar_lambda": self.soar_lambda, "refine": self.refine, "nprobe": self.nprobe, "seed": self.seed,
             "refine_factor": self.refine_factor,
         }  # fmt: skip
 

@@ -45,7 +45,7 @@ def bag(
     Parameters
     ----------
     table : array, shape (rows, dim), float32, float16, bfloat16, float64, uint8 or int8
-        8-bit tables need ``scale`` and ``minimum``.
+        8-bit tables need ``scale`` and ``minimum``. Or a `lutra.compress.Table`, in any format.
     ids : array, shape (bags, length) or (n_ids,), int32 or int64
         Rows of the table. 2-d: a bag per row. 1-d: ``offsets`` says where the bags begin.
     offsets : array, shape (bags,) or (bags + 1,), int32 or int64, optional
@@ -96,6 +96,15 @@ def bag(
         result = _quick(table, ids, offsets, weights, mode, include_last_offset)
         if result is not None:
             return result
+    if hasattr(table, "format") and hasattr(table, "data"):  # lutra.compress.Table
+        if scale is not None or minimum is not None:
+            raise ValueError(
+                "scale and minimum are for dense tables of codes; a compressed table holds its own"
+            )
+        return table.format.bag(
+            table.data, table.shape, ids, offsets, weights, mode=mode, padding_idx=padding_idx,
+            include_last_offset=include_last_offset, sparse=sparse_grad,
+        )  # fmt: skip
     arrays = (table, ids, offsets, weights, scale, minimum)
     return call("bag", _bag, arrays, (mode, padding_idx, include_last_offset, sparse_grad))
 

@@ -2,7 +2,7 @@
 
 Three verbs: `lutra.address` (where to look), `lutra.gather` (the rows found there), `lutra.scan` (the best of
 a collection). `lutra.nn` has layers for torch, `lutra.index` collections that are searched and
-saved, `lutra.quant` codes of a few bytes a vector.
+saved, `lutra.quant` codes of a few bytes a vector, `lutra.compress` tables of embeddings in few bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,6 @@ def __dir__():
 
 
 __all__ = [
-    "__version__", "address", "compress", "gather", "get_num_threads", "index", "mine", "nn", "quant", "reference",
-    "scan", "set_num_threads", "simd_level",
+    "__version__", "address", "compress", "gather", "get_num_threads", "index", "mine", "nn", "quant",
+    "reference", "scan", "set_num_threads", "simd_level",
 ]  # fmt: skip

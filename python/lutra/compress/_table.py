@@ -20,8 +20,8 @@ KIND = "Table"
 class Table:
     """A compressed table: a format, a shape and the arrays.
 
-    `lutra.gather.bag` takes it in the place of a dense table. Made by `encode` or `Table.load`; arrays are NumPy or
-    torch.
+    `lutra.gather.bag` takes it in the place of a dense table. Made by `encode` or `Table.load`; arrays are
+    NumPy or torch.
 
     Parameters
     ----------
@@ -105,7 +105,8 @@ class Table:
                     raise ValueError(f"{os.fsdecode(path)!r} is no table of lutra.compress")
                 if metadata.get("version") != "1":
                     raise ValueError(
-                        f"{os.fsdecode(path)!r} has version {metadata.get('version')!r}; this lutra reads version '1'"
+                        f"{os.fsdecode(path)!r} has version {metadata.get('version')!r}; "
+                        "this lutra reads version '1'"
                     )
                 config = json.loads(metadata["config"])
                 rows, dim = (_checks.integer("shape", n, 0) for n in config.pop("shape"))

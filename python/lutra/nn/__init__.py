@@ -1,7 +1,8 @@
 """Drop-in layers for torch, on lutra's kernels.
 
 `MemoryLinear` replaces a dense layer by table look-ups; `Embedding` and `EmbeddingBag` are torch's, with
-torch's signatures, parameters and state_dict.
+torch's signatures, parameters and state_dict. For every format of `lutra.compress` there are an Embedding and
+an EmbeddingBag whose table is stored in it, such as `LowRankEmbedding`.
 """
 
 try:
@@ -9,8 +10,11 @@ try:
 except ImportError as error:
     raise ImportError("lutra.nn needs torch: pip install 'lutra[torch]'") from error
 
+from ._compressed_layers import LAYERS
 from ._embedding import Embedding
 from ._embedding_bag import EmbeddingBag
 from ._memory_linear import MemoryLinear
 
-__all__ = ["Embedding", "EmbeddingBag", "MemoryLinear"]
+globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of lutra.compress
+
+__all__ = ["Embedding", "EmbeddingBag", "MemoryLinear", *LAYERS]

@@ -49,3 +49,30 @@ class ScaleByFrequency(torch.autograd.Function):
             values = (grad.values() / counts[rows[0]].unsqueeze(1)).to(grad.dtype)
             return sparse_rows(rows[0], values, grad.shape), None, None
         return (grad / counts.unsqueeze(1)).to(grad.dtype), None, None
+
+
+def check_bags(layer, input, offsets, per_sample_weights):
+    """The arguments of an EmbeddingBag: torch's rules, in torch's kinds of error."""
+    if input.dtype not in IDS:
+        raise TypeError(f"input has dtype {input.dtype}; it must be int64 or int32")
+    if input.dim() == 2:
+        if offsets is not None:
+            raise ValueError("offsets must be None where input is 2-d: each row of input is a bag")
+    elif input.dim() != 1:
+        raise ValueError(f"input must be 1-d or 2-d, got shape {tuple(input.shape)}")
+    elif offsets is None:
+        raise ValueError("offsets is missing: 1-d input needs the starts of its bags")
+    if layer.mode not in ("sum", "mean", "max"):
+        raise ValueError(f"mode must be one of 'sum', 'mean', 'max'; got {layer.mode!r}")
+    if layer.mode == "max" and layer.scale_grad_by_freq:
+        raise ValueError("mode 'max' does not support scale_grad_by_freq")
+    if layer.mode == "max" and layer.sparse:
+        raise ValueError("mode 'max' does not support sparse gradients")
+    if per_sample_weights is not None:
+        if per_sample_weights.shape != input.shape:
+            raise ValueError(
+                f"per_sample_weights has shape {tuple(per_sample_weights.shape)}; "
+                f"it must be that of input, {tuple(input.shape)}"
+            )
+        if layer.mode != "sum":
+            raise NotImplementedError(f"per_sample_weights go with mode 'sum' only, got mode {layer.mode!r}")

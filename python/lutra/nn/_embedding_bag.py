@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..gather import bag
-from ._common import IDS, ScaleByFrequency, has_kernel
+from ._common import ScaleByFrequency, check_bags, has_kernel
 
 
 class EmbeddingBag(torch.nn.EmbeddingBag):
@@ -50,7 +50,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         weight = self.weight
         if not has_kernel(weight) or input.is_nested:
             return super().forward(input, offsets, per_sample_weights)
-        self._check(input, offsets, per_sample_weights)
+        check_bags(self, input, offsets, per_sample_weights)
         if self.max_norm is not None:  # in place, the rows visited only, before the look-up: as torch does
             torch.embedding_renorm_(weight.detach(), input, self.max_norm, self.norm_type)
         if self.scale_grad_by_freq and weight.requires_grad and torch.is_grad_enabled():
@@ -59,31 +59,3 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
             weight, input, offsets, per_sample_weights, mode=self.mode, padding_idx=self.padding_idx,
             include_last_offset=self.include_last_offset and offsets is not None, sparse_grad=self.sparse,
         )  # fmt: skip
-
-    def _check(self, input, offsets, per_sample_weights):
-        """torch's rules, in torch's kinds of error."""
-        if input.dtype not in IDS:
-            raise TypeError(f"input has dtype {input.dtype}; it must be int64 or int32")
-        if input.dim() == 2:
-            if offsets is not None:
-                raise ValueError("offsets must be None where input is 2-d: each row of input is a bag")
-        elif input.dim() != 1:
-            raise ValueError(f"input must be 1-d or 2-d, got shape {tuple(input.shape)}")
-        elif offsets is None:
-            raise ValueError("offsets is missing: 1-d input needs the starts of its bags")
-        if self.mode not in ("sum", "mean", "max"):
-            raise ValueError(f"mode must be one of 'sum', 'mean', 'max'; got {self.mode!r}")
-        if self.mode == "max" and self.scale_grad_by_freq:
-            raise ValueError("mode 'max' does not support scale_grad_by_freq")
-        if self.mode == "max" and self.sparse:
-            raise ValueError("mode 'max' does not support sparse gradients")
-        if per_sample_weights is not None:
-            if per_sample_weights.shape != input.shape:
-                raise ValueError(
-                    f"per_sample_weights has shape {tuple(per_sample_weights.shape)}; "
-                    f"it must be that of input, {tuple(input.shape)}"
-                )
-            if self.mode != "sum":
-                raise NotImplementedError(
-                    f"per_sample_weights go with mode 'sum' only, got mode {self.mode!r}"
-                )

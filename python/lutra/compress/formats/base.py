@@ -1,10 +1,10 @@
 """Format: one way to store a table of rows in fewer bytes.
 
-A format is a frozen dataclass of its parameters and holds no data. The data of a table are a dict of named arrays
-(NumPy, torch or CuPy), whose shapes `Format.arrays` gives. Everything else in the package goes through this class:
-`lutra.gather.bag`, the layers of `lutra.nn`, tied heads, `lutra.compress.convert`, files and the chooser. To add a
-format, write one file with a subclass in this folder and import it in ``__init__.py``; the battery of tests and
-benchmarks takes it from the registry.
+A format is a frozen dataclass of its parameters and holds no data. The data of a table are a dict of named
+arrays (NumPy, torch or CuPy), whose shapes `Format.arrays` gives. Everything else in the package goes through
+this class: `lutra.gather.bag`, the layers of `lutra.nn`, tied heads, `lutra.compress.convert`, files and the
+chooser. To add a format, write one file with a subclass in this folder and import it in ``__init__.py``; the
+battery of tests and benchmarks takes it from the registry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Data = dict[str, Any]
 
 #: Bytes of an element.
 SIZES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint8": 1,
 }  # fmt: skip
 
 
@@ -53,9 +54,9 @@ class Array(NamedTuple):
 class Format(ABC):
     """A way to store a table (rows, dim).
 
-    Subclasses are frozen dataclasses. They set ``name`` (the word users write: 'pq') and ``layer`` (the prefix of
-    the layers' names: 'PQ' for `lutra.nn.PQEmbedding`), and implement `arrays`, `encode`, `rows`, `lookup` and
-    `fit`; the others have defaults that are right but may be slow.
+    Subclasses are frozen dataclasses. They set ``name`` (the word users write: 'pq') and ``layer`` (the
+    prefix of the layers' names: 'PQ' for `lutra.nn.PQEmbedding`), and implement `arrays`, `encode`, `rows`,
+    `lookup` and `fit`; the others have defaults that are right but may be slow.
     """
 
     name: ClassVar[str]
@@ -121,8 +122,8 @@ class Format(ABC):
     def lookup(self, data: Data, shape: Shape, ids: Any) -> Any:
         """The same in torch's own ops: ids (n,) int64, valid, to (n, dim).
 
-        Differentiable to the trainable arrays, on any device, in any floating type. It is what runs on devices
-        without a kernel and in float64, and the peer that benchmarks compare with.
+        Differentiable to the trainable arrays, on any device, in any floating type. It is what runs on
+        devices without a kernel and in float64, and the peer that benchmarks compare with.
         """
 
     # ---------------------------------------------------------------- computing
@@ -184,8 +185,9 @@ class Format(ABC):
         return self, self.encode(np.concatenate([old, values.astype(np.float32)]), seed=seed, progress=False)
 
     # ---------------------------------------------------------------- heads
-    # A format may define ``logits(data, shape, hidden)``: hidden (n, dim) to (n, rows), torch, differentiable,
-    # without the dense table. lutra.nn.TiedHead uses it where it is there, else decodes tiles.
+    # A format may define ``logits(data, shape, hidden)``: hidden (n, dim) to (n, rows), torch,
+    # differentiable, without the dense table. lutra.nn.TiedHead uses it where it is there, else decodes
+    # tiles.
 
     # ---------------------------------------------------------------- text
     def describe(self) -> str:
@@ -199,7 +201,8 @@ class Format(ABC):
 
 
 def check_ids(ids: Any, rows: int) -> Any:
-    """``ids`` as int64, or an error: TypeError for other than integers, IndexError for those outside [0, rows).
+    """``ids`` as int64, or an error: TypeError for other than integers, IndexError for those outside [0,
+    rows).
 
     On CUDA, and where torch.compile traces, values are not looked at: nothing may wait for the device there.
     """

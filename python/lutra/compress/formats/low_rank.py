@@ -16,8 +16,8 @@ from .base import Array, Data, Format, Shape, register
 class LowRank(Format):
     """``table = factor @ basis``, factor (rows, rank), basis (rank, dim).
 
-    Encoded by the singular value decomposition, which is the best in the sum of squares (Eckart and Young 1936);
-    with counts, in the sum of squares weighed by them.
+    Encoded by the singular value decomposition, which is the best in the sum of squares (Eckart and Young
+    1936); with counts, in the sum of squares weighed by them.
 
     Parameters
     ----------
@@ -47,7 +47,6 @@ class LowRank(Format):
     def encode(
         self, table: np.ndarray, counts: np.ndarray | None = None, seed: int = 0, progress: bool | None = None
     ) -> Data:
-        rows, dim = table.shape
         self.arrays(table.shape)
         weight = (
             None
@@ -79,8 +78,9 @@ class LowRank(Format):
         return factor @ data["basis"]
 
     def bag(
-        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *, mode: str = "sum",
-        padding_idx: int | None = None, include_last_offset: bool = False, sparse: bool = False,
+        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *,
+        mode: str = "sum", padding_idx: int | None = None, include_last_offset: bool = False,
+        sparse: bool = False,
     ) -> Any:  # fmt: skip
         if mode == "max":  # not linear: the rows themselves are needed
             return super().bag(

@@ -70,8 +70,8 @@ class CompressedEmbeddingBag(Compressed, torch.nn.EmbeddingBag):
         chosen, data = encoded(cls, embeddings, counts, seed, progress, parameters)
         layer = cls.__new__(cls)
         layer._begin(
-            chosen, data, embeddings.shape[0], embeddings.shape[1], max_norm, norm_type, scale_grad_by_freq, mode, sparse,
-            include_last_offset, padding_idx, embeddings.device, embeddings.dtype,
+            chosen, data, embeddings.shape[0], embeddings.shape[1], max_norm, norm_type, scale_grad_by_freq,
+            mode, sparse, include_last_offset, padding_idx, embeddings.device, embeddings.dtype,
         )  # fmt: skip
         if freeze:
             layer.requires_grad_(False)

@@ -1,3 +1,4 @@
+#include "address/random_rows.h"
 #include "address/sign_hash.h"
 #include "address/token_ngrams.h"
 #include "bind/core/intake.h"
@@ -138,6 +139,27 @@ void register_address(py::module_& m) {
                       unigrams,
                       ids.as<int64_t>(n_ids)};
     run(&token_ngrams, a, n_ids * 2.0);
+  });
+  m.def("random_rows", [](Ptr ids, int id_type, int64_t n, Ptr sequences, int64_t n_sequences, int64_t dim,
+                          uint64_t seed, int output, float scale, Ptr out, int dtype) {
+    const auto id_t = static_cast<DType>(id_type), t = static_cast<DType>(dtype);
+    if (sequences.p && (n_sequences < 1 || n % n_sequences) && n)
+      throw py::value_error("lutra: the sequences do not divide the tokens");
+    int64_t bad = -1;
+    RandomRowsArgs a{ids.raw(n, id_t),
+                     id_t,
+                     n,
+                     n ? sequences.as<int64_t>(sequences.p ? n_sequences : 0) : nullptr,
+                     sequences.p && n ? n / n_sequences : 1,
+                     dim,
+                     seed,
+                     static_cast<RandomOutput>(output),
+                     scale,
+                     out.raw(n * dim, t),
+                     t,
+                     &bad};
+    run(&random_rows, a, static_cast<double>(n) * dim);
+    return bad;
   });
   register_text_ngrams(m);
 }

@@ -1,6 +1,7 @@
 #include "bind/core/intake.h"
 #include "bind/core/quick.h"
 #include "gather/bag.h"
+#include "gather/senses.h"
 #include "gather/tables.h"
 
 namespace lutra {
@@ -197,6 +198,28 @@ void register_gather(py::module_& m) {
                  &bad};
     run(&tables, a, tokens * n_tables * dim * 0.1);
     return bad;
+  });
+  m.def("senses", [](Ptr table, int dtype, int64_t total, int64_t dim, int64_t tokens, Ptr offsets, int64_t each,
+                     Ptr ids, int id_type, int64_t n, Ptr context, Ptr out, Ptr best, Ptr scores) {
+    int64_t bad[2] = {-1, -1};
+    const auto t = static_cast<DType>(dtype), id_t = static_cast<DType>(id_type);
+    SensesArgs a{table.raw(total * dim, t),
+                 t,
+                 total,
+                 dim,
+                 tokens,
+                 offsets.as<int64_t>(offsets.p ? tokens + 1 : 0),
+                 each,
+                 ids.raw(n, id_t),
+                 id_t,
+                 n,
+                 context.raw(n * dim, t),
+                 out.raw(n * dim, t),
+                 best.as<int64_t>(n),
+                 scores.as<float>(n),
+                 bad};
+    run(&senses, a, static_cast<double>(n) * (dim + 1) * 0.2);
+    return py::make_tuple(bad[0], bad[1]);
   });
   m.def("tables_backward", [](Ptr tables_, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Ptr codes,
                               Ptr weights, int64_t tokens, Ptr grad_out, Ptr grad_tables, Ptr grad_weights) {

@@ -4,9 +4,10 @@ from .._results import Neighbors
 from ._binarize import binarize
 from ._nearest import nearest
 from ._ngrams import Ngrams, Vocabulary, ngrams, token_ngrams
+from ._random_rows import random_rows
 from ._sign_hash import SignHash, sign_hash
 
 __all__ = [
-    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "nearest", "ngrams", "sign_hash",
-    "token_ngrams",
+    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "nearest", "ngrams", "random_rows",
+    "sign_hash", "token_ngrams",
 ]  # fmt: skip

@@ -2,6 +2,17 @@
 
 from ._bag import TouchedRows, bag, bag_grad
 from ._rows import QuantizedRows, dequantize_rows, quantize_rows
+from ._senses import Senses, senses
 from ._tables import tables
 
-__all__ = ["QuantizedRows", "TouchedRows", "bag", "bag_grad", "dequantize_rows", "quantize_rows", "tables"]
+__all__ = [
+    "QuantizedRows",
+    "Senses",
+    "TouchedRows",
+    "bag",
+    "bag_grad",
+    "dequantize_rows",
+    "quantize_rows",
+    "senses",
+    "tables",
+]

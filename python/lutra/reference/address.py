@@ -41,3 +41,59 @@ def sign_hash_backward(grad_weights, x, bits=8, score="prob", temperature=1.0):
 def nearest(x, centroids, k=1, metric="l2"):
     """Scores and ids of the k nearest centroids; see `lutra.address.nearest`."""
     return scan.knn(x, centroids, k, metric)
+
+
+# ---- counter-based random rows
+def philox4x32(counter, key, rounds=10):
+    """Philox4x32: counter (..., 4) and key (..., 2), uint32, to (..., 4) uint32."""
+    c = [np.asarray(counter)[..., i].astype(np.uint64) for i in range(4)]
+    k = [np.asarray(key)[..., i].astype(np.uint64) for i in range(2)]
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(rounds):
+        p, q = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(q >> np.uint64(32)) ^ c[1] ^ k[0], q & low, (p >> np.uint64(32)) ^ c[3] ^ k[1], p & low]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    return np.stack(np.broadcast_arrays(*c), -1).astype(np.uint32)
+
+
+def check_tokens(ids):
+    """IndexError for the first token outside [0, 2^32)."""
+    bad = (ids < 0) | (ids.astype(np.int64) >> 32 != 0)
+    if bad.any():
+        at = np.unravel_index(int(bad.reshape(-1).argmax()), ids.shape)
+        raise IndexError(f"ids[{', '.join(map(str, at))}] is {ids[at]}; tokens must lie in [0, 2^32)")
+
+
+def random_rows(ids, dim, sequences=None, *, seed=0, scale=1.0, dtype="float32", output="normal"):
+    """Rows of normal values, or of the words behind them (int32); see `lutra.address.random_rows`.
+
+    Dimension 64 g + 16 w + l is word w of block 16 g + l. The formula is computed in float64.
+    """
+    check_tokens(ids)
+    groups = -(-dim // 64)
+    shape = ids.shape
+    key = np.zeros(shape, np.int64)
+    if sequences is not None:
+        key[...] = sequences.reshape(sequences.shape + (1,) * (ids.ndim - sequences.ndim))
+    key, token = key.reshape(-1).view(np.uint64), ids.reshape(-1).astype(np.int64).view(np.uint64)
+    counter = np.empty((token.size, groups * 16, 4), np.uint64)
+    counter[..., 0] = np.arange(groups * 16)
+    counter[..., 1] = token[:, None]
+    counter[..., 2], counter[..., 3] = (key & np.uint64(0xFFFFFFFF))[:, None], (key >> np.uint64(32))[:, None]
+    seed = int(seed) % (1 << 64)
+    words = philox4x32(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64))
+    words = words.reshape(token.size, groups, 16, 4)
+    if output == "words":
+        values = words.view(np.int32)
+    else:
+        a, b = words[..., 0::2], words[..., 1::2]
+        u = (a >> 1).astype(np.int32).astype(np.float32) * np.float32(2.0**-31) + np.float32(2.0**-32)
+        t = (b << np.uint32(2)).view(np.int32).astype(np.float32) * np.float32(2.0**-31)
+        r, t = np.sqrt(-2 * np.log(u.astype(np.float64))), np.pi / 4 * t.astype(np.float64)
+        c = r * np.cos(t) * np.where(b >> 31, -1, 1)
+        s = r * np.sin(t)
+        swap = (b >> 30 & 1).astype(bool)
+        values = np.stack([np.where(swap, s, c), np.where(swap, c, s)], -1).reshape(words.shape) * scale
+        values = values.astype(dtype)
+    rows = values.transpose(0, 1, 3, 2).reshape(token.size, groups * 64)[:, :dim]
+    return np.ascontiguousarray(rows).reshape(*shape, dim)

@@ -191,3 +191,44 @@ def tables_backward(grad, tables, codes, weights=None, need_tables=True, need_we
         if grad_weights is not None:
             grad_weights[:, k] = (tables[k, codes[:, k]].astype(wide) * g).sum(1)
     return grad_tables, grad_weights
+
+
+# ---------------------------------------------------------------- senses
+def check_senses(ids, tokens, total, offsets=None):
+    """IndexError for the first id outside [0, tokens), ValueError for the first token without senses."""
+
+    def at(bad):
+        where = np.unravel_index(int(bad.reshape(-1).argmax()), ids.shape)
+        return ", ".join(map(str, where)), ids[where]
+
+    bad = (ids < 0) | (ids >= tokens)
+    if bad.any():
+        where, x = at(bad)
+        raise IndexError(f"ids[{where}] is {x}; ids must lie in [0, {tokens}), the tokens of the table")
+    if offsets is not None:
+        begin, end = offsets[ids], offsets[ids + 1]
+        bad = (begin < 0) | (end <= begin) | (end > total)
+        if bad.any():
+            where, x = at(bad)
+            raise ValueError(
+                f"ids[{where}] is {x}, whose senses are the rows [{offsets[x]}, {offsets[x + 1]}) by "
+                f"offsets; that must be at least one row of the table's {total}"
+            )
+
+
+def senses(table, ids, context, offsets=None):
+    """Vectors, rows (of the table as (total, dim)) and scores of `lutra.gather.senses`."""
+    if offsets is None:
+        tokens, each, _ = table.shape
+        offsets = np.arange(tokens + 1, dtype=np.int64) * each
+        table = table.reshape(tokens * each, -1)
+    check_senses(ids, offsets.size - 1, table.shape[0], offsets)
+    wide, flat = _wide(table), ids.reshape(-1).astype(np.int64)
+    context = _wide(context).reshape(flat.size, table.shape[1]).astype(wide.dtype)
+    rows, scores = np.zeros(flat.size, np.int64), np.zeros(flat.size, wide.dtype)
+    for i, x in enumerate(flat):
+        score = wide[offsets[x] : offsets[x + 1]] @ context[i]
+        best = int(score.argmax())  # the first maximum; the first NaN, where there is one
+        rows[i], scores[i] = offsets[x] + best, score[best]
+    vectors = table[rows].reshape(*ids.shape, table.shape[1])
+    return vectors, rows.reshape(ids.shape), scores.reshape(ids.shape)

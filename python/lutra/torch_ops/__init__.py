@@ -12,7 +12,16 @@ import torch
 from torch.autograd import forward_ad
 
 from .._arrays import use_torch
-from . import address, binary, fast_scan, gather, scan, screen  # noqa: F401  (registers the ops)
+from . import (  # noqa: F401  (registers the ops)
+    address,
+    binary,
+    fast_scan,
+    gather,
+    random_rows,
+    scan,
+    screen,
+    senses,
+)
 from .library import LIBRARY  # noqa: F401
 
 ops = torch.ops.lutra

@@ -1,6 +1,9 @@
 """Formats of compressed tables, one file each. Importing one registers it."""
 
 from .base import FORMATS, Array, Format, make
+from .columns import ColumnPruned
 from .low_rank import LowRank
+from .mag_svd import MagSVD
+from .mixed import MixedDim
 
-__all__ = ["FORMATS", "Array", "Format", "LowRank", "make"]
+__all__ = ["FORMATS", "Array", "ColumnPruned", "Format", "LowRank", "MagSVD", "MixedDim", "make"]

@@ -18,8 +18,9 @@ from .base import Array, Data, Format, Shape, register
 class ColumnPruned(Format):
     """The ``keep`` columns in which rows differ most; every other column is one number, its mean.
 
-    Encoding keeps the columns of the greatest variance (weighed by counts), which is the best choice in the sum of
-    squares for this form. ``place[j]`` says where column ``j`` lies in the kept columns followed by the means.
+    Encoding keeps the columns of the greatest variance (weighed by counts), which is the best choice in the
+    sum of squares for this form. ``place[j]`` says where column ``j`` lies in the kept columns followed by
+    the means.
 
     Parameters
     ----------
@@ -96,8 +97,9 @@ class ColumnPruned(Format):
         return _widen(thin, data, _ones(thin))
 
     def bag(
-        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *, mode: str = "sum",
-        padding_idx: int | None = None, include_last_offset: bool = False, sparse: bool = False,
+        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *,
+        mode: str = "sum", padding_idx: int | None = None, include_last_offset: bool = False,
+        sparse: bool = False,
     ) -> Any:  # fmt: skip
         thin = gather.bag(
             data["values"], ids, offsets, weights, mode=mode, padding_idx=padding_idx,

@@ -18,10 +18,10 @@ from .base import Array, Data, Format, Shape, register
 class MagSVD(Format):
     """``table[i] = magnitude[i] * (factor[i] @ basis)``, factor (rows, rank), basis (rank, dim).
 
-    Rows are split into their norms and their directions, and the directions are decomposed (Balazy, Banaei, Lebret,
-    Tabor, Aberer, Direction is what you need, 2021). Long rows, which frequent tokens need not have, so weigh no more
-    than short ones: cosines are kept better than by `LowRank`, squared errors worse. With counts, directions are
-    weighed by them.
+    Rows are split into their norms and their directions, and the directions are decomposed (Balazy, Banaei,
+    Lebret, Tabor, Aberer, Direction is what you need, 2021). Long rows, which frequent tokens need not have,
+    so weigh no more than short ones: cosines are kept better than by `LowRank`, squared errors worse. With
+    counts, directions are weighed by them.
 
     Parameters
     ----------
@@ -96,10 +96,11 @@ class MagSVD(Format):
         return gather.bag(data["factor"], ids, weights=magnitude, sparse_grad=sparse) @ data["basis"]
 
     def bag(
-        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *, mode: str = "sum",
-        padding_idx: int | None = None, include_last_offset: bool = False, sparse: bool = False,
+        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *,
+        mode: str = "sum", padding_idx: int | None = None, include_last_offset: bool = False,
+        sparse: bool = False,
     ) -> Any:  # fmt: skip
-        if mode not in ("sum", "mean") or (weights is not None and mode != "sum"):  # max, and what is an error
+        if mode not in ("sum", "mean") or (weights is not None and mode != "sum"):
             return super().bag(
                 data, shape, ids, offsets, weights, mode=mode, padding_idx=padding_idx,
                 include_last_offset=include_last_offset, sparse=sparse,
@@ -127,7 +128,8 @@ class MagSVD(Format):
         basis = data["basis"]  # the old rows stay as they are; new ones are projected on the same basis
         wide = values.astype(np.float64)
         norms = np.sqrt((wide * wide).sum(1, keepdims=True))
-        new = np.linalg.lstsq(basis.T.astype(np.float64), (wide / np.where(norms > 0, norms, 1)).T, rcond=None)[0]
+        directions = wide / np.where(norms > 0, norms, 1)
+        new = np.linalg.lstsq(basis.T.astype(np.float64), directions.T, rcond=None)[0]
         parts = {"magnitude": norms, "factor": new.T}
         grown = {k: np.concatenate([data[k][:rows], v.astype(data[k].dtype)]) for k, v in parts.items()}
         return self, {**grown, "basis": basis}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,13 +20,13 @@ class MixedDim(Format):
     """Groups of rows by frequency; group f has rows of its own dimension d_f and a projection (d_f, dim).
 
     Group 0 holds the most frequent ids; each further group has ``growth`` times as many rows, and
-    ``d_f = dim (n_0 / n_f) ** alpha`` columns, at least one (Ginart, Naumov, Mudigere, Yang, Zou, Mixed Dimension
-    Embeddings with Application to Memory-Efficient Recommendation Systems, 2019). A group with all dim columns has no
-    projection. ``position`` holds each id's place in the order of frequency, 2 or 4 bytes an id, unless ``ordered``
-    says that ids are in that order.
+    ``d_f = dim (n_0 / n_f) ** alpha`` columns, at least one (Ginart, Naumov, Mudigere, Yang, Zou, Mixed
+    Dimension Embeddings with Application to Memory-Efficient Recommendation Systems, 2019). A group with all
+    dim columns has no projection. ``position`` holds each id's place in the order of frequency, 2 or 4 bytes
+    an id, unless ``ordered`` says that ids are in that order.
 
-    Encoded by a singular value decomposition of each group (weighed by counts); without counts, ids are taken as
-    ordered by frequency, as those of tokenizers roughly are.
+    Encoded by a singular value decomposition of each group (weighed by counts); without counts, ids are taken
+    as ordered by frequency, as those of tokenizers roughly are.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ class MixedDim(Format):
     def dims(self, shape: Shape) -> list[int]:
         """Columns of each group."""
         starts = self.starts(shape[0])
-        sizes = [b - a for a, b in zip(starts, starts[1:])]
+        sizes = [b - a for a, b in itertools.pairwise(starts)]
         return [min(shape[1], max(1, round(shape[1] * (sizes[0] / n) ** self.alpha))) for n in sizes]
 
     def arrays(self, shape: Shape) -> dict[str, Array]:
@@ -164,8 +165,9 @@ class MixedDim(Format):
         return self.bag(data, shape, ids.reshape(-1, 1), sparse=sparse)
 
     def bag(
-        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *, mode: str = "sum",
-        padding_idx: int | None = None, include_last_offset: bool = False, sparse: bool = False,
+        self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *,
+        mode: str = "sum", padding_idx: int | None = None, include_last_offset: bool = False,
+        sparse: bool = False,
     ) -> Any:  # fmt: skip
         # Rows one by one for maxima, for what is an error, and where sizes may not depend on values.
         if mode not in ("sum", "mean") or (weights is not None and mode != "sum") or _fixed(ids):
@@ -221,12 +223,12 @@ class MixedDim(Format):
 
 
 def _fixed(ids: Any) -> bool:
-    """Whether ids are on a GPU, or traced: choosing a group's entries would wait for them, or break the graph."""
+    """Whether ids are on a GPU, or traced: choosing a group's entries would wait, or break the graph."""
     if not is_torch(ids):
         return False
     import torch
 
-    return ids.is_cuda or torch.compiler.is_compiling() or _traced(ids)
+    return not ids.is_cpu or torch.compiler.is_compiling() or _traced(ids)
 
 
 def _ends(flat: Any, offsets: Any, bags: int, length: int, include_last_offset: bool) -> Any:

@@ -14,7 +14,8 @@ from ._compressed_layers import LAYERS
 from ._embedding import Embedding
 from ._embedding_bag import EmbeddingBag
 from ._memory_linear import MemoryLinear
+from ._tied_head import TiedHead
 
 globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of lutra.compress
 
-__all__ = ["Embedding", "EmbeddingBag", "MemoryLinear", *LAYERS]
+__all__ = ["Embedding", "EmbeddingBag", "MemoryLinear", "TiedHead", *LAYERS]

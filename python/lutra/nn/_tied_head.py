@@ -1,0 +1,305 @@
+"""TiedHead: the output layer that multiplies by an embedding's table, compressed or dense."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks
+from . import _tiles
+from ._compressed import Compressed
+from ._sampled import sampled_loss
+from ._top import topk_of_tiles
+
+
+class TiedHead(torch.nn.Linear):
+    """Logits ``hidden @ table.T + bias``, the table being that of an embedding layer.
+
+    The dense table is never built: formats that can compute logits from what they store do, of the others a
+    tile of rows is decoded at a time. The head holds a reference to the embedding and no copy: it follows
+    ``.to()``, ``load_state_dict``, ``copy.deepcopy`` and ``pickle`` of the model that has both. The
+    embedding's parameters belong to the embedding: they are not among the head's, and not in its state_dict.
+
+    Parameters
+    ----------
+    embedding : lutra.nn.*Embedding or torch.nn.Embedding
+        Its table has shape (out_features, in_features).
+    bias : None, True or Parameter of shape (num_embeddings,), optional
+        True makes one of zeros, of the embedding's dtype.
+
+    Attributes
+    ----------
+    in_features, out_features : int
+        embedding_dim and num_embeddings.
+    weight : Parameter
+        That of the embedding: the dense table, or of shape (num_embeddings, 0) where it is compressed. It is
+        there for libraries that tie, initialise or look at it; logits are computed from the embedding.
+    bias : Parameter or None
+
+    Notes
+    -----
+    A subclass of ``torch.nn.Linear``, for code that asks. The dtype of ``input`` must be the layer's, or that
+    of autocast; so is the result. Under ``torch.nn.DataParallel`` replicas would compute with the first
+    device's embedding: use DistributedDataParallel.
+
+    Examples
+    --------
+    >>> import lutra, torch
+    >>> embedding = lutra.nn.LowRankEmbedding(1000, 64, rank=8)
+    >>> head = lutra.nn.TiedHead(embedding)
+    >>> head(torch.randn(2, 3, 64)).shape
+    torch.Size([2, 3, 1000])
+    """
+
+    def __init__(self, embedding: torch.nn.Embedding, bias: Any = None) -> None:
+        if not isinstance(embedding, torch.nn.Embedding):
+            raise TypeError(
+                "embedding must be a torch.nn.Embedding or one of lutra.nn's, got "
+                f"{type(embedding).__qualname__}"
+            )
+        torch.nn.Module.__init__(self)  # not Linear's: that one allocates the dense table
+        # In a tuple, so that the embedding is no submodule of the head: its tensors are in the state_dict
+        # once.
+        self._tied = (embedding,)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.weight = embedding.weight
+        self._known = _text_of(embedding)
+        if bias is None or bias is False:
+            self.register_parameter("bias", None)
+            return
+        weight = embedding.weight
+        if bias is True:
+            bias = torch.zeros(self.out_features, device=weight.device, dtype=weight.dtype)
+        elif not isinstance(bias, Tensor):
+            raise TypeError(f"bias must be None, True or a Parameter, got {type(bias).__qualname__}")
+        elif tuple(bias.shape) != (self.out_features,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({self.out_features},)")
+        self.bias = bias if isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
+
+    @property
+    def embedding(self) -> torch.nn.Embedding:
+        """The layer whose table this is."""
+        return self._tied[0]
+
+    def reset_parameters(self) -> None:
+        """Zeros in the bias; the table is the embedding's."""
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        layer = self.embedding
+        how = layer.format.describe() if isinstance(layer, Compressed) else "dense"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {how}"
+
+    # ---------------------------------------------------------------- what a call needs
+    def _dtype(self, hidden: Tensor) -> torch.dtype:
+        """The dtype to compute in: the layer's, or autocast's."""
+        if autocast(hidden):
+            return torch.get_autocast_dtype(hidden.device.type)
+        return self.embedding.weight.dtype
+
+    def _flat(self, hidden: Tensor) -> Tensor:
+        """``hidden`` as (n, in_features), in the dtype to compute in."""
+        if hidden.dim() < 1 or hidden.shape[-1] != self.in_features:
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)}; its last dimension must be {self.in_features}"
+            )
+        dtype = self._dtype(hidden)
+        if hidden.dtype != dtype:
+            if not autocast(hidden) or not hidden.is_floating_point():
+                raise TypeError(
+                    f"hidden has dtype {hidden.dtype}, the embedding {dtype}; "
+                    "they must be equal (or use autocast)"
+                )
+            hidden = hidden.to(dtype)
+        return hidden.reshape(-1, self.in_features)
+
+    def _source(self) -> tuple[list[Tensor], Tensor | None, str, int, int, int]:
+        """A compressed table as the operators of `_tiles` take it."""
+        layer: Any = self.embedding
+        if self._known[0] is not layer.format:  # torch.compile cannot trace json
+            self._known = _text_of(layer)
+        config = self._known[1]
+        pad = -1 if layer.padding_idx is None else layer.padding_idx
+        arrays = list(layer._data().values())
+        return arrays, layer.padding_row, config, layer.num_embeddings, layer.embedding_dim, pad
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Rows of the table, differentiable."""
+        layer: Any = self.embedding
+        if not isinstance(layer, Compressed):
+            return F.embedding(ids, layer.weight, sparse=layer.sparse)
+        rows = layer.format.gather(layer._data(), layer._shape, ids, layer.sparse)
+        if layer.padding_idx is not None:
+            rows = torch.where(
+                (ids == layer.padding_idx).unsqueeze(1), layer.padding_row.to(rows.dtype), rows
+            )
+        return rows
+
+    # ---------------------------------------------------------------- logits
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits, shape (\\*input.shape[:-1], out_features)."""
+        layer: Any = self.embedding
+        if not isinstance(layer, Compressed):
+            return F.linear(input, layer.weight, self.bias)
+        hidden = self._flat(input)
+        own = getattr(layer.format, "logits", None)
+        if own is not None:
+            out = own(layer._data(), layer._shape, hidden).to(hidden.dtype)
+            if layer.padding_idx is not None:
+                pad = (hidden @ layer.padding_row.to(hidden.dtype)).unsqueeze(1)
+                out = out.index_copy(1, torch.tensor([layer.padding_idx], device=out.device), pad)
+        else:
+            out = torch.ops.lutra.tiled_logits(hidden, *self._source())
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        return out.reshape(*input.shape[:-1], self.out_features)
+
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits and their ids, without writing the others.
+
+        Parameters
+        ----------
+        hidden : Tensor, shape (..., in_features)
+        k : int
+            At most out_features.
+
+        Returns
+        -------
+        values, indices : Tensors, shape (..., k)
+            Largest first, equal logits by increasing id. Compared in float32 (float64 for float64), values in
+            the dtype of the logits. No gradient.
+        """
+        k = _checks.integer("k", k, 1, self.out_features)
+        with torch.no_grad():
+            values, ids = topk_of_tiles(self, self._flat(hidden), k)
+        shape = (*hidden.shape[:-1], k)
+        return values.to(self._dtype(hidden)).reshape(shape), ids.reshape(shape)
+
+    # ---------------------------------------------------------------- losses
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:  # fmt: skip
+        """``torch.nn.functional.cross_entropy`` of the logits, which are never written.
+
+        They are computed in tiles of the vocabulary, forward and again backward, so that memory does not grow
+        with tokens times vocabulary.
+
+        Parameters
+        ----------
+        hidden : Tensor, shape (..., in_features)
+        targets : Tensor, shape (...), int64
+        ignore_index, label_smoothing, reduction
+            As torch's. ``reduction`` is 'mean', 'sum' or 'none'.
+
+        Returns
+        -------
+        Tensor
+            float32 (float64 for float64); a scalar, or the shape of targets with 'none'.
+
+        Raises
+        ------
+        IndexError
+            A target outside [0, out_features) that is not ignore_index (on CUDA it is not looked for).
+        TypeError, ValueError
+            A wrong type, dtype, shape or option.
+        """
+        _checks.choice("reduction", reduction, {"mean": 0, "sum": 1, "none": 2})
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1]")
+        flat = self._flat(hidden)
+        labels = check_targets(hidden, targets, self.out_features, ignore_index)
+        layer: Any = self.embedding
+        if isinstance(layer, Compressed):
+            arrays, pad_row, *table = self._source()
+        else:
+            arrays, pad_row, table = [layer.weight], None, [_tiles.DENSE, *layer.weight.shape, -1]
+        loss, _ = torch.ops.lutra.tiled_cross_entropy(
+            flat, labels, arrays, pad_row, self.bias, *table, float(label_smoothing)
+        )
+        return reduce(loss, labels != ignore_index, targets.shape, reduction)
+
+    def sampled_softmax(
+        self, hidden: Tensor, targets: Tensor, num_samples: int, *, distribution: Any = "log_uniform",
+        unique: bool = True, remove_accidental_hits: bool = True, ignore_index: int = -100,
+        reduction: str = "mean", generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Cross entropy against the target and ``num_samples`` sampled ids, not the whole vocabulary.
+
+        The samples are shared by the tokens of a call. Each logit is corrected by the logarithm of how often
+        its id is expected in the sample, so that the gradient's expectation is about the full softmax's. Only
+        the rows of targets and samples are decoded, and only they have gradients.
+
+        Parameters
+        ----------
+        hidden : Tensor, shape (..., in_features)
+        targets : Tensor, shape (...), int64
+        num_samples : int
+        distribution : {'log_uniform', 'uniform'} or Tensor of shape (out_features,), default 'log_uniform'
+            log_uniform: ids in the order of falling frequency, P(i) = log((i + 2) / (i + 1)) / log(V + 1). Or
+            weights in proportion to the probabilities.
+        unique : bool, default True
+            Draw without repeats. (The expected counts are then those of as many draws as it took.)
+        remove_accidental_hits : bool, default True
+            A sample that is a token's target does not count against it.
+        ignore_index, reduction
+            As `cross_entropy`.
+        generator : torch.Generator, optional
+
+        References
+        ----------
+        Bengio, Senécal, Adaptive importance sampling to accelerate training of a neural probabilistic
+        language model, 2008. Jean et al., On using very large target vocabulary for neural machine
+        translation, 2015.
+        """
+        _checks.choice("reduction", reduction, {"mean": 0, "sum": 1, "none": 2})
+        num_samples = _checks.integer("num_samples", num_samples, 1, self.out_features if unique else None)
+        flat = self._flat(hidden)
+        labels = check_targets(hidden, targets, self.out_features, ignore_index)
+        used = labels != ignore_index
+        loss = sampled_loss(
+            self, flat, torch.where(used, labels, 0), num_samples, distribution, unique,
+            remove_accidental_hits, generator,
+        )  # fmt: skip
+        return reduce(loss, used, targets.shape, reduction)
+
+
+def _text_of(layer: Any) -> tuple[Any, str]:
+    """A layer's format, and it as text."""
+    format = getattr(layer, "format", None)
+    return format, "" if format is None else json.dumps(format.config(), sort_keys=True)
+
+
+def autocast(hidden: Tensor) -> bool:
+    return (hidden.is_cpu or hidden.is_cuda) and torch.is_autocast_enabled(hidden.device.type)
+
+
+def check_targets(hidden: Tensor, targets: Tensor, rows: int, ignore_index: int) -> Tensor:
+    """Targets as (n,) int64."""
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets has dtype {targets.dtype}; it must be int64")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; hidden has {tuple(hidden.shape)}: "
+            f"it must be {tuple(hidden.shape[:-1])}"
+        )
+    flat = targets.reshape(-1)
+    if flat.is_cpu and not torch.compiler.is_compiling() and flat.numel():
+        wrong = ((flat < 0) | (flat >= rows)) & (flat != ignore_index)
+        if bool(wrong.any()):
+            place = int(wrong.to(torch.uint8).argmax())
+            raise IndexError(f"targets[{place}] is {int(flat[place])}; it must be in [0, {rows})")
+    return flat
+
+
+def reduce(loss: Tensor, used: Tensor, shape: Any, reduction: str) -> Tensor:
+    loss = torch.where(used, loss, 0)
+    if reduction == "none":
+        return loss.reshape(shape)
+    return loss.sum() / used.sum() if reduction == "mean" else loss.sum()

@@ -6,8 +6,9 @@ from ._nearest import nearest
 from ._ngrams import Ngrams, Vocabulary, ngrams, token_ngrams
 from ._random_rows import random_rows
 from ._sign_hash import SignHash, sign_hash
+from ._words import word_offsets
 
 __all__ = [
     "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "nearest", "ngrams", "random_rows",
-    "sign_hash", "token_ngrams",
+    "sign_hash", "token_ngrams", "word_offsets",
 ]  # fmt: skip

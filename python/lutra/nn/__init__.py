@@ -2,7 +2,8 @@
 
 `MemoryLinear` replaces a dense layer by table look-ups; `Embedding` and `EmbeddingBag` are torch's, with
 torch's signatures, parameters and state_dict. For every format of `lutra.compress` there are an Embedding and
-an EmbeddingBag whose table is stored in it, such as `LowRankEmbedding`.
+an EmbeddingBag whose table is stored in it, such as `LowRankEmbedding`. `LexinvariantEmbedding`,
+`BackpackEmbedding`, `SenseDict` and `ByteWordPooling` are other ways from tokens to vectors.
 """
 
 try:
@@ -10,12 +11,18 @@ try:
 except ImportError as error:
     raise ImportError("lutra.nn needs torch: pip install 'lutra[torch]'") from error
 
+from ._byte_words import ByteWordPooling
 from ._compressed_layers import LAYERS
 from ._embedding import Embedding
 from ._embedding_bag import EmbeddingBag
+from ._lexinvariant import LexinvariantEmbedding
 from ._memory_linear import MemoryLinear
+from ._senses import BackpackEmbedding, SenseDict
 from ._tied_head import TiedHead
 
 globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of lutra.compress
 
-__all__ = ["Embedding", "EmbeddingBag", "MemoryLinear", "TiedHead", *LAYERS]
+__all__ = [
+    "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "LexinvariantEmbedding",
+    "MemoryLinear", "SenseDict", "TiedHead", *LAYERS,
+]  # fmt: skip

@@ -4,6 +4,7 @@ from ._bag import TouchedRows, bag, bag_grad
 from ._rows import QuantizedRows, dequantize_rows, quantize_rows
 from ._senses import Senses, senses
 from ._tables import tables
+from ._update import row_state, update_bags, update_rows
 
 __all__ = [
     "QuantizedRows",
@@ -13,6 +14,9 @@ __all__ = [
     "bag_grad",
     "dequantize_rows",
     "quantize_rows",
+    "row_state",
     "senses",
     "tables",
+    "update_bags",
+    "update_rows",
 ]

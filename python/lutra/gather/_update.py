@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .. import _checks
-from .._arrays import BF16, F32, F64, FLOATS, I32, I64, NAMES, NUMPY, U8, call, is_torch, kind_of, torch_kind
+from .._arrays import BF16, F32, F64, FLOATS, I32, I64, NAMES, NUMPY, U8, call, is_torch, kind_of
 from ..reference import row_update as reference
 from ._bag import (
     MODES,
@@ -68,8 +68,8 @@ def row_state(table: Any, optimizer: str) -> dict[str, Any]:
     -------
     dict of arrays
         float32 (float64 for a float64 table), whatever the type of the table: 'momentum' has
-        ``momentum_buffer`` (rows, dim), 'adagrad' ``sum`` (rows, dim), 'rowwise_adagrad' ``sum`` (rows,), 'adam'
-        ``exp_avg`` and ``exp_avg_sq`` (rows, dim); 'sgd' nothing.
+        ``momentum_buffer`` (rows, dim), 'adagrad' ``sum`` (rows, dim), 'rowwise_adagrad' ``sum`` (rows,),
+        'adam' ``exp_avg`` and ``exp_avg_sq`` (rows, dim); 'sgd' nothing.
 
     Examples
     --------
@@ -87,9 +87,7 @@ def row_state(table: Any, optimizer: str) -> dict[str, Any]:
         import torch
 
         dtype = torch.float64 if wide == F64 else torch.float32
-        return {
-            name: torch.zeros(shape, dtype=dtype, device=table.device) for name in STATES[optimizer]
-        }
+        return {name: torch.zeros(shape, dtype=dtype, device=table.device) for name in STATES[optimizer]}
     import numpy as np
 
     if kind is not NUMPY:
@@ -97,9 +95,7 @@ def row_state(table: Any, optimizer: str) -> dict[str, Any]:
         for array in state.values():
             array[...] = 0
         return state
-    return {
-        name: np.zeros(shape, np.float64 if wide == F64 else np.float32) for name in STATES[optimizer]
-    }
+    return {name: np.zeros(shape, np.float64 if wide == F64 else np.float32) for name in STATES[optimizer]}
 
 
 def update_rows(
@@ -124,8 +120,8 @@ def update_rows(
     table : array, shape (rows, dim), float32, float16, bfloat16 or float64
         Updated in place; C-contiguous and writable.
     rows : array, shape (n,), int32 or int64
-        The touched rows, in any order. A row that is named several times gets the sum of its gradients (in their
-        order), as one gradient.
+        The touched rows, in any order. A row that is named several times gets the sum of its gradients (in
+        their order), as one gradient.
     grads : array, shape (n, dim), floating point
         Their gradients.
     optimizer : {'sgd', 'momentum', 'adagrad', 'rowwise_adagrad', 'adam'}
@@ -143,9 +139,9 @@ def update_rows(
     step : int, default 1
         The number of this step, from 1: for the bias correction of 'adam'.
     seed : int, optional
-        bfloat16 tables only: results are rounded up or down at random, with the probability that keeps the mean,
-        rather than to nearest, which loses updates below half a unit of the last of its 8 bits. To be another
-        number at every step.
+        bfloat16 tables only: results are rounded up or down at random, with the probability that keeps the
+        mean, rather than to nearest, which loses updates below half a unit of the last of its 8 bits. To be
+        another number at every step.
 
     Raises
     ------
@@ -159,8 +155,8 @@ def update_rows(
     Arithmetic and state are float32 (float64 for float64 tables). Deterministic: the same bits whatever the
     number of threads. On CUDA and for float64 in torch the step is a composition of torch's operations.
 
-    'rowwise_adagrad' keeps one number a row, the sum over steps of the mean of the gradient's squares (FBGEMM,
-    DLRM: Naumov et al., arXiv 1906.00091).
+    'rowwise_adagrad' keeps one number a row, the sum over steps of the mean of the gradient's squares
+    (FBGEMM, DLRM: Naumov et al., arXiv 1906.00091).
 
     Examples
     --------
@@ -199,8 +195,8 @@ def update_bags(
 ) -> None:
     """Backward and update of `bag` in one: the gradient of the table is never written.
 
-    Ids are sorted by row, each row's gradient is summed in registers, and the row and its state are updated in
-    place: what `bag_grad` with ``sparse=True`` and `update_rows` do in two.
+    Ids are sorted by row, each row's gradient is summed in registers, and the row and its state are updated
+    in place: what `bag_grad` with ``sparse=True`` and `update_rows` do in two.
 
     Parameters
     ----------
@@ -231,8 +227,7 @@ def update_bags(
     s0, s1 = _state(table, optimizer, state)
     argmax = None
     if mode == "max":
-        options = (padding_idx, include_last_offset)
-        argmax = call("bag_argmax", _bag_argmax, (table, ids, offsets), options)
+        argmax = call("bag_argmax", _bag_argmax, (table, ids, offsets), (padding_idx, include_last_offset))
     arrays = (table, grad, ids, offsets, weights, argmax, s0, s1)
     options = (optimizer, list(numbers), mode, padding_idx, include_last_offset, _seed(seed))
     call("update_bags", _update_bags, arrays, options)
@@ -327,8 +322,14 @@ def _changed(kind, *arrays):
                 kind.torch.autograd.graph.increment_version(a)
 
 
+def _grad_enabled():
+    import torch
+
+    return torch.is_grad_enabled()
+
+
 def _refuse_leaf(table):
-    if is_torch(table) and table.requires_grad and torch_kind(False).torch.is_grad_enabled():
+    if is_torch(table) and table.requires_grad and _grad_enabled():
         raise RuntimeError("table requires a gradient: update it in place under torch.no_grad()")
 
 
@@ -354,18 +355,20 @@ def _update_rows(kind, table, rows, grads, s0=None, s1=None, rule="sgd", numbers
     n, dim = grads.shape
     bad = kind.kernels.row_update(
         kind.ptr(table), code, table.shape[0], dim, _ptr(kind, s0), _ptr(kind, s1), RULES[rule], *numbers,
-        seed is not None, seed or 0, n, kind.ptr(rows), 0, None, None, None, None, None, None, kind.ptr(grads),
-        grad_code, n, 0,
+        seed is not None, seed or 0, n, kind.ptr(rows), 0, None, None, None, None, None, None,
+        kind.ptr(grads), grad_code, n, 0,
     )  # fmt: skip
     if bad >= 0:
-        raise IndexError(
-            f"rows[{bad}] is {int(rows[bad])}; rows must lie in [0, {table.shape[0]}), the rows of the table"
-        )
+        _outside(rows, bad, table.shape[0])
     if bad != -1:  # not increasing: the same as bags of one id
         ids = rows.reshape(-1, 1)
         return _update_bags(kind, table, grads, ids, None, None, None, s0, s1, rule, numbers, seed=seed)
     _changed(kind, table, s0, s1)
     return None
+
+
+def _outside(rows, k, height):
+    raise IndexError(f"rows[{k}] is {int(rows[k])}; rows must lie in [0, {height}), the rows of the table")
 
 
 def _fall_back(kind, table, rows, grads, s0, s1, rule, numbers, seed):
@@ -375,15 +378,17 @@ def _fall_back(kind, table, rows, grads, s0, s1, rule, numbers, seed):
 
         return step_rows(table, rows, grads, s0, s1, rule, numbers, seed)
     if kind.cuda:
-        raise RuntimeError("update_rows and update_bags have no kernel for CuPy arrays; torch tensors are served")
-    from ..reference.gather import check_ids
-
+        raise RuntimeError(
+            "update_rows and update_bags have no kernel for CuPy arrays; torch tensors are served"
+        )
     flat = kind.to_numpy(rows)
-    check_ids(flat.reshape(-1, 1), None, table.shape[0])
+    bad = (flat < 0) | (flat >= table.shape[0])
+    if bad.any():
+        _outside(rows, int(bad.argmax()), table.shape[0])
     code = kind.code(table)
     host = kind.to_numpy(table)
-    arrays = _to_numpy(kind, grads, s0, s1)
-    reference.update_rows(host, flat, *arrays, rule, numbers, seed)
+    host_grads, host_0, host_1 = _to_numpy(kind, grads, s0, s1)
+    reference.update_rows(host, flat, host_grads, host_0, host_1, rule, numbers, seed)
     if code == BF16:  # a copy as float32 was updated
         table[...] = kind.from_numpy(host, BF16, table)
     _changed(kind, table, s0, s1)
@@ -406,7 +411,9 @@ def _update_bags(
     rows, dim = table.shape
     bags, length = _layout(ids, offsets, include_last_offset)
     if tuple(grad.shape) != (bags, dim):
-        raise ValueError(f"grad has shape {tuple(grad.shape)}; it must be {(bags, dim)}, (bags, dim of the table)")
+        raise ValueError(
+            f"grad has shape {tuple(grad.shape)}; it must be {(bags, dim)}, (bags, dim of the table)"
+        )
     if grad_code == F64 and code != F64:
         grad, grad_code = kind.cast(grad, F32), F32
     padding = _padding(padding_idx, rows)
@@ -429,15 +436,16 @@ def _update_bags(
     workspace = kind.empty((size,), U8, grad)
     ptr = kind.ptr
     bad = kind.kernels.bag_sort(
-        ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code, rows,
-        ptr(order), ptr(starts), ptr(touched), ptr(bag_of), _ptr(kind, bag_scale), ptr(count), ptr(workspace), size,
+        ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code,
+        rows, ptr(order), ptr(starts), ptr(touched), ptr(bag_of), _ptr(kind, bag_scale), ptr(count),
+        ptr(workspace), size,
     )  # fmt: skip
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset)
     kind.kernels.row_update(
         ptr(table), code, rows, dim, _ptr(kind, s0), _ptr(kind, s1), RULES[rule], *numbers, seed is not None,
-        seed or 0, int(count[0]), ptr(touched), n_ids, ptr(starts), ptr(order), ptr(bag_of), _ptr(kind, bag_scale),
-        _ptr(kind, weights), _ptr(kind, argmax), ptr(grad), grad_code, bags, mode_code,
+        seed or 0, int(count[0]), ptr(touched), n_ids, ptr(starts), ptr(order), ptr(bag_of),
+        _ptr(kind, bag_scale), _ptr(kind, weights), _ptr(kind, argmax), ptr(grad), grad_code, bags, mode_code,
     )  # fmt: skip
     _changed(kind, table, s0, s1)
     return None

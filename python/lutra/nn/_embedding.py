@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,16 @@ class Embedding(torch.nn.Embedding):
     tensor([2., 2., 2.])
     """
 
+    #: Set by `lutra.optim`'s ``attach``.
+    _attachment: Any = None
+
     def forward(self, input: Tensor) -> Tensor:
         """The rows, shape (\\*input.shape, embedding_dim)."""
         weight = self.weight
+        if self._attachment is not None and weight.requires_grad and torch.is_grad_enabled():
+            if self.max_norm is not None:
+                torch.embedding_renorm_(weight.detach(), input.contiguous(), self.max_norm, self.norm_type)
+            return self._attachment.embedding(self, input)
         if not (
             weight.requires_grad and torch.is_grad_enabled() and input.dtype in IDS and has_kernel(weight)
         ):

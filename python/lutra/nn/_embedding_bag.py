@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,9 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
     torch.Size([2, 3])
     """
 
+    #: Set by `lutra.optim`'s ``attach``.
+    _attachment: Any = None
+
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
@@ -48,11 +53,14 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         per_sample_weights : Tensor, the shape of input, floating point, mode 'sum' only
         """
         weight = self.weight
-        if not has_kernel(weight) or input.is_nested:
+        attached = self._attachment is not None and weight.requires_grad and torch.is_grad_enabled()
+        if not (attached or has_kernel(weight)) or input.is_nested:
             return super().forward(input, offsets, per_sample_weights)
         check_bags(self, input, offsets, per_sample_weights)
         if self.max_norm is not None:  # in place, the rows visited only, before the look-up: as torch does
             torch.embedding_renorm_(weight.detach(), input, self.max_norm, self.norm_type)
+        if attached:
+            return self._attachment.bag(self, input, offsets, per_sample_weights)
         if self.scale_grad_by_freq and weight.requires_grad and torch.is_grad_enabled():
             weight = ScaleByFrequency.apply(weight, input, self.sparse)
         return bag(

@@ -22,7 +22,8 @@ def random_bits(seed, rows, dim):
 
 
 def round_bfloat16(x, bits):
-    """float32 values of which bfloat16 keeps all: rounded away from zero with the probability of what is cut off."""
+    """float32 values of which bfloat16 keeps all: rounded away from zero with the probability of what is "
+    "cut off."""
     u = x.astype(np.float32).view(np.uint32)
     finite = (u & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
     return np.where(finite, (u + bits) & np.uint32(0xFFFF0000), u).astype(np.uint32).view(np.float32)
@@ -78,6 +79,15 @@ def update_bags(
 ):  # fmt: skip
     """The same from the gradient of a `bag`'s result: `bag_grad`, then `update_rows`."""
     rows, grads = bag_grad(
-        _wide(grad), ids, offsets, weights, argmax, table.shape[0], mode, padding_idx, include_last_offset, True
+        _wide(grad),
+        ids,
+        offsets,
+        weights,
+        argmax,
+        table.shape[0],
+        mode,
+        padding_idx,
+        include_last_offset,
+        True,
     )
     update_rows(table, rows, grads, s0, s1, rule, numbers, seed)

@@ -1,10 +1,11 @@
-"""``torch.ops.lutra`` for `lutra.gather.update_rows` and `update_bags`, and their steps in torch's own operations."""
+"""``torch.ops.lutra`` for `lutra.gather.update_rows` and `update_bags`, and their steps in torch's own
+operations."""
 
 from __future__ import annotations
 
 import torch
 
-from ..gather._update import _update_bags, _update_rows
+from ..gather._update import _outside, _update_bags, _update_rows
 from .library import register
 
 _STATE = "Tensor(b!)? s0, Tensor(c!)? s1, str rule, float[] numbers"
@@ -14,7 +15,8 @@ register(
     lambda *_: None,
 )
 register(
-    "update_bags(Tensor(a!) table, Tensor grad, Tensor ids, Tensor? offsets, Tensor? weights, Tensor? argmax, "
+    "update_bags(Tensor(a!) table, Tensor grad, Tensor ids, Tensor? offsets, Tensor? weights, Tensor? "
+    "argmax, "
     f'{_STATE}, str mode="sum", int? padding_idx=None, bool include_last_offset=False, int? seed=None) -> ()',
     _update_bags,
     lambda *_: None,
@@ -22,7 +24,8 @@ register(
 
 
 def step(w, g, s0, s1, rule, numbers):
-    """One step on whole tensors, in place: w (n, dim) and g of one type, s0 and s1 the state (csrc/gather/row_update.h)."""
+    """One step on whole tensors, in place: w (n, dim) and g of one type, s0 and s1 the state
+    (csrc/gather/row_update.h)."""
     lr, shrink, a, b, eps, scale = numbers
     if shrink != 1:
         w.mul_(shrink)
@@ -35,9 +38,8 @@ def step(w, g, s0, s1, rule, numbers):
         s0.addcmul_(g, g)
         w.addcdiv_(g, s0.sqrt().add_(eps), value=-lr)
     elif rule == "rowwise_adagrad":
-        flat = g.reshape(g.shape[0], -1)
-        if flat.shape[1]:
-            s0.add_(flat.square().mean(1))
+        if g.numel():
+            s0.add_(g.square() if g.dim() == 1 else g.square().flatten(1).mean(1))
         rate = (lr / s0.sqrt().add_(eps)).reshape(-1, *[1] * (g.dim() - 1))
         w.sub_(g * rate)
     else:
@@ -52,16 +54,14 @@ def step_rows(table, rows, grads, s0, s1, rule, numbers, seed):
     touched, slot = torch.unique(rows, return_inverse=True)
     if not table.is_cuda and rows.numel() and (int(touched[0]) < 0 or int(touched[-1]) >= table.shape[0]):
         k = int(((rows < 0) | (rows >= table.shape[0])).to(torch.uint8).argmax())
-        raise IndexError(
-            f"rows[{k}] is {int(rows[k])}; rows must lie in [0, {table.shape[0]}), the rows of the table"
-        )
+        _outside(rows, k, table.shape[0])
     g = torch.zeros(len(touched), table.shape[1], dtype=wide, device=table.device)
     g.index_add_(0, slot, grads.to(wide))
     table = table.detach()
     w = table[touched].to(wide)
-    states = [None if s is None else s[touched] for s in (s0, s1)]
-    step(w, g, *states, rule, numbers)
-    for whole, part in zip((s0, s1), states):
+    p0, p1 = (None if s is None else s[touched] for s in (s0, s1))
+    step(w, g, p0, p1, rule, numbers)
+    for whole, part in zip((s0, s1), (p0, p1)):
         if whole is not None:
             whole[touched] = part
     if seed is not None:

@@ -1,0 +1,158 @@
+"""Attachment: what an attached layer hands its gradients to, in the place of ``weight.grad``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from .._arrays import torch_kind
+from ..gather import bag
+from ..gather._bag import _bag_argmax, _bag_backward_rows, _bag_weight_grad
+
+WHEN = ("step", "backward")
+
+
+class Call(NamedTuple):
+    """The gradient of one call of a layer, in the arguments of `lutra.gather.update_bags`."""
+
+    grad: Tensor
+    ids: Tensor
+    offsets: Tensor | None
+    weights: Tensor | None
+    argmax: Tensor | None
+    mode: str
+    padding_idx: int | None
+    last: bool
+    versions: tuple[int, int]
+
+    def check(self) -> None:
+        if (self.grad._version, self.ids._version) != self.versions:
+            raise RuntimeError(
+                "the ids (or the gradient) of an attached layer were modified in place between backward "
+                "and step; the update needs them: clone them, or attach with when='backward'"
+            )
+
+    def rows(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The touched rows and their gradients, in float32."""
+        wide = self.grad if self.grad.dtype == torch.float64 else self.grad.float()
+        return _bag_backward_rows(
+            torch_kind(wide.is_cuda), wide, self.ids, self.offsets, self.weights, self.argmax, rows,
+            self.mode, self.padding_idx, self.last,
+        )  # fmt: skip
+
+
+class Attachment:
+    """One weight whose gradients go straight to an optimizer.
+
+    Not copied: the copy of a layer (deepcopy, pickle) is an ordinary layer.
+    """
+
+    def __init__(self, optimizer: Any, weight: torch.nn.Parameter, when: str) -> None:
+        self.optimizer, self.weight, self.when = optimizer, weight, when
+        self.layers: WeakSet[torch.nn.Module] = WeakSet()
+        self.pending: list[Call] = []
+        self.used = False  # when='backward': this step has seen its update
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def check(self, layer: torch.nn.Module) -> None:
+        if layer.weight is not self.weight:
+            raise RuntimeError(
+                f"the weight of this {type(layer).__name__} is not the one that was attached (it was "
+                "replaced, or this is a replica): detach the layer, and attach it again"
+            )
+
+    def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
+        self.check(layer)
+        return _Embedding.apply(layer.weight, self, ids, layer.padding_idx)
+
+    def bag(
+        self, layer: torch.nn.Module, ids: Tensor, offsets: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        self.check(layer)
+        last = layer.include_last_offset and offsets is not None
+        return _Bag.apply(layer.weight, self, ids, offsets, weights, layer.mode, layer.padding_idx, last)
+
+    def take(self, call: Call) -> None:
+        """A backward pass has come to the layer."""
+        if self.when == "step":
+            self.pending.append(call)
+            return
+        if self.used:
+            raise RuntimeError(
+                "a second gradient for an attached table before optimizer.step(): with when='backward' the "
+                "first has updated the table already. Accumulated gradients, a layer that is called twice "
+                "and a second backward through one graph need attach(layer, when='step')"
+            )
+        self.optimizer._update_attached(self.weight, [call])
+        self.used = True
+
+
+def merge(calls: list[Call]) -> Call | None:
+    """Several calls as one, where their layouts allow it: bags of one length, of one mode."""
+    first = calls[0]
+    for c in calls:
+        if (
+            c.offsets is not None
+            or c.argmax is not None
+            or c.ids.shape[1] != first.ids.shape[1]
+            or (c.weights is None) != (first.weights is None)
+            or (c.mode, c.padding_idx) != (first.mode, first.padding_idx)
+        ):
+            return None
+    weights = None if first.weights is None else torch.cat([c.weights for c in calls])
+    grad, ids = torch.cat([c.grad for c in calls]), torch.cat([c.ids for c in calls])
+    return first._replace(grad=grad, ids=ids, weights=weights)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, attachment, ids, padding_idx):
+        ctx.attachment, ctx.padding_idx = attachment, padding_idx
+        ctx.save_for_backward(ids)
+        return torch.embedding(weight, ids)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        versions = grad._version, ids._version
+        grad = grad.reshape(-1, grad.shape[-1])
+        call = Call(grad, ids.reshape(-1, 1), None, None, None, "sum", ctx.padding_idx, False, versions)
+        ctx.attachment.take(call)
+        return None, None, None, None
+
+
+class _Bag(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, attachment, ids, offsets, weights, mode, padding_idx, last):
+        ctx.attachment, ctx.options = attachment, (mode, padding_idx, last)
+        reads = mode == "max" or ctx.needs_input_grad[4]
+        ctx.save_for_backward(weight if reads else None, ids, offsets, weights)
+        return bag(
+            weight, ids, offsets, weights, mode=mode, padding_idx=padding_idx, include_last_offset=last
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        table, ids, offsets, weights = ctx.saved_tensors
+        mode, padding_idx, last = ctx.options
+        kind = torch_kind(grad.is_cuda)
+        argmax = to_weights = None
+        if mode == "max":
+            argmax = _bag_argmax(kind, table, ids, offsets, padding_idx, last)
+        if ctx.needs_input_grad[4]:
+            to_weights = _bag_weight_grad(kind, grad, table, ids, offsets, None, None, padding_idx, last)
+            to_weights = to_weights.to(weights.dtype)
+        held = None if weights is None else weights.detach()
+        versions = grad._version, ids._version
+        ctx.attachment.take(Call(grad, ids, offsets, held, argmax, mode, padding_idx, last, versions))
+        return None, None, None, None, to_weights, None, None, None

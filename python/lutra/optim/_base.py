@@ -1,0 +1,296 @@
+"""What the optimizers share: gradients of every kind in, one step of a rule out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._arrays import torch_kind
+from ..gather._update import STATES, Step, _update_bags, _update_rows
+from ..torch_ops.row_update import random_bits, round_bfloat16, step, step_rows
+from ._attachment import WHEN, Attachment, Call, merge
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _mix(*numbers: int) -> int:
+    """One number of 63 bits out of several (splitmix64)."""
+    x = 0
+    for n in numbers:
+        x = (x + n + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+        x ^= x >> 31
+    return x >> 1
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: subclasses give `_rule` and `_numbers`."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._attached: dict[Tensor, Attachment] = {}
+        super().__init__(params, defaults)
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def _numbers(self, group: dict[str, Any], at: int, sparse: bool) -> Step:
+        """The rule's numbers at step ``at`` (from 1)."""
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """TypeError or ValueError for an option that is none."""
+
+    # ---------------------------------------------------------------- torch.optim.Optimizer
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; parameters must be float32, float16, bfloat16 or float64."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for p in group["params"]:
+                if p.dtype not in _FLOATS:
+                    raise TypeError(f"a parameter has dtype {p.dtype}; it must be a real floating point type")
+                if group["stochastic_rounding"] and p.dtype == torch.float16:
+                    raise ValueError("stochastic_rounding is for bfloat16 parameters; one here is float16")
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on all parameters that have a gradient.
+
+        Gradients of attached layers are used up; ``.grad`` stays until `zero_grad`, as in torch.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._check_gradient(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                attachment = self._attached.get(p)
+                if attachment is not None:
+                    calls, attachment.pending = attachment.pending, []
+                    attachment.used = False
+                    if calls:
+                        self._update_attached(p, calls)
+                elif p.grad is not None:
+                    self._update(group, p)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what attached layers have gathered is forgotten too."""
+        super().zero_grad(set_to_none)
+        for attachment in self._attached.values():
+            attachment.pending.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state stays float32 where parameters are float16 or bfloat16."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        mine = chain.from_iterable(g["params"] for g in self.param_groups)
+        for key, p in zip(saved, mine):  # torch has cast it to the parameter's type
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and name != "step":
+                    self.state[p][name] = value.detach().to(p.device, _wide(p), copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._attached = {}  # copies and pickles are attached to nothing
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # read by torch.amp.GradScaler
+        if self._attached:
+            raise RuntimeError(
+                "GradScaler does not see the gradients of attached layers: they would be used scaled. "
+                "Detach the layers, or train in bfloat16, which needs no scaler"
+            )
+        return False
+
+    # ---------------------------------------------------------------- layers
+    def attach(self, *layers: torch.nn.Module, when: str = "step") -> None:
+        """Fuse backward and update of embedding layers: the gradient of their table is never made.
+
+        From now on the layers keep their ``weight.grad`` None. What a backward pass leaves is the gradient of
+        the layer's result; one kernel sorts the ids, sums each touched row's gradient and updates the row and
+        its state in place.
+
+        Parameters
+        ----------
+        *layers : lutra.nn.Embedding or lutra.nn.EmbeddingBag
+            Whose weight is a parameter of this optimizer.
+        when : {'step', 'backward'}, default 'step'
+            'step': the kernel runs in `step`. Results are those without `attach`: gradients accumulate over
+            backward passes, `zero_grad` forgets them. 'backward': it runs in the backward pass, so that
+            nothing is kept; then there must be one backward pass through one call of the layer for each
+            `step`, a second is a RuntimeError. The table changes during backward: a loss that reads it
+            elsewhere fails.
+
+        Raises
+        ------
+        TypeError
+            Another kind of layer.
+        ValueError
+            The weight is not in this optimizer, or attached to another one; a layer with
+            ``scale_grad_by_freq``; a weight with hooks, which would not be called.
+
+        Notes
+        -----
+        What looks at ``weight.grad`` does not see these gradients: ``clip_grad_norm_`` leaves them out (of
+        the norm, too), and ``GradScaler`` is refused. A gradient that reaches ``weight.grad`` by another way
+        (a tied head, a penalty on the table) makes `step` a RuntimeError. Deep copies and pickles of the
+        layers are ordinary ones. ``sparse`` has no meaning while attached.
+        """
+        from ..nn import Embedding, EmbeddingBag
+
+        _checks.choice("when", when, dict.fromkeys(WHEN, 0))
+        known = {p for g in self.param_groups for p in g["params"]}
+        for layer in layers:
+            if not isinstance(layer, (Embedding, EmbeddingBag)):
+                raise TypeError(
+                    "a layer must be a lutra.nn.Embedding or lutra.nn.EmbeddingBag, got "
+                    f"{type(layer).__qualname__}"
+                )
+            if layer.weight not in known:
+                raise ValueError("the layer's weight is not a parameter of this optimizer")
+            old = layer._attachment
+            if old is not None and old.optimizer is not self:
+                raise ValueError("the layer is attached to another optimizer: detach it there first")
+            if layer.scale_grad_by_freq:
+                raise ValueError("a layer with scale_grad_by_freq cannot be attached")
+            if layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks:
+                raise ValueError("the layer's weight has hooks, which would never be called")
+            shared = self._attached.get(layer.weight)
+            if shared is not None and shared.when != when:
+                raise ValueError(f"the layer's weight is attached already, with when={shared.when!r}")
+        for layer in layers:
+            weight = layer.weight
+            attachment = self._attached.get(weight)
+            if attachment is None:
+                attachment = self._attached[weight] = Attachment(self, weight, when)
+            layer._attachment = attachment
+            attachment.layers.add(layer)
+
+    def detach(self, *layers: torch.nn.Module) -> None:
+        """Make attached layers ordinary ones again.
+
+        Raises
+        ------
+        ValueError
+            A layer that is not attached to this optimizer.
+        RuntimeError
+            It has gradients that neither `step` has used nor `zero_grad` forgotten.
+        """
+        for layer in layers:
+            attachment = getattr(layer, "_attachment", None)
+            if attachment is None or attachment.optimizer is not self:
+                raise ValueError("the layer is not attached to this optimizer")
+            if attachment.pending:
+                raise RuntimeError("the layer has gradients that step() has not used: call step or zero_grad")
+        for layer in layers:
+            attachment, layer._attachment = layer._attachment, None
+            attachment.layers.discard(layer)
+            if not attachment.layers:
+                self._attached.pop(attachment.weight, None)
+
+    # ---------------------------------------------------------------- one parameter
+    def _check_gradient(self, p: Tensor) -> None:
+        if p in self._attached:
+            if p.grad is not None:
+                raise RuntimeError(
+                    "the weight of an attached layer got a gradient by another way (a tied head, a penalty "
+                    "on the table, a call under torch.func): detach the layer"
+                )
+            for call in self._attached[p].pending:
+                call.check()
+        elif p.grad is not None and p.grad.is_sparse and p.grad.sparse_dim() != 1:
+            raise ValueError(
+                f"a sparse gradient has {p.grad.sparse_dim()} sparse dimensions; it must have 1: rows"
+            )
+
+    def _begin(self, group: dict[str, Any], p: Tensor, sparse: bool) -> tuple[Any, ...]:
+        """(s0, s1, rule, numbers, seed) of the parameter's next step."""
+        rule = self._rule(group)
+        state = self.state[p]
+        for name in STATES[rule]:
+            if name not in state:
+                shape = p.shape[:1] if rule == "rowwise_adagrad" else p.shape
+                value = group.get("initial_accumulator_value", 0.0)
+                state[name] = torch.full(shape, value, dtype=_wide(p), device=p.device)
+        at = state["step"] = int(state.get("step", 0)) + 1
+        seed = None
+        if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
+            params = chain.from_iterable(g["params"] for g in self.param_groups)
+            place = next(i for i, q in enumerate(params) if q is p)
+            seed = _mix(group["seed"], place, at)
+        s0, s1 = (*(state[n] for n in STATES[rule]), None, None)[:2]
+        return s0, s1, rule, self._numbers(group, at, sparse), seed
+
+    def _update(self, group: dict[str, Any], p: Tensor) -> None:
+        grad = p.grad
+        assert grad is not None
+        if not grad.is_sparse:
+            s0, s1, rule, numbers, seed = self._begin(group, p, False)
+            return _whole(p.detach(), grad, s0, s1, rule, numbers, seed)
+        s0, s1, rule, numbers, seed = self._begin(group, p, True)
+        rows, values = grad._indices()[0], grad._values()
+        if not len(rows):
+            return None
+        table, n = p.detach(), p.shape[0]
+        shape = n, prod(p.shape[1:])
+        if not table.is_contiguous() and p.dim() > 2:
+            raise ValueError("a parameter with sparse gradients must be contiguous, or a matrix")
+        values = values.reshape(len(rows), shape[1])
+        if rule != "rowwise_adagrad":
+            s0, s1 = (None if s is None else s.view(shape) for s in (s0, s1))
+        if table.is_contiguous():
+            kind = torch_kind(table.is_cuda)
+            return _update_rows(kind, table.view(shape), rows, values, s0, s1, rule, numbers, seed)
+        return step_rows(table, rows, values, s0, s1, rule, numbers, seed)
+
+    def _update_attached(self, p: Tensor, calls: list[Call]) -> None:
+        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        s0, s1, rule, numbers, seed = self._begin(group, p, True)
+        kind, table = torch_kind(p.is_cuda), p.detach()
+        if not table.is_contiguous():
+            raise ValueError("the weight of an attached layer must be contiguous")
+        call = calls[0] if len(calls) == 1 else merge(calls)
+        if call is not None:
+            return _update_bags(
+                kind, table, call.grad, call.ids, call.offsets, call.weights, call.argmax, s0, s1, rule,
+                numbers, call.mode, call.padding_idx, call.last, seed,
+            )  # fmt: skip
+        parts = [c.rows(len(table)) for c in calls]
+        rows, values = (torch.cat(t) for t in zip(*parts))
+        return _update_rows(kind, table, rows, values, s0, s1, rule, numbers, seed)
+
+
+def _whole(p: Tensor, grad: Tensor, s0: Any, s1: Any, rule: str, numbers: Step, seed: int | None) -> None:
+    """A dense gradient: every value moves, as in torch.optim."""
+    if p.dim() == 0:
+        p, grad = p.view(1), grad.view(1)
+        s0, s1 = (None if s is None else s.view(1) for s in (s0, s1))
+    if p.dtype == _wide(p):
+        return step(p, grad, s0, s1, rule, numbers)
+    w = p.to(_wide(p))
+    step(w, grad.to(w.dtype), s0, s1, rule, numbers)
+    if seed is not None:
+        rows = torch.arange(p.shape[0], device=p.device)
+        bits = random_bits(seed, rows, w[0].numel() if len(rows) else 0)
+        w = round_bfloat16(w.contiguous(), bits.view(w.shape))
+    p.copy_(w)
+    return None

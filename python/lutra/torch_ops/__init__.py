@@ -12,20 +12,17 @@ import torch
 from torch.autograd import forward_ad
 
 from .._arrays import use_torch
-<<<<<<< HEAD
 from . import (  # noqa: F401  (registers the ops)
     address,
     binary,
     fast_scan,
     gather,
     random_rows,
+    row_update,
     scan,
     screen,
     senses,
 )
-=======
-from . import address, binary, fast_scan, gather, row_update, scan, screen  # noqa: F401  (registers the ops)
->>>>>>> 116181b (row_update: an optimizer's step on the touched rows, from gradients of rows or of bags)
 from .library import LIBRARY  # noqa: F401
 
 ops = torch.ops.lutra

@@ -1,6 +1,7 @@
 """Gather: a table and addresses in; the weighted sum of the rows found there out."""
 
 from ._bag import TouchedRows, bag, bag_grad
+from ._packed import pack_rows, unpack_rows
 from ._rows import QuantizedRows, dequantize_rows, quantize_rows
 from ._senses import Senses, senses
 from ._tables import tables
@@ -13,10 +14,12 @@ __all__ = [
     "bag",
     "bag_grad",
     "dequantize_rows",
+    "pack_rows",
     "quantize_rows",
     "row_state",
     "senses",
     "tables",
+    "unpack_rows",
     "update_bags",
     "update_rows",
 ]

@@ -16,8 +16,8 @@ _LIMIT = 1 << 25  # logits that are kept for comparison
 def batches(calibration: Any) -> list[Any]:
     """Calibration data as a list of what the model is called with.
 
-    Token ids (an array or tensor of one or two dimensions, or a list of sequences) become batches of ids; tuples and
-    dicts are arguments as they are.
+    Token ids (an array or tensor of one or two dimensions, or a list of sequences) become batches of ids;
+    tuples and dicts are arguments as they are.
     """
     if isinstance(calibration, (torch.Tensor, np.ndarray)):
         return list(_of_array(_tensor(calibration)))
@@ -27,8 +27,7 @@ def batches(calibration: Any) -> list[Any]:
         items = list(calibration)
     except TypeError:
         raise TypeError(
-            "calibration must be token ids or a list of batches, got "
-            f"{type(calibration).__qualname__}"
+            f"calibration must be token ids or a list of batches, got {type(calibration).__qualname__}"
         ) from None
     if not items:
         raise ValueError("calibration is empty")

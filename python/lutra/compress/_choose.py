@@ -137,7 +137,8 @@ def no_fit(jobs: list[Job], kinds: list[type[Format]], budget: int) -> ValueErro
     dense = sum(job.dense for job in jobs)
     how = ", ".join(sorted({one[1].describe() for one in least if one}))
     return ValueError(
-        f"budget is {budget} bytes; the smallest that can be met is {total} bytes ({total / dense:.2%}), with {how}"
+        f"budget is {budget} bytes; the smallest that can be met is {total} bytes "
+        f"({total / dense:.2%}), with {how}"
     )
 
 
@@ -214,8 +215,9 @@ def fits(job: Job, kinds: list[type[Format]], budget: int) -> list[Format]:
 
 
 # ---------------------------------------------------------------- several tables
-#: Shares of its even part of the budget that a table of several is tried with.
+#: Shares of its even part of the budget that a table of several is tried with; the finer where that is cheap.
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
+FINE = (0.18, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.8, 4.0, 5.6)
 
 
 def plan(jobs: list[Job], kinds: list[type[Format]], budget: int) -> list[list[Format | None]]:
@@ -227,7 +229,7 @@ def plan(jobs: list[Job], kinds: list[type[Format]], budget: int) -> list[list[F
         out = []
         for job in jobs:
             tried: dict[str, Format | None] = {}
-            for part in GRID:
+            for part in FINE if len(jobs) * len(kinds) <= 12 else GRID:
                 for format in fits(job, kinds, min(job.dense, int(part * share * job.dense))):
                     tried[format.describe()] = format
             least = smallest(job, kinds)
@@ -248,9 +250,9 @@ def _size(job: Job, format: Format | None) -> int:
 def distribute(jobs: list[Job], options: list[list[Option]], budget: int) -> list[Option]:
     """One option a table so that the expected loss is least under a total budget.
 
-    The loss of a table is its squared relative error times how often it is used. Along the lower convex hull of each
-    table's (bytes, loss), the step that saves most per byte is taken while it fits (the Lagrangian solution); what is
-    left over goes to single options that fit.
+    The loss of a table is its squared relative error times how often it is used. Along the lower convex
+    hull of each table's (bytes, loss), the step that saves most per byte is taken while it fits (the
+    Lagrangian solution); what is left over goes to single options that fit.
     """
     uses = np.array([job.uses for job in jobs], float)
     uses = uses / uses.sum() if uses.sum() else np.full(len(jobs), 1 / len(jobs))
@@ -316,5 +318,3 @@ def _hull(options: list[Option], losses: list[float]) -> list[Option]:
             hull.pop()
         hull.append((nbytes, lost, options[i]))
     return [o for _, _, o in hull]
-
-

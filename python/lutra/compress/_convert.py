@@ -40,37 +40,38 @@ def convert(
 ) -> Report:
     """Replace the embeddings of a torch model by compressed ones.
 
-    Every chosen ``nn.Embedding`` and ``nn.EmbeddingBag`` becomes the layer of `lutra.nn` that stores its table in a
-    format; an ``nn.Linear`` on the same Parameter becomes `lutra.nn.TiedHead`, other embeddings on it share the layer.
-    Names, dtype, device, training mode, requires_grad and hooks stay. Models of Hugging Face transformers go on
-    working with generate, tie_weights, resize_token_embeddings, save_pretrained and from_pretrained (see
-    docs/convert.md). Either all is converted or, after any error, the model is as it was.
+    Every chosen ``nn.Embedding`` and ``nn.EmbeddingBag`` becomes the layer of `lutra.nn` that stores its
+    table in a format; an ``nn.Linear`` on the same Parameter becomes `lutra.nn.TiedHead`, other embeddings
+    on it share the layer. Names, dtype, device, training mode, requires_grad and hooks stay. Models of
+    Hugging Face transformers go on working with generate, tie_weights, resize_token_embeddings,
+    save_pretrained and from_pretrained (see docs/convert.md). Either all is converted or, after any error,
+    the model is as it was.
 
     Parameters
     ----------
     model : torch.nn.Module
     format : str, Format or dict, optional
-        A format ('pq', 'pq:m=48'), or one per embedding, by its name. With ``budget``: the only one to be tried.
+        A format ('pq', 'pq:m=48'), or one per embedding, by its name. With ``budget``: the only one to be
+        tried.
     budget : float, int or str, optional
         The chooser tries all formats and takes the best under this: a share of the bytes of the chosen tables
-        ('8%' or 0.08), or bytes (an int or '12MB'). All that stands for a table counts: codes, codebooks, remaps,
-        padding rows.
+        ('8%' or 0.08), or bytes (an int or '12MB'). All that stands for a table counts: codes, codebooks,
+        remaps, padding rows.
     calibration : token ids or batches, optional
-        Ids of one or two dimensions, a list of sequences, or a list of batches (tuples or dicts of arguments). The
-        model is run on them: rows weigh as often as they are looked up, and where the model has an output head the
-        formats are compared by the change of its predictions.
+        Ids of one or two dimensions, a list of sequences, or a list of batches (tuples or dicts of
+        arguments). The model is run on them: rows weigh as often as they are looked up, and where the model
+        has an output head the formats are compared by the change of its predictions.
     counts : array of shape (rows,), or dict of name to array, optional
         How often each row is used, in the place of what calibration counts.
     modules : str, list of str or callable, optional
-        The embeddings to convert, by name, or a predicate of (name, module). Default: the input embeddings of a Hugging
-        Face model, and all others of at least ``min_rows`` rows whose names do not say that they hold positions,
-        segments or the like.
+        The embeddings to convert, by name, or a predicate of (name, module). Default: the input embeddings
+        of a Hugging Face model, and all others of at least ``min_rows`` rows whose names do not say that
+        they hold positions, segments or the like.
     formats : list of str, optional
         Names of the formats that a budget tries; default all.
-    head : {'auto', 'all', 'dense'}, default 'auto'
-        'auto': heads tied to a converted table become `TiedHead`, others stay. 'all': untied output heads of
-        the chosen tables' models are compressed as well (with a table of their own). 'dense': tied heads keep the
-        dense table, untied from now on.
+    head : {'auto', 'dense'}, default 'auto'
+        'auto': heads tied to a converted table become `TiedHead`. 'dense': they keep the dense table,
+        untied from now on. Heads that were untied before stay as they are in both.
     min_rows : int, default 1000
     seed : int, default 0
     progress : bool, optional
@@ -88,8 +89,9 @@ def convert(
     Raises
     ------
     ValueError
-        Neither format nor budget; no embedding to convert; a budget that no format can meet (the message says the
-        smallest); NaN or infinity in a table (module and row are named); a shared Parameter that cannot be kept shared.
+        Neither format nor budget; no embedding to convert; a budget that no format can meet (the message
+        says the smallest); NaN or infinity in a table (module and row are named); a shared Parameter that
+        cannot be kept shared.
     TypeError
         What is no model, an embedding of a class that cannot work on a compressed table.
     IndexError
@@ -103,8 +105,8 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
     if format is None and budget is None:
         raise ValueError("give a format or a budget")
-    if head not in ("auto", "all", "dense"):
-        raise ValueError(f"head must be 'auto', 'all' or 'dense', got {head!r}")
+    if head not in ("auto", "dense"):
+        raise ValueError(f"head must be 'auto' or 'dense', got {head!r}")
     if not inplace:
         model = copy.deepcopy(model)
     work = _Work(model, find(model), modules, min_rows, head)
@@ -158,7 +160,7 @@ def _encode_all(
                 raise ValueError(f"format names no format for {job.name}; it has {sorted(format)}")
             chosen.append(make(format[job.name], **parameters))
         else:
-            chosen.append(make(format, **parameters))  # type: ignore[arg-type]
+            chosen.append(make(format, **parameters))
     options = []
     for job, one in zip(jobs, chosen):
         begin = time.perf_counter()
@@ -313,6 +315,8 @@ class _Work:
                 from . import _transformers
 
                 _transformers.attach(self.model)
+                if self.head == "dense" and any(g.heads for g in self.groups):
+                    _transformers.untie(self.model)
         except BaseException:
             put(places, back=True)
             raise
@@ -331,12 +335,15 @@ def _check(group: Group) -> None:
         raise ValueError(f"{name} has an empty table, {group.shape[0]} x {group.shape[1]}")
     if group.others:
         raise ValueError(
-            f"the table of {name} is also used as {', '.join(group.others)}, which is neither an embedding nor a "
+            f"the table of {name} is also used as {', '.join(group.others)}, which is neither an "
+            "embedding nor a "
             "linear layer"
         )
     for path, module in group.heads.items():
         if type(module).forward is not torch.nn.Linear.forward:
-            raise TypeError(f"{path} is tied to {name}, but is a {type(module).__qualname__}, no plain nn.Linear")
+            raise TypeError(
+                f"{path} is tied to {name}, but is a {type(module).__qualname__}, no plain nn.Linear"
+            )
     first = group.module
     for path, module in group.embeddings.items():
         if type(module) is not type(first) or _settings(module) != _settings(first):

@@ -26,8 +26,9 @@ class Group:
     ----------
     weight : Parameter
     embeddings, heads : dict of name to module
-        ``nn.Embedding``s or ``nn.EmbeddingBag``s, and ``nn.Linear``s, whose weight it is. The first embedding is the
-        one that will hold the table. A module that is at several places of the model has several names.
+        ``nn.Embedding``s or ``nn.EmbeddingBag``s, and ``nn.Linear``s, whose weight it is. The first
+        embedding is the one that will hold the table. A module that is at several places of the model has
+        several names.
     others : list of str
         Other places of the Parameter, which `convert` cannot serve.
     """
@@ -104,7 +105,8 @@ def select(model: Any, groups: list[Group], modules: Modules, min_rows: int) -> 
     for name in names:
         if name not in by_name:
             raise ValueError(
-                f"modules names {name!r}, which is no embedding with a dense table; there are: {_names(groups)}"
+                f"modules names {name!r}, which is no embedding with a dense table; there are: "
+                f"{_names(groups)}"
             )
         if not any(by_name[name] is g for g in chosen):
             chosen.append(by_name[name])
@@ -133,7 +135,9 @@ def input_weight(model: Any) -> Any:
 
 
 def head_of(model: Any, groups: list[Group]) -> Any:
-    """The module that gives the logits: a tied head, or what a Hugging Face model names; None where there is none."""
+    """The module that gives the logits: a tied head, or what a Hugging Face model names; None where
+    there is none.
+    """
     for group in groups:
         for module in group.heads.values():
             return module

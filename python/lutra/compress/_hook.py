@@ -47,12 +47,14 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # what asks later meets the real one
         self._loader.exec_module(module)
-        module.AUTO_QUANTIZER_MAPPING["lutra"] = _Late
+        module.AUTO_QUANTIZER_MAPPING["lutra"] = _late
         module.AUTO_QUANTIZATION_CONFIG_MAPPING["lutra"] = _LateConfig
 
 
 class _LateConfig:
-    """Stands for the configuration until it is asked for: transformers is half imported when it is registered."""
+    """Stands for the configuration until it is asked for: transformers is half imported when it is
+    registered.
+    """
 
     @staticmethod
     def from_dict(config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +63,7 @@ class _LateConfig:
         return _transformers.LutraConfig.from_dict(config, *args, **kwargs)
 
 
-def _Late(config: Any, **kwargs: Any) -> Any:  # noqa: N802
+def _late(config: Any, **kwargs: Any) -> Any:
     from . import _transformers
 
     return _transformers.LutraQuantizer(config, **kwargs)

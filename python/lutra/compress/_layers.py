@@ -95,11 +95,13 @@ def check_subclass(layer: Any, module: Any, name: str) -> None:
             close = torch.allclose(want.float(), got.float(), rtol=1e-2, atol=1e-5)
     except Exception as error:
         raise TypeError(
-            f"{name} is a {type(module).__qualname__}, whose forward does not work on a compressed table: {error}"
+            f"{name} is a {type(module).__qualname__}, whose forward does not work on a compressed "
+            f"table: {error}"
         ) from error
     if not close:
         raise TypeError(
-            f"{name} is a {type(module).__qualname__}, whose forward gives other values on a compressed table; "
+            f"{name} is a {type(module).__qualname__}, whose forward gives other values on a "
+            "compressed table; "
             "it must look rows up by super().forward"
         )
 
@@ -108,8 +110,8 @@ def check_subclass(layer: Any, module: Any, name: str) -> None:
 def resize(layer: Any, rows: int, values: np.ndarray) -> None:
     """Make a compressed layer ``rows`` long, in place; ``values`` (NumPy) are the rows that are added.
 
-    Parameters stay trainable where they were. What refers to the layer's Parameters (optimizers) has to be built
-    anew, as after torch's own resizing.
+    Parameters stay trainable where they were. What refers to the layer's Parameters (optimizers) has to be
+    built anew, as after torch's own resizing.
     """
     shape = layer._shape
     data = {}

@@ -19,12 +19,13 @@ class Entry:
     before, after : int
         Bytes of the dense table and of all that stands for it now.
     error : float
-        Relative error of the rows: the square root of sum w |x - x'|^2 / sum w |x|^2, w how often a row is used.
+        Relative error of the rows: the square root of sum w |x - x'|^2 / sum w |x|^2, w how often a row is
+        used.
     cosine : float
         Mean cosine of the rows and what they became, weighted alike.
     divergence : float, optional
-        Mean Kullback-Leibler divergence (nats) of the model's predictions from those before, on the calibration
-        sequences.
+        Mean Kullback-Leibler divergence (nats) of the model's predictions from those before, on the
+        calibration sequences.
     seconds : float
         The encoding took.
     note : str
@@ -79,7 +80,8 @@ def text_table(rows: list[list[str]], columns: tuple[str, ...] = COLUMNS) -> str
     left = {0, 1, len(columns) - 1}
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if kept[j] in left else cell.rjust(w) for j, (cell, w) in enumerate(zip(line, width))
+            cell.ljust(w) if kept[j] in left else cell.rjust(w)
+            for j, (cell, w) in enumerate(zip(line, width))
         ).rstrip()
         for line in lines
     )

@@ -1,8 +1,9 @@
 """Models of Hugging Face transformers with compressed embeddings.
 
-A converted model is of a subclass of its class, made here, that knows how to resize and save compressed layers. What
-is saved names ``lutra`` as the quantization method in config.json; the quantizer registered here builds the layers
-when ``from_pretrained`` loads it. transformers is imported by nothing but this file and `_hook`.
+A converted model is of a subclass of its class, made here, that knows how to resize and save compressed
+layers. What is saved names ``lutra`` as the quantization method in config.json; the quantizer registered
+here builds the layers when ``from_pretrained`` loads it. transformers is imported by nothing but this file
+and `_hook`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Converted:
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
         layers = [layer for layer in model.modules() if isinstance(layer, Compressed)]
-        trainable = [{k: p.requires_grad for k, p in layer._parameters.items() if p is not None} for layer in layers]
+        trainable = [
+            {k: p.requires_grad for k, p in layer._parameters.items() if p is not None} for layer in layers
+        ]
         shared = [
             (parent, key, child)
             for parent in model.modules()
@@ -56,7 +59,8 @@ class Converted:
             if isinstance(child, _Shared)
         ]
         out = super()._resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-        # set_input_embeddings puts the layer itself at all its places; requires_grad_ follows the placeholder's.
+        # set_input_embeddings puts the layer itself at all its places; requires_grad_ follows the
+        # placeholder's.
         for parent, key, child in shared:
             parent._modules[key] = child
         for layer, before in zip(layers, trainable):
@@ -111,9 +115,19 @@ def attach(model: Any) -> None:
     model.config.quantization_config = describe(model)
 
 
+def untie(model: Any) -> None:
+    """Tell a model that its head has a table of its own."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    if hasattr(model, "get_expanded_tied_weights_keys"):  # transformers 5
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 # ---------------------------------------------------------------- loading
 class LutraConfig(QuantizationConfigMixin):
-    """``quantization_config`` in a config.json: the formats of the tables, by the names of their embeddings."""
+    """``quantization_config`` in a config.json: the formats of the tables, by the names of their
+    embeddings.
+    """
 
     def __init__(self, tables: dict[str, Any] | None = None, version: int = VERSION, **_: Any) -> None:
         self.quant_method: Any = METHOD
@@ -130,9 +144,10 @@ class LutraQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         if config.version != VERSION:
             raise ValueError(
-                f"the model was saved with version {config.version} of lutra's tables; this lutra reads {VERSION}"
+                f"the model was saved with version {config.version} of lutra's tables; this lutra "
+                f"reads {VERSION}"
             )
-        model.tie_weights()  # where loading leaves that for later: shared weights must be seen
+        tie(model)
         groups = {name: g for g in find(model) for name in g.embeddings}
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
         places = []
@@ -157,7 +172,8 @@ class LutraQuantizer(HfQuantizer):
         for name, layer in _layers.compressed(model).items():
             check_loaded(layer, name)
             layer.weight.requires_grad_(False)
-        # A model like one that `convert` returns: what quantized models may not do (train, half) this one may.
+        # A model like one that `convert` returns: what quantized models may not do (train, half) this
+        # one may.
         for attribute in ("hf_quantizer", "quantization_method"):
             if attribute in model.__dict__:
                 delattr(model, attribute)
@@ -175,6 +191,21 @@ class LutraQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return model
+
+
+def tie(model: Any) -> None:
+    """Tie the weights of a model that is being loaded: loading leaves that for later, but here it must
+    be seen.
+    """
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    if expand is None:  # transformers 4
+        model.tie_weights()
+        return
+    for target, source in expand(all_submodels=True).items():
+        parent, _, key = target.rpartition(".")
+        owner = model.get_submodule(parent)
+        if key in owner._parameters:
+            setattr(owner, key, model.get_parameter(source))
 
 
 def check_files(files: Iterable[str], expected: dict[str, Any]) -> None:
@@ -196,10 +227,13 @@ def check_files(files: Iterable[str], expected: dict[str, Any]) -> None:
         for key, value in layer.state_dict().items():
             got = shapes.get(f"{prefix}.{key}")
             if got is None and key != "weight":
-                raise ValueError(f"the checkpoint lacks {prefix}.{key}, which {layer.format.describe()} needs")
+                raise ValueError(
+                    f"the checkpoint lacks {prefix}.{key}, which {layer.format.describe()} needs"
+                )
             if got is not None and got != tuple(value.shape):
                 raise ValueError(
-                    f"{prefix}.{key} has shape {got} in the checkpoint; by config.json it must be {tuple(value.shape)}"
+                    f"{prefix}.{key} has shape {got} in the checkpoint; by config.json it must be "
+                    f"{tuple(value.shape)}"
                 )
 
 

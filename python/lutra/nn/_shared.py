@@ -13,15 +13,14 @@ class _Shared(torch.nn.Module):
     """A second place of an embedding in a model.
 
     Holds a reference to the layer that has the table, and no table of its own: the table's arrays are in the
-    state_dict once, under the name of the layer that owns them. ``weight`` is the owner's Parameter, so that code
-    which ties or looks at weights finds the two tied.
+    state_dict once, under the name of the layer that owns them. ``weight`` is the owner's Parameter, so
+    that code which ties or looks at weights finds the two tied.
     """
 
     def __init__(self, embedding: Any) -> None:
         torch.nn.Module.__init__(self)
-        # In a tuple, so that the owner is no submodule of this one.
-        self._tied = (embedding,)
-        self.weight = embedding.weight
+        self.weight = embedding.weight  # before _tied: from then on other names are looked for there
+        self._tied = (embedding,)  # in a tuple, so that the owner is no submodule of this one
 
     @property
     def embedding(self) -> Any:
@@ -32,7 +31,7 @@ class _Shared(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_"):
+            if name.startswith("_") or "_tied" not in self.__dict__:
                 raise
             return getattr(self._tied[0], name)  # padding_idx, num_embeddings, format, embed_scale, ...
 

@@ -15,9 +15,9 @@ from ._backend import get_num_threads, set_num_threads, simd_level
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import compress, index, mine, nn, quant, reference
+    from . import compress, index, mine, nn, quant, reference, vocab
 
-_LAZY = ("compress", "index", "mine", "nn", "quant", "reference", "torch_ops")
+_LAZY = ("compress", "index", "mine", "nn", "quant", "reference", "torch_ops", "vocab")
 
 
 def __getattr__(name: str):
@@ -32,5 +32,5 @@ def __dir__():
 
 __all__ = [
     "__version__", "address", "compress", "gather", "get_num_threads", "index", "mine", "nn", "quant",
-    "reference", "scan", "set_num_threads", "simd_level",
+    "reference", "scan", "set_num_threads", "simd_level", "vocab",
 ]  # fmt: skip

@@ -19,6 +19,8 @@ from ._lexinvariant import LexinvariantEmbedding
 from ._memory_linear import MemoryLinear
 from ._senses import BackpackEmbedding, SenseDict
 from ._tied_head import TiedHead
+from .training import *  # noqa: F403
+from .training import __all__ as _TRAINING
 
 globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of lutra.compress
 
@@ -26,3 +28,4 @@ __all__ = [
     "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "LexinvariantEmbedding",
     "MemoryLinear", "SenseDict", "TiedHead", *LAYERS,
 ]  # fmt: skip
+__all__ += _TRAINING

@@ -192,12 +192,20 @@ class Format(ABC):
     # ---------------------------------------------------------------- text
     def describe(self) -> str:
         """'pq:m=96,bits=8', what `lutra.compress.format` reads."""
-        parts = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        values = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        # None where it is the default is left out; a tuple reads 1/2/3, or 1/
+        parts = ",".join(f"{f.name}={_text(v)}" for f, v in values if not (v is None and f.default is None))
         return f"{self.name}:{parts}" if parts else self.name
 
     def config(self) -> dict[str, Any]:
         """JSON: the name and the parameters."""
         return {"format": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(str, value)) + "/" * (len(value) < 2)
+    return str(value)
 
 
 def check_ids(ids: Any, rows: int) -> Any:
@@ -322,9 +330,15 @@ def _parse(item: str, spec: Any) -> tuple[str, Any]:
     key, equals, value = item.partition("=")
     if not equals:
         raise ValueError(f"format {spec!r}: {item!r} must read parameter=value")
+    if "/" in value:
+        return key.strip(), tuple(_value(v) for v in value.split("/") if v.strip())
+    return key.strip(), _value(value)
+
+
+def _value(text: str) -> Any:
     for kind in (int, float):
         try:
-            return key.strip(), kind(value)
+            return kind(text)
         except ValueError:
             pass
-    return key.strip(), {"None": None, "True": True, "False": False}.get(value.strip(), value.strip())
+    return {"None": None, "True": True, "False": False}.get(text.strip(), text.strip())

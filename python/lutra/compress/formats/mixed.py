@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,12 +37,17 @@ class MixedDim(Format):
         0: all groups have dim columns. The larger, the thinner are the rare.
     ordered : bool, default False
         Ids are in the order of frequency, the most frequent first.
+    sizes, widths : tuples of int, optional
+        Rows and columns of each group, in the place of ``groups``, ``growth`` and ``alpha``: what a search
+        for dimensions has found (`lutra.nn.AutoDimEmbedding`, `lutra.nn.AutoSrhEmbedding`). Both or none.
     """
 
     groups: int = 4
     growth: int = 8
     alpha: float = 0.3
     ordered: bool = False
+    sizes: tuple[int, ...] | None = None
+    widths: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "mixed"
     layer: ClassVar[str] = "MixedDim"
@@ -54,11 +59,30 @@ class MixedDim(Format):
             raise ValueError(f"alpha must lie in [0, 8], got {self.alpha!r}")
         if not isinstance(self.ordered, bool):
             raise TypeError(f"ordered must be a bool, got {type(self.ordered).__qualname__}")
+        if self.sizes is None and self.widths is None:
+            return
+        for name, low in (("sizes", 0), ("widths", 1)):
+            numbers = getattr(self, name)
+            if not isinstance(numbers, tuple) or not numbers:
+                raise ValueError(
+                    f"sizes and widths must both be tuples of int, or None; {name} is {numbers!r}"
+                )
+            for n in numbers:
+                _checks.integer(name, n, low)
+        if len(self.sizes) != len(self.widths):  # type: ignore[arg-type]
+            raise ValueError(f"sizes and widths must be of one length, got {self.sizes} and {self.widths}")
+        object.__setattr__(self, "groups", len(self.sizes))  # type: ignore[arg-type]
 
     def starts(self, rows: int) -> list[int]:
         """Where the groups begin in the order of frequency, and ``rows``."""
         if rows < self.groups:
             raise ValueError(f"groups is {self.groups}; it must be at most the number of rows, {rows}")
+        if self.sizes is not None:
+            if sum(self.sizes) != rows:
+                raise ValueError(
+                    f"sizes are {self.sizes}, in sum {sum(self.sizes)}; the table has {rows} rows"
+                )
+            return [sum(self.sizes[:f]) for f in range(len(self.sizes) + 1)]
         parts = [self.growth**f for f in range(self.groups)]
         total, out, sum_ = sum(parts), [0], 0
         for f, part in enumerate(parts):
@@ -68,6 +92,10 @@ class MixedDim(Format):
 
     def dims(self, shape: Shape) -> list[int]:
         """Columns of each group."""
+        if self.widths is not None:
+            if max(self.widths) > shape[1]:
+                raise ValueError(f"widths are {self.widths}; each must be at most the dimension, {shape[1]}")
+            return list(self.widths)
         starts = self.starts(shape[0])
         sizes = [b - a for a, b in itertools.pairwise(starts)]
         return [min(shape[1], max(1, round(shape[1] * (sizes[0] / n) ** self.alpha))) for n in sizes]
@@ -208,7 +236,12 @@ class MixedDim(Format):
         table = np.concatenate([old, values.astype(np.float32)])
         order = np.argsort(self._positions(data, np.arange(shape[0]))[: len(old)], kind="stable")
         order = np.concatenate([order, np.arange(len(old), len(table))])
-        return self, self._encode(table, order, np.ones(len(table)))
+        chosen = self
+        if self.sizes is not None:  # groups keep what is left of their rows; new ones go to the last
+            ends = np.searchsorted(np.sort(self._positions(data, np.arange(len(old)))), self.starts(shape[0]))
+            ends[-1] = len(table)
+            chosen = replace(self, sizes=tuple(int(n) for n in np.diff(ends)))
+        return chosen, chosen._encode(table, order, np.ones(len(table)))
 
     def logits(self, data: Data, shape: Shape, hidden: Any) -> Any:
         import torch

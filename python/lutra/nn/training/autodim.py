@@ -148,6 +148,8 @@ class AutoDim(TrainingMethod):
             p = F.softmax((F.log_softmax(self.alpha, 1) + _gumbel(self.alpha)) / tau, 1)
         if self.num_fields == 1:
             return self._field(raw, 0, p)
+        if not len(raw):
+            return raw
         group = self.group[ids]
         out = torch.zeros_like(raw)
         for f in group.unique().tolist():

@@ -33,14 +33,14 @@ class DPQ(TrainingMethod):
     m : int, default 16
         Parts of a row; divides embedding_dim.
     k : int, default 256
-        Entries of a codebook, at most 65,536.
+        Entries of a codebook, at most 256 (what format 'pq' stores).
     variant : {'vq', 'softmax'}, default 'vq'
         'vq': the entry nearest to the query; the gradient of the result goes straight through to the query,
         and codebooks learn from `regularization` alone. 'softmax': the entry whose key has the largest
         product with the query; forward one entry, backward the softmax over all, which gives gradients to
         queries, keys and values; keys and values are two codebooks.
     shared : bool, default False
-        One codebook for all parts.
+        One codebook for all parts. (Format 'pq' stores it m times.)
     commitment : float, default 0.25
         'vq': `regularization` is ``mean((c - sg(q))²) + commitment * mean((sg(c) - q)²)`` over the last
         call, for queries q and their entries c (sg: no gradient). 'softmax': ``-commitment * mean(log p)``
@@ -79,7 +79,7 @@ class DPQ(TrainingMethod):
         self.m = _checks.integer("m", m, 1, dim)
         if dim % self.m:
             raise ValueError(f"m is {m}; it must divide embedding_dim, {dim}")
-        self.k = _checks.integer("k", k, 1, 65536)
+        self.k = _checks.integer("k", k, 1, 256)
         _checks.choice("variant", variant, VARIANTS)
         self.variant, self.shared = variant, bool(shared)
         self.commitment = check_rate("commitment", commitment, 0.0, math.inf)
@@ -214,7 +214,7 @@ class MGQE(DPQ):
         self, *, m: int = 16, k: int = 256, tail_k: int = 64, head: float = 0.1, counts: Any = None,
         shared: bool = False, commitment: float = 0.25,
     ) -> None:  # fmt: skip
-        _checks.integer("k", k, 1, 65536)
+        _checks.integer("k", k, 1, 256)
         self.tail_k = _checks.integer("tail_k", tail_k, 1, k)
         self.head = check_rate("head", head)
         order = row_order(self.num_embeddings, counts)

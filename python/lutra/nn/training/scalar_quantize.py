@@ -190,9 +190,8 @@ class FSQ(torch.nn.Module):
 
     def _bound(self, z: Tensor) -> Tensor:
         wide = z if z.dtype == torch.float64 else z.float()
-        half = (self.level - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.level % 2 == 0, 0.5, 0.0)
-        half, offset = half.to(wide.dtype), offset.to(wide.dtype)
+        half = (self.level - 1).to(wide.dtype) * ((1 + 1e-3) / 2)
+        offset = (self.level % 2 == 0).to(wide.dtype) * 0.5
         return torch.tanh(wide + torch.atanh(offset / half)) * half - offset
 
     def extra_repr(self) -> str:

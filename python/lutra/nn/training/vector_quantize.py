@@ -93,7 +93,7 @@ class VectorQuantize(Regularized):
         else:
             self.register_buffer("codebook", book)
             self.register_buffer("counts", torch.ones(codebook_size, device=device))
-            self.register_buffer("sums", book.float() if dtype != torch.float64 else book.clone())
+            self.register_buffer("sums", book.clone() if dtype == torch.float64 else book.float().clone())
         self.register_buffer("started", torch.tensor(not first_batch, device=device))
 
     def forward(self, x: Tensor) -> Quantized:

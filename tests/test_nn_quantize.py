@@ -240,7 +240,8 @@ def test_latent_is_its_formula(levels):
 
 # ---------------------------------------------------------------- training
 @pytest.mark.parametrize("name, bits, share", [
-    ("vq", 6, 0.45), ("moving averages", 6, 0.45), ("cosine", 6, 0.75), ("residual", 12, 0.25), ("fsq", 6, 0.5), ("latent", 12, 0.3),
+    ("vq", 6, 0.45), ("moving averages", 6, 0.45), ("cosine", 6, 0.75), ("residual", 12, 0.25),
+    ("fsq", 6, 0.5), ("latent", 12, 0.3),
 ])  # fmt: skip
 def test_autoencoders_learn_through_their_codes(name, bits, share):
     """Vectors of 16 dimensions, 4 of them free, through a code of some bits: less error than the mean's."""

@@ -54,7 +54,7 @@ def needs(format):
 
 
 def settle(layer):
-    """What comes at the end of training: prune, choose, cut; with parameters that are not their first ones."""
+    """What ends a training: prune, choose, cut; with parameters that are not their first ones."""
     torch.manual_seed(5)
     with torch.no_grad():
         for name, p in layer.named_parameters():

@@ -182,3 +182,38 @@ def pq(queries, codes, codebooks, k=10, metric="l2"):
             raise ValueError(nan_message("codes", int(np.argwhere(np.isnan(sums))[0][1])))
         scores[i : i + 1], ids[i : i + 1] = select(sums, all_ids, k, metric)
     return scores, ids
+
+
+# ---------------------------------------------------------------- sums of look-ups
+def unpack(codes, m, bits):
+    """Entries (n, m) of packed codes: entry j is bits [j bits, (j + 1) bits) of a row, lowest first."""
+    planes = np.unpackbits(codes, axis=1, count=m * bits, bitorder="little").reshape(len(codes), m, bits)
+    return planes.astype(np.int64) @ (1 << np.arange(bits))
+
+
+def lookups(tables, codes, bits=8, bias=None):
+    """Sums of look-ups (tokens, n): tables (m, tokens, 2**bits), packed codes (n, ceil(m * bits / 8))."""
+    m, tokens, _ = tables.shape
+    entries = unpack(codes, m, bits)
+    out = np.zeros((tokens, len(codes)), _wide(tables[:0]).dtype)
+    for j in range(m):
+        out += tables[j][:, entries[:, j]]
+    return out if bias is None else out + bias.astype(out.dtype)
+
+
+def lookups_topk(tables, codes, k, bits=8, bias=None):
+    """The k largest of `lookups` and their rows."""
+    scores = lookups(tables, codes, bits, bias)
+    ids = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+    _no_nan(scores, ids, "codes")
+    return select(scores, ids, k)
+
+
+def lookups_backward(grad, codes, m, bits=8):
+    """Gradient of `lookups` to its tables."""
+    entries = unpack(codes, m, bits)
+    out = np.zeros((m, len(grad), 1 << bits), _wide(grad[:0]).dtype)
+    for j in range(m):
+        for t in range(len(grad)):
+            np.add.at(out[j, t], entries[:, j], grad[t])
+    return out

@@ -4,6 +4,7 @@ from .._results import Neighbors, RangeResult
 from ._binary import binary, rescore_bits
 from ._fast_scan import fast_scan, pack4, unpack4
 from ._knn import knn, rescore
+from ._lookups import lookups, lookups_topk, pq_logits
 from ._pq import pq
 from ._range import range_search
 from ._screen import Screen, knn_screened, quantize_int8
@@ -16,8 +17,11 @@ __all__ = [
     "fast_scan",
     "knn",
     "knn_screened",
+    "lookups",
+    "lookups_topk",
     "pack4",
     "pq",
+    "pq_logits",
     "quantize_int8",
     "range_search",
     "rescore",

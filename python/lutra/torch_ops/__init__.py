@@ -17,6 +17,7 @@ from . import (  # noqa: F401  (registers the ops)
     binary,
     fast_scan,
     gather,
+    lookups,
     packed,
     random_rows,
     row_update,

@@ -50,8 +50,9 @@ class Attachment:
     Not copied: the copy of a layer (deepcopy, pickle) is an ordinary layer.
     """
 
-    def __init__(self, optimizer: Any, weight: torch.nn.Parameter, when: str) -> None:
+    def __init__(self, optimizer: Any, weight: torch.nn.Parameter, when: str, owner: Any = None) -> None:
         self.optimizer, self.weight, self.when = optimizer, weight, when
+        self.owner = owner  # a layer whose table is not its weight (nn.training's packed ones)
         self.layers: WeakSet[torch.nn.Module] = WeakSet()
         self.pending: list[Call] = []
         self.used = False  # when='backward': this step has seen its update
@@ -79,6 +80,14 @@ class Attachment:
         self.check(layer)
         last = layer.include_last_offset and offsets is not None
         return _Bag.apply(layer.weight, self, ids, offsets, weights, layer.mode, layer.padding_idx, last)
+
+    def stored(
+        self, layer: Any, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None,
+        mode: str | None = None, last: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Rows, or with ``mode`` bags, of a layer that holds its table packed."""
+        self.check(layer)
+        return _Stored.apply(layer.weight, self, layer, ids, offsets, weights, mode, last)
 
     def take(self, call: Call) -> None:
         """A backward pass has come to the layer."""
@@ -156,3 +165,37 @@ class _Bag(torch.autograd.Function):
         versions = grad._version, ids._version
         ctx.attachment.take(Call(grad, ids, offsets, held, argmax, mode, padding_idx, last, versions))
         return None, None, None, None, to_weights, None, None, None
+
+
+class _Stored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, attachment, layer, ids, offsets, weights, mode, last):
+        ctx.attachment, ctx.layer, ctx.options = attachment, layer, (mode, last)
+        reads = mode == "max" or ctx.needs_input_grad[5]
+        ctx.save_for_backward(layer.packed if reads else None, ids, offsets, weights)
+        if mode is None:
+            return layer._values(ids)
+        return layer._reduce(ids, offsets, weights, mode, last)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        packed, ids, offsets, weights = ctx.saved_tensors
+        (mode, last), layer = ctx.options, ctx.layer
+        versions, padding = (grad._version, ids._version), layer.padding_idx
+        if mode is None:
+            call = Call(grad, ids.reshape(-1, 1), None, None, None, "sum", padding, False, versions)
+            ctx.attachment.take(call)
+            return (None,) * 8
+        kind, argmax, to_weights = torch_kind(grad.is_cuda), None, None
+        if packed is not None:
+            rows, entries, pad = layer._entries(ids)
+            if mode == "max":
+                entry = _bag_argmax(kind, rows, entries, offsets, pad, last)
+                argmax = torch.where(entry >= 0, ids.reshape(-1)[entry.clamp(min=0)], -1)
+            if ctx.needs_input_grad[5]:
+                to_weights = _bag_weight_grad(kind, grad, rows, entries, offsets, None, None, pad, last)
+                to_weights = to_weights.to(weights.dtype)
+        held = None if weights is None else weights.detach()
+        ctx.attachment.take(Call(grad, ids, offsets, held, argmax, mode, padding, last, versions))
+        return None, None, None, None, None, to_weights, None, None

@@ -131,7 +131,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
         Parameters
         ----------
-        *layers : lutra.nn.Embedding or lutra.nn.EmbeddingBag
+        *layers : lutra.nn.Embedding, EmbeddingBag, or a layer that trains packed (LPTEmbedding,
+        ALPTEmbedding)
             Whose weight is a parameter of this optimizer.
         when : {'step', 'backward'}, default 'step'
             'step': the kernel runs in `step`. Results are those without `attach`: gradients accumulate over
@@ -160,7 +161,7 @@ class RowOptimizer(torch.optim.Optimizer):
         _checks.choice("when", when, dict.fromkeys(WHEN, 0))
         known = {p for g in self.param_groups for p in g["params"]}
         for layer in layers:
-            if not isinstance(layer, (Embedding, EmbeddingBag)):
+            if not (_own_forward(layer, Embedding, EmbeddingBag) or hasattr(layer, "_write")):
                 raise TypeError(
                     "a layer must be a lutra.nn.Embedding or lutra.nn.EmbeddingBag, got "
                     f"{type(layer).__qualname__}"
@@ -175,13 +176,19 @@ class RowOptimizer(torch.optim.Optimizer):
             if layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks:
                 raise ValueError("the layer's weight has hooks, which would never be called")
             shared = self._attached.get(layer.weight)
+            if shared is not None and hasattr(layer, "_write") and shared.owner is not layer:
+                raise ValueError(
+                    "the layer's weight is attached for another layer: packed tables cannot share it"
+                )
             if shared is not None and shared.when != when:
                 raise ValueError(f"the layer's weight is attached already, with when={shared.when!r}")
         for layer in layers:
             weight = layer.weight
             attachment = self._attached.get(weight)
             if attachment is None:
-                attachment = self._attached[weight] = Attachment(self, weight, when)
+                attachment = self._attached[weight] = Attachment(
+                    self, weight, when, layer if hasattr(layer, "_write") else None
+                )
             layer._attachment = attachment
             attachment.layers.add(layer)
 
@@ -222,15 +229,19 @@ class RowOptimizer(torch.optim.Optimizer):
                 f"a sparse gradient has {p.grad.sparse_dim()} sparse dimensions; it must have 1: rows"
             )
 
-    def _begin(self, group: dict[str, Any], p: Tensor, sparse: bool) -> tuple[Any, ...]:
-        """(s0, s1, rule, numbers, seed) of the parameter's next step."""
+    def _begin(
+        self, group: dict[str, Any], p: Tensor, sparse: bool, shape: tuple[int, ...] | None = None
+    ) -> tuple[Any, ...]:
+        """(s0, s1, rule, numbers, seed) of the parameter's next step; ``shape``: of a table that p stands "
+        "for."""
+        whole = p.shape if shape is None else shape
         rule = self._rule(group)
         state = self.state[p]
         for name in STATES[rule]:
             if name not in state:
-                shape = p.shape[:1] if rule == "rowwise_adagrad" else p.shape
+                size = whole[:1] if rule == "rowwise_adagrad" else whole
                 value = group.get("initial_accumulator_value", 0.0)
-                state[name] = torch.full(shape, value, dtype=_wide(p), device=p.device)
+                state[name] = torch.full(size, value, dtype=_wide(p), device=p.device)
         at = state["step"] = int(state.get("step", 0)) + 1
         seed = None
         if group["stochastic_rounding"] and p.dtype == torch.bfloat16:
@@ -264,6 +275,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _update_attached(self, p: Tensor, calls: list[Call]) -> None:
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        if self._attached[p].owner is not None:
+            return self._update_stored(group, p, self._attached[p].owner, calls)
         s0, s1, rule, numbers, seed = self._begin(group, p, True)
         kind, table = torch_kind(p.is_cuda), p.detach()
         if not table.is_contiguous():
@@ -277,6 +290,37 @@ class RowOptimizer(torch.optim.Optimizer):
         parts = [c.rows(len(table)) for c in calls]
         rows, values = (torch.cat(t) for t in zip(*parts))
         return _update_rows(kind, table, rows, values, s0, s1, rule, numbers, seed)
+
+    def _update_stored(self, group: dict[str, Any], p: Tensor, layer: Any, calls: list[Call]) -> None:
+        """A layer that holds its table packed: its touched rows are decoded, updated, and encoded again."""
+        call = calls[0] if len(calls) == 1 else merge(calls)
+        if call is not None:
+            rows, grads = call.rows(layer.num_embeddings)
+        else:
+            every = [c.rows(layer.num_embeddings) for c in calls]
+            rows, slot = torch.unique(torch.cat([r for r, _ in every]), return_inverse=True)
+            values = torch.cat([g for _, g in every])
+            grads = values.new_zeros(len(rows), values.shape[1]).index_add_(0, slot, values)
+        s0, s1, rule, numbers, _ = self._begin(group, p, True, layer._shape)
+        if not len(rows):
+            return
+        grads = grads.float()
+        table, numbers_of = layer._read(rows), torch.arange(len(rows), device=rows.device)
+        p0, p1 = (None if s is None else s[rows].float() for s in (s0, s1))
+        _update_rows(torch_kind(table.is_cuda), table, numbers_of, grads, p0, p1, rule, numbers)
+        for state, part in ((s0, p0), (s1, p1)):
+            if part is not None:
+                state[rows] = part.to(state.dtype)
+        batch = sum(c.grad.shape[0] for c in calls)
+        layer._write(
+            rows, table, grads, batch, float(group["lr"]), _mix(layer._seed_number(), self.state[p]["step"])
+        )
+
+
+def _own_forward(layer: torch.nn.Module, *classes: type) -> bool:
+    """Whether a layer is one of ours and computes as ours do: subclasses may have made something else of "
+    "it."""
+    return any(isinstance(layer, c) and type(layer).forward is c.forward for c in classes)  # type: ignore[attr-defined]
 
 
 def _whole(p: Tensor, grad: Tensor, s0: Any, s1: Any, rule: str, numbers: Step, seed: int | None) -> None:

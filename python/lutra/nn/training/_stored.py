@@ -41,9 +41,9 @@ def hashed(ids: Tensor, seed: int, size: int) -> Tensor:
 class Stored(torch.nn.Module):
     """A layer of ``num_embeddings`` rows that are made from fewer bytes.
 
-    ``weight`` is a Parameter of shape (num_embeddings, 0), for code that looks at an embedding's dtype, device or
-    length. A method implements ``_method`` (its arrays), ``_fill`` (from a dense table), ``_rows`` and, where it
-    reduces bags itself, ``_bags``.
+    ``weight`` is a Parameter of shape (num_embeddings, 0), for code that looks at an embedding's dtype,
+    device or length. A method implements ``_method`` (its arrays), ``_fill`` (from a dense table), ``_rows``
+    and, where it reduces bags itself, ``_bags``.
     """
 
     weight: torch.nn.Parameter
@@ -79,22 +79,25 @@ class Stored(torch.nn.Module):
         for name in method:
             if name not in known:
                 raise TypeError(
-                    f"{type(self).__name__} got an unknown argument {name!r}; its method has {', '.join(known)}"
+                    f"{type(self).__name__} got an unknown argument {name!r}; "
+                    f"its method has {', '.join(known)}"
                 )
         if scale_grad_by_freq:
-            raise ValueError(f"{type(self).__name__} has no scale_grad_by_freq: rows share what they are made of")
+            raise ValueError(f"{type(self).__name__} has no scale_grad_by_freq")
         torch.nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = rows, dim
         self.padding_idx = padded_row(padding_idx, rows)
         self.max_norm, self.norm_type = max_norm, norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse
         dtype = dtype or torch.get_default_dtype()
-        self.weight = torch.nn.Parameter(torch.empty(rows, 0, device=device, dtype=dtype), requires_grad=False)
+        stand_in = torch.empty(rows, 0, device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(stand_in, requires_grad=False)
         self._given = method
         self._method(**method)
 
     def _seed(self, seed: int | None) -> None:
-        """Register ``seed``: given, or drawn from torch's generator. A buffer: hashes belong to a checkpoint."""
+        """Register ``seed``: given, or drawn from torch's generator. A buffer: hashes belong to a "
+        "checkpoint."""
         value = int(torch.randint(2**31, ())) if seed is None else int(seed)
         self.register_buffer("seed", torch.tensor(value, dtype=torch.int64))
         self._seed_value: int | None = None
@@ -127,7 +130,8 @@ class Stored(torch.nn.Module):
         """The dense table, (num_embeddings, embedding_dim), without gradient."""
         step = 1 << 16
         ids = torch.arange(self.num_embeddings, device=self.weight.device)
-        return torch.cat([self.weight.new_zeros(0, self.embedding_dim), *(self._values(i) for i in ids.split(step))])
+        none = self.weight.new_zeros(0, self.embedding_dim)
+        return torch.cat([none, *(self._values(i) for i in ids.split(step))])
 
     def _values(self, ids: Tensor) -> Tensor:
         """`_rows`, with the padding row as it comes out."""
@@ -165,7 +169,9 @@ class Stored(torch.nn.Module):
             factor = torch.where(norm > self.max_norm, self.max_norm / (norm + 1e-7), torch.ones_like(norm))
         return rows * factor
 
-    def _bags(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool) -> Tensor:
+    def _bags(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool
+    ) -> Tensor:
         """Bags of valid ids: rows, then `lutra.gather.bag`."""
         flat = ids.reshape(-1)
         rows, entries, pad = self._rows(flat), torch.arange(flat.numel(), device=flat.device), None
@@ -179,8 +185,8 @@ class Stored(torch.nn.Module):
 
 
 def reduce_bags(
-    table: Tensor, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, padding: int | None,
-    last: bool, sparse: bool = False,
+    table: Tensor, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str,
+    padding: int | None, last: bool, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
     """`lutra.gather.bag`, or torch's where lutra has no kernel."""
     if has_kernel(table):
@@ -204,8 +210,8 @@ class StoredEmbedding(Stored, torch.nn.Embedding):
         sparse: bool = False, device: Any = None, dtype: Any = None, **method: Any,
     ) -> None:  # fmt: skip
         self._begin(
-            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device,
-            dtype, method,
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            device, dtype, method,
         )  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -247,8 +253,8 @@ class StoredEmbeddingBag(Stored, torch.nn.EmbeddingBag):
         dtype: Any = None, **method: Any,
     ) -> None:  # fmt: skip
         self._begin(
-            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device,
-            dtype, method,
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            device, dtype, method,
         )  # fmt: skip
         self.mode, self.include_last_offset = mode, include_last_offset
 
@@ -276,8 +282,8 @@ class StoredEmbeddingBag(Stored, torch.nn.EmbeddingBag):
         """A layer that begins as near a dense table (rows, dim) as the method can."""
         rows, dim = _matrix(embeddings)
         layer = cls(
-            rows, dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset, padding_idx,
-            embeddings.device, embeddings.dtype, **method,
+            rows, dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset,
+            padding_idx, embeddings.device, embeddings.dtype, **method,
         )  # fmt: skip
         return _filled(layer, embeddings, freeze)
 
@@ -310,7 +316,8 @@ def _describe(cls: type) -> None:
 
 
 class Remapped(Stored):
-    """Methods whose ids go to rows of one smaller parameter ``table``; the last row is the padding's, if any."""
+    """Methods whose ids go to rows of one smaller parameter ``table``; the last row is the padding's, if "
+    "any."""
 
     table: torch.nn.Parameter
 
@@ -351,7 +358,9 @@ class Remapped(Stored):
     def _values(self, ids: Tensor) -> Tensor:
         return self.table[self._place(ids)]
 
-    def _bags(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool) -> Tensor:
+    def _bags(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool
+    ) -> Tensor:
         index = self._place(ids.reshape(-1)).reshape(ids.shape)
         self._renorm(index)
         return reduce_bags(self.table, index, offsets, weights, mode, self._pad, last, self.sparse)
@@ -359,8 +368,9 @@ class Remapped(Stored):
     def _fill_means(self, dense: Tensor) -> None:
         """Each row of ``table`` becomes the mean of the rows that go to it."""
         index = self._place(torch.arange(len(dense), device=dense.device))
-        sums = torch.zeros(self.table.shape, dtype=torch.float64 if dense.dtype == torch.float64 else torch.float32)
-        sums = sums.to(dense.device).index_add_(0, index, dense.to(sums.dtype))
+        wide = torch.float64 if dense.dtype == torch.float64 else torch.float32
+        sums = torch.zeros(self.table.shape, dtype=wide, device=dense.device)
+        sums.index_add_(0, index, dense.to(sums.dtype))
         count = torch.bincount(index, minlength=len(sums)).unsqueeze(1)
         self.table.copy_(torch.where(count > 0, sums / count.clamp(min=1), self.table.to(sums.dtype)))
         if self.padding_idx is not None:

@@ -18,8 +18,8 @@ class _AdaptEmb(Remapped):
     Parameters
     ----------
     counts : array of shape (num_embeddings,), optional
-        How often each id occurs; the ``own`` most frequent get rows of their own (of equals the first). None: the
-        first ids are taken for the most frequent, as in vocabularies that are sorted so.
+        How often each id occurs; the ``own`` most frequent get rows of their own (of equals the first). None:
+        the first ids are taken for the most frequent, as in vocabularies that are sorted so.
     own : int, optional
         Rows for frequent ids; default num_embeddings / 16.
     shared : int, optional
@@ -30,14 +30,14 @@ class _AdaptEmb(Remapped):
     Notes
     -----
     Memory, `nbytes`: ``(own + shared) * dim`` values and the remap, four bytes an id. Rows of ``table`` are
-    [0, own) the frequent ones, then the shared ones, then the padding's. Cost: one look-up more for each id; bags
-    are reduced by `lutra.gather.bag`, gradients are those of ``table`` (``sparse=True``: its touched rows).
-    With ``max_norm`` the rows of ``table`` are renormalised in place, as torch does.
+    [0, own) the frequent ones, then the shared ones, then the padding's. Cost: one look-up more for each id;
+    bags are reduced by `lutra.gather.bag`, gradients are those of ``table`` (``sparse=True``: its touched
+    rows). With ``max_norm`` the rows of ``table`` are renormalised in place, as torch does.
 
     References
     ----------
-    The hybrid of full and hashed rows by frequency: AdaptEmb in the survey of Li et al., Embedding Compression in
-    Recommender Systems, ACM Computing Surveys 2024 (arXiv 2408.02304).
+    The hybrid of full and hashed rows by frequency: AdaptEmb in the survey of Li et al., Embedding
+    Compression in Recommender Systems, ACM Computing Surveys 2024 (arXiv 2408.02304).
     """
 
     def _method(

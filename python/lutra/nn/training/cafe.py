@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -13,7 +12,7 @@ _SLOTS = 4  # of a bucket
 
 
 class _CAFE(Remapped):
-    """CAFE: a sketch of the features' importance; hot features have rows of their own, the others share hashed ones.
+    """CAFE: hot features, found by a sketch, have rows of their own, the others share hashed ones.
 
     Parameters
     ----------
@@ -35,19 +34,20 @@ class _CAFE(Remapped):
     Notes
     -----
     HotSketch: an id is hashed to a bucket of 4 slots of (id, score, row). Where it is there, its score grows;
-    otherwise it takes a free slot, or that of the smallest score, on top of which its own is put (SpaceSaving). In
-    training mode every backward pass (every call, with 'frequency') updates it. `migrate` gives the ``hot`` slots of
-    the highest scores rows of their own: a feature that becomes hot begins with a copy of its shared row, one that no
-    longer is hot goes back to it. Call ``step()`` (or `lutra.nn.step_schedules`) after each step of the optimizer.
+    otherwise it takes a free slot, or that of the smallest score, on top of which its own is put
+    (SpaceSaving). In training mode every backward pass (every call, with 'frequency') updates it. `migrate`
+    gives the ``hot`` slots of the highest scores rows of their own: a feature that becomes hot begins with a
+    copy of its shared row, one that no longer is hot goes back to it. Call ``step()`` (or
+    `lutra.nn.step_schedules`) after each step of the optimizer.
 
-    The optimizer's state of a row that changes hands stays as it is. Memory, `nbytes`: ``(hot + shared) * dim`` values
-    and 16 bytes a slot. Copies and checkpoints hold the sketch. Deterministic.
+    The optimizer's state of a row that changes hands stays as it is. Memory, `nbytes`: ``(hot + shared) *
+    dim`` values and 16 bytes a slot. Copies and checkpoints hold the sketch. Deterministic.
 
     References
     ----------
     Zhang et al., CAFE: Towards Compact, Adaptive, and Fast Embedding for Large-scale Recommendation Models,
-    SIGMOD 2024 (arXiv 2312.03256). The published code compares scores with a threshold that it adapts to the number
-    of hot rows; here the threshold is the ``hot``-th score itself.
+    SIGMOD 2024 (arXiv 2312.03256). The published code compares scores with a threshold that it adapts to the
+    number of hot rows; here the threshold is the ``hot``-th score itself.
     """
 
     def _method(
@@ -104,7 +104,9 @@ class _CAFE(Remapped):
     def _rows(self, ids: Tensor) -> Tensor:
         return self._watch(super()._rows(ids), ids)
 
-    def _bags(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool) -> Tensor:
+    def _bags(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool
+    ) -> Tensor:
         out = super()._bags(ids, offsets, weights, mode, last)
         if not self._watching():
             return out
@@ -131,7 +133,9 @@ class _CAFE(Remapped):
     def _watching(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.table.requires_grad
 
-    def _watch(self, out: Tensor, ids: Tensor, bags: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    def _watch(
+        self, out: Tensor, ids: Tensor, bags: Tensor | None = None, factor: Tensor | None = None
+    ) -> Tensor:
         if not self._watching():
             return out
         if self.importance == "frequency":
@@ -223,5 +227,3 @@ class CAFEEmbedding(_CAFE, StoredEmbedding):
 
 class CAFEEmbeddingBag(_CAFE, StoredEmbeddingBag):
     pass
-
-

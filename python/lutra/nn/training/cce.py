@@ -30,16 +30,19 @@ class _CCE(Stored):
 
     Notes
     -----
-    In chunk i row x is ``tables[i, pointers[i, x]] + tables[i, k + hash_i(x)]``. `cluster` runs k-means on these sums:
-    centroids become the first ``k`` entries, assignments the pointers, the second ``k`` entries zero, and their
-    hashes new ones. So rows that training made alike go on together, and those that a hash had thrown together can part.
+    In chunk i row x is ``tables[i, pointers[i, x]] + tables[i, k + hash_i(x)]``. `cluster` runs k-means on
+    these sums: centroids become the first ``k`` entries, assignments the pointers, the second ``k`` entries
+    zero, and their hashes new ones. So rows that training made alike go on together, and those that a hash
+    had thrown together can part.
 
-    Memory, `nbytes`: ``2 * k * dim`` values and ``chunks`` pointers an id, of 2 bytes up to k = 32,768, else 4.
-    The optimizer's state does not know of a clustering. Look-ups are `lutra.gather.bag` of two entries a chunk.
+    Memory, `nbytes`: ``2 * k * dim`` values and ``chunks`` pointers an id, of 2 bytes up to k = 32,768, else
+    4. The optimizer's state does not know of a clustering. Look-ups are `lutra.gather.bag` of two entries a
+    chunk.
 
     References
     ----------
-    Tsang and Ahle, Clustering the Sketch: Dynamic Compression for Embedding Tables, NeurIPS 2023 (arXiv 2210.05974).
+    Tsang and Ahle, Clustering the Sketch: Dynamic Compression for Embedding Tables, NeurIPS 2023 (arXiv
+    2210.05974).
     """
 
     def _method(
@@ -104,7 +107,8 @@ class _CCE(Stored):
     # ---------------------------------------------------------------- clustering
     @torch.no_grad()
     def cluster(self) -> None:
-        """Cluster the rows of every chunk, and begin with new hashes. Cost: k-means, and a pass over all ids."""
+        """Cluster the rows of every chunk, and begin with new hashes. Cost: k-means, and a pass over all "
+        "ids."""
         dense = self.dense()
         if self.padding_idx is not None:  # not a row of the tables
             dense[self.padding_idx] = dense[(self.padding_idx + 1) % len(dense)]
@@ -123,7 +127,7 @@ class _CCE(Stored):
                 x, k, n_iter=10, max_points_per_centroid=self.points, seed=self._hash(i, self._round) % 2**31,
                 progress=False,
             ).centroids  # fmt: skip
-            self.pointers[i] = nearest(x, found)[0].reshape(-1).to(self.pointers.dtype)
+            self.pointers[i] = nearest(x, found).ids.reshape(-1).to(self.pointers.dtype)
             self.tables[i] = 0
             self.tables[i, :k] = found.to(self.tables.dtype)
         self.clusterings.fill_(self._round)

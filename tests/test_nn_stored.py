@@ -1,4 +1,4 @@
-"""Layers of `lutra.nn` whose table is made of less: AdaptEmb, CAFE, CCE, and LPT and ALPT, which train packed."""
+"""Layers of `lutra.nn` whose table is made of less: AdaptEmb, CAFE, CCE; LPT and ALPT train packed."""
 
 from __future__ import annotations
 
@@ -157,7 +157,9 @@ def test_from_pretrained(name):
     error = (layer.dense() - dense).square().mean() / dense.square().mean()
     limit = {"LPT": 1e-4, "ALPT": 1e-4, "LPT 4": 0.02, "ALPT 4": 0.03, "LPT 2": 0.4}.get(name, 1.01)
     assert error < limit
-    torch.testing.assert_close(layer.dense()[PAD], dense[PAD], rtol=0, atol=0.01 if name in ("LPT", "ALPT") else 2)
+    torch.testing.assert_close(
+        layer.dense()[PAD], dense[PAD], rtol=0, atol=0.01 if name in ("LPT", "ALPT") else 2
+    )
     bag = getattr(nn, cls + "Bag").from_pretrained(dense, freeze=False, mode="sum", **method)
     assert any(p.requires_grad for p in bag.parameters()) and bag.mode == "sum"
 
@@ -175,7 +177,15 @@ def test_errors(name):
         getattr(nn, cls)(ROWS, DIM, wrong=1)
     with pytest.raises(ValueError, match="scale_grad_by_freq"):
         getattr(nn, cls)(ROWS, DIM, scale_grad_by_freq=True)
-    for wrong in ({"bits": 5}, {"own": -1}, {"hot": 0}, {"k": 0}, {"chunks": 3}, {"decay": 1.5}, {"counts": [1]}):
+    for wrong in (
+        {"bits": 5},
+        {"own": -1},
+        {"hot": 0},
+        {"k": 0},
+        {"chunks": 3},
+        {"decay": 1.5},
+        {"counts": [1]},
+    ):
         (key,) = wrong
         if key in nn.__dict__[cls].__signature__.parameters:
             with pytest.raises(ValueError, match=key):
@@ -304,7 +314,6 @@ def test_packed_layers_follow_dense_ones(name, optimizer, when):
             rule.step()
     moved = (dense.weight - layer.dense()).abs()
     assert moved.max() < 0.2 and moved.mean() < 0.03
-    untouched = torch.ones(ROWS, dtype=torch.bool)
 
 
 def test_stochastic_rounding_keeps_the_mean():
@@ -341,7 +350,10 @@ def test_alpt_steps_go_down_their_gradient():
     change = 0.5 * (grad[:, 0] * slope).sum(1) / (2 * DIM * 127) ** 0.5
     expected[[4, 9]] = torch.maximum(expected[[4, 9]] - change, expected[[4, 9]] / 2)
     torch.testing.assert_close(layer.row_steps(every), expected)
-    assert ((layer.dense()[[4, 9]] - w).abs() <= expected[[4, 9], None] * 1.001 + (w.abs() - 127 * expected[[4, 9], None]).clamp(min=0)).all()
+    assert (
+        (layer.dense()[[4, 9]] - w).abs()
+        <= expected[[4, 9], None] * 1.001 + (w.abs() - 127 * expected[[4, 9], None]).clamp(min=0)
+    ).all()
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -391,13 +403,15 @@ def test_training_reaches_what_it_should():
         layer = getattr(nn, cls)(400, 8, mode="sum", seed=0, **method)
         return losses(layer, lutra.optim.Adam)[1]
 
-    for bits, times in ((8, 1.5), (4, 4)):
-        assert final("LPTEmbeddingBag", bits=bits) < dense * times + 0.1, bits
-        assert final("ALPTEmbeddingBag", bits=bits) < dense * times + 0.1, bits
+    for bits in (8, 4):
+        assert final("LPTEmbeddingBag", bits=bits) < start / 20, bits
+    fixed, learned = (final("ALPTEmbeddingBag", step_lr=lr) for lr in (0, 0.01))
+    assert learned < fixed < start / 20
+    assert final("ALPTEmbeddingBag", bits=4) < start / 20
     hashing = final("AdaptEmbeddingBag", own=0, shared=80)
     adapt = final("AdaptEmbeddingBag", own=60, shared=20)
     cafe = final("CAFEEmbeddingBag", hot=60, shared=20, every=20)
-    assert adapt < hashing / 2 and cafe < hashing * 0.7  # the same number of rows, and CAFE had to find them
+    assert max(adapt, cafe) < hashing * 0.8  # the same number of rows, and CAFE had to find the frequent ones
     plain = final("CCEEmbeddingBag", k=10, chunks=4)
     clustered = final("CCEEmbeddingBag", k=10, chunks=4, every=50, until=200)
-    assert clustered < plain and clustered < start
+    assert clustered < plain * 0.9 and plain < start

@@ -312,9 +312,7 @@ class RowOptimizer(torch.optim.Optimizer):
             if part is not None:
                 state[rows] = part.to(state.dtype)
         batch = sum(c.grad.shape[0] for c in calls)
-        layer._write(
-            rows, table, grads, batch, float(group["lr"]), _mix(layer._seed_number(), self.state[p]["step"])
-        )
+        layer._write(rows, table, grads, batch, _mix(layer._seed_number(), self.state[p]["step"]))
 
 
 def _own_forward(layer: torch.nn.Module, *classes: type) -> bool:

@@ -9,6 +9,8 @@ from .optembed import OptEmbedding, OptEmbeddingBag
 from .pep import PEPEmbedding, PEPEmbeddingBag
 from .qlae import QLAEEmbedding, QLAEEmbeddingBag
 from .scalar_quantize import FSQ, LatentQuantize
+from .stored import *  # noqa: F403
+from .stored import __all__ as _STORED
 from .vector_quantize import Quantized, ResidualVQ, VectorQuantize
 from .vtrans import VTransEmbedding, VTransEmbeddingBag
 
@@ -20,3 +22,4 @@ __all__ = [
     "ResidualVQ", "TrainingMethod", "VTransEmbedding", "VTransEmbeddingBag", "VectorQuantize",
     "regularization", "step_schedules",
 ]  # fmt: skip
+__all__ += _STORED

@@ -17,6 +17,7 @@ from ...gather._spread import worth_spreading
 from .._common import ScaleByFrequency, check_bags, has_kernel
 from .._embedding import ENOUGH_IDS, Embedding
 from .._embedding_bag import EmbeddingBag
+from ._stored import Stored
 
 if TYPE_CHECKING:
     from ...compress import Table
@@ -91,7 +92,7 @@ def step_schedules(model: torch.nn.Module) -> None:
     model : Module
     """
     for module in model.modules():
-        if isinstance(module, TrainingMethod):
+        if isinstance(module, (TrainingMethod, Stored)):
             module.step()
 
 

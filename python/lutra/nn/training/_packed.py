@@ -72,7 +72,7 @@ class Packed(Stored):
         """Store rows as they are first: rounded to nearest."""
         raise NotImplementedError
 
-    def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, lr: float, seed: int) -> None:
+    def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, seed: int) -> None:
         """Store updated rows (n, dim) float32, each id once; ``grads`` is what updated them."""
         raise NotImplementedError
 

@@ -16,8 +16,8 @@ class _ALPT(Packed):
     Parameters
     ----------
     bits : {8, 4, 2}, default 8
-    step_lr : float, optional
-        Learning rate of the steps; default that of the optimizer.
+    step_lr : float, default 1e-3
+        Learning rate of the steps, which go down their gradient as it is, whatever the optimizer.
     seed : int, optional
         Of the rounding; default from torch's generator. A buffer.
 
@@ -41,8 +41,8 @@ class _ALPT(Packed):
     (arXiv 2212.05735). The gradient's scale is that of Esser et al., LSQ, ICLR 2020.
     """
 
-    def _method(self, bits: int = 8, step_lr: float | None = None, seed: int | None = None) -> None:
-        self.step_lr = None if step_lr is None else not_negative("step_lr", step_lr)
+    def _method(self, bits: int = 8, step_lr: float = 1e-3, seed: int | None = None) -> None:
+        self.step_lr = not_negative("step_lr", step_lr)
         self._make(bits, check_seed(seed))
         self._given = {"bits": bits}
         if bits != 8:  # the row has room for a float16 only
@@ -68,7 +68,7 @@ class _ALPT(Packed):
         steps = rows.float().abs().amax(1) / (2 ** (self.bits - 1) - 1)
         self._store(rows, ids, torch.where(steps > 0, steps, torch.full_like(steps, 1e-3)), None)
 
-    def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, lr: float, seed: int) -> None:
+    def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, seed: int) -> None:
         high = 2 ** (self.bits - 1) - 1
         steps = self.row_steps(ids)
         code = rows / steps.unsqueeze(1)
@@ -76,8 +76,7 @@ class _ALPT(Packed):
             code <= -high - 1, -high - 1.0, torch.where(code >= high, float(high), code.round() - code)
         )
         gradient = (grads * slope).sum(1) / (batch * self.embedding_dim * high) ** 0.5
-        rate = lr if self.step_lr is None else self.step_lr
-        self._store(rows, ids, torch.maximum(steps - rate * gradient, steps / 2), seed)
+        self._store(rows, ids, torch.maximum(steps - self.step_lr * gradient, steps / 2), seed)
 
 
 class ALPTEmbedding(_ALPT, StoredEmbedding):

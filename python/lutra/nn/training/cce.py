@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -123,10 +125,12 @@ class _CCE(Stored):
         for i in range(self.chunks):
             x = dense[:, i * width : (i + 1) * width].float().contiguous()
             k = min(self.k, len(x))
-            found = kmeans(
-                x, k, n_iter=10, max_points_per_centroid=self.points, seed=self._hash(i, self._round) % 2**31,
-                progress=False,
-            ).centroids  # fmt: skip
+            with warnings.catch_warnings():  # of few points for k: then a centroid is a point
+                warnings.simplefilter("ignore", UserWarning)
+                found = kmeans(
+                    x, k, n_iter=10, max_points_per_centroid=self.points, progress=False,
+                    seed=self._hash(i, self._round) % 2**31,
+                ).centroids  # fmt: skip
             self.pointers[i] = nearest(x, found).ids.reshape(-1).to(self.pointers.dtype)
             self.tables[i] = 0
             self.tables[i, :k] = found.to(self.tables.dtype)

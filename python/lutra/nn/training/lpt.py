@@ -45,7 +45,7 @@ class _LPT(Packed):
     def _encode(self, rows: Tensor, ids: Tensor) -> None:
         nearest(self, rows, ids)
 
-    def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, lr: float, seed: int) -> None:
+    def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, seed: int) -> None:
         at_random(self, rows, ids, seed)
 
 

@@ -55,12 +55,13 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case, in the order of the table."""
-    from . import cases_address, cases_gather, cases_nn, cases_overhead, cases_scan
+    from . import cases_address, cases_gather, cases_nn, cases_overhead, cases_scan, cases_tokens
 
     return [
         *cases_scan.CASES,
         *cases_gather.CASES,
         *cases_address.CASES,
         *cases_nn.CASES,
+        *cases_tokens.CASES,
         *cases_overhead.CASES,
     ]

@@ -97,28 +97,32 @@ def _backward(
     flat, grad = table.reshape(-1, dim), grad.reshape(n, dim)
     to_table, to_context = table.new_empty(0), context.new_empty(0)
     context = context.reshape(n, dim)
-    if need_table:
-        to_table = ops.bag_backward(
-            grad, best.reshape(n, 1), None, None, None, flat.shape[0], "sum", None, False
-        )
-    if gradient == "straight_through" and need_context:
-        to_context = grad.to(context.dtype, copy=True)
+    best = best.reshape(n)
     if gradient == "softmax":
         rows, owner, starts = _entries(table, ids, offsets)
-        given = context.to(table.dtype)
+        given, grad = context.to(table.dtype), grad.to(table.dtype)
         inner = ops.bag_weight_grad(given, flat, rows, starts, None, None, None, False)
         p = _softmax(inner / temperature, owner, n)
-        gain = ops.bag_weight_grad(grad.to(table.dtype), flat, rows, starts, None, None, None, False)
+        gain = ops.bag_weight_grad(grad, flat, rows, starts, None, None, None, False)
         mean = gain.new_zeros(n).index_add(0, owner, p * gain)
         factor = p * (gain - mean[owner]) / temperature
         if need_context:
             to_context = ops.bag(flat, rows, starts, factor).to(context.dtype)
+        if need_table:  # the chosen rows' gradients and those through the scores, as one sum
+            to_table = ops.bag_backward(
+                torch.cat([grad, given]), torch.cat([best, rows]),
+                torch.cat([torch.arange(n, device=rows.device), starts + n]),
+                torch.cat([factor.new_ones(n), factor]), None, flat.shape[0], "sum", None, False,
+            )  # fmt: skip
+    else:
+        if need_context and gradient == "straight_through":
+            to_context = grad.to(context.dtype, copy=True)
+        elif need_context:
+            to_context = torch.zeros_like(context)
         if need_table:
-            to_table = to_table + ops.bag_backward(
-                given, rows, starts, factor, None, flat.shape[0], "sum", None, False
+            to_table = ops.bag_backward(
+                grad, best[:, None], None, None, None, flat.shape[0], "sum", None, False
             )
-    elif need_context and gradient == "hard":
-        to_context = torch.zeros_like(context)
     return (
         to_table.reshape(table.shape) if need_table else to_table,
         to_context.reshape(*ids.shape, dim) if need_context else to_context,

@@ -73,6 +73,7 @@ void register_ivf(py::module_& m);
 void register_lists(py::module_& m);
 void register_lookups(py::module_& m);
 void register_packed(py::module_& m);
+void register_pieces(py::module_& m);
 void register_quant(py::module_& m);
 void register_quick(py::module_& m);
 void register_scan(py::module_& m);

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_lists(m);
   lutra::register_lookups(m);
   lutra::register_packed(m);
+  lutra::register_pieces(m);
   lutra::register_quant(m);
   lutra::register_quick(m);
   lutra::register_scan(m);

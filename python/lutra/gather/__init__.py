@@ -2,17 +2,20 @@
 
 from ._bag import TouchedRows, bag, bag_grad
 from ._packed import pack_rows, unpack_rows
+from ._pieces import Pieces, bag_pieces
 from ._rows import QuantizedRows, dequantize_rows, quantize_rows
 from ._senses import Senses, senses
 from ._tables import tables
 from ._update import row_state, update_bags, update_rows
 
 __all__ = [
+    "Pieces",
     "QuantizedRows",
     "Senses",
     "TouchedRows",
     "bag",
     "bag_grad",
+    "bag_pieces",
     "dequantize_rows",
     "pack_rows",
     "quantize_rows",

@@ -19,6 +19,7 @@ from . import (  # noqa: F401  (registers the ops)
     gather,
     lookups,
     packed,
+    pieces,
     random_rows,
     row_update,
     scan,

@@ -5,5 +5,6 @@ from .columns import ColumnPruned
 from .low_rank import LowRank
 from .mag_svd import MagSVD
 from .mixed import MixedDim
+from .pq import PQ
 
-__all__ = ["FORMATS", "Array", "ColumnPruned", "Format", "LowRank", "MagSVD", "MixedDim", "make"]
+__all__ = ["FORMATS", "PQ", "Array", "ColumnPruned", "Format", "LowRank", "MagSVD", "MixedDim", "make"]

@@ -1,0 +1,261 @@
+"""lutra.gather.bag_pieces and its gradients against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import lutra
+from lutra.gather import Pieces, bag_pieces
+from lutra.reference import gather as reference
+from lutra.reference import pieces as rows_of
+
+torch = pytest.importorskip("torch")
+
+SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 97)
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+ROWS = 60
+
+
+def source(kind, width, m=3, bits=5, combine="concat"):
+    """(pieces, stored) of a kind, for ROWS rows."""
+    rng = np.random.default_rng(width)
+    if kind == "codes":
+        stored = rng.integers(0, 256, (ROWS, (m * bits + 7) // 8), dtype=np.uint8)
+        return Pieces("codes", (m, bits), width, combine), stored
+    raise AssertionError(kind)
+
+
+def table_for(pieces, dtype="float32", seed=0):
+    shape = (pieces.table_rows,) if pieces.kind == "robe" else (pieces.table_rows, pieces.width)
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return torch.from_numpy(values).to(getattr(torch, dtype))
+
+
+def decoded(pieces, table, stored, factors=None):
+    """All rows, by the reference."""
+    table, factors = (None if a is None else a.float().numpy() for a in (table, factors))
+    return rows_of.rows(
+        pieces.kind, pieces.numbers, pieces.combine, table, np.arange(ROWS), stored, factors, pieces.width
+    )
+
+
+def calls(rng):
+    """(ids, offsets, weights, options)"""
+    ids = rng.integers(0, ROWS, 70)
+    offsets = np.array([0, 4, 4, 33, 69])
+    weights = rng.standard_normal(70).astype(np.float32)
+    yield ids.reshape(14, 5), None, None, {}
+    yield ids.reshape(14, 5), None, weights.reshape(14, 5), {}
+    yield ids, offsets, None, {"mode": "mean", "padding_idx": int(ids[5])}
+    yield ids.astype(np.int32), offsets.astype(np.int32), weights, {"padding_idx": -1}
+    yield ids, np.array([3, 10, 60]), weights, {"include_last_offset": True}
+    yield ids[:0].reshape(0, 3), None, None, {}
+    yield ids[:0], np.zeros(3, np.int64), None, {"mode": "mean"}
+
+
+def as_torch(*arrays):
+    return [None if a is None else torch.from_numpy(a) for a in arrays]
+
+
+def check(pieces, stored, dtype, factors=None):
+    table = table_for(pieces, dtype)
+    full = decoded(pieces, table, stored, factors)
+    limit = TOLERANCE[dtype]
+    for ids, offsets, weights, options in calls(np.random.default_rng(1)):
+        want = reference.bag(full, ids, offsets, weights, **{"mode": "sum", **options})
+        got = bag_pieces(
+            table, *as_torch(ids, offsets, weights), pieces=pieces, rows=ROWS,
+            stored=None if stored is None else torch.from_numpy(stored), piece_weights=factors, **options,
+        )  # fmt: skip
+        assert got.dtype == table.dtype and got.shape == want.shape
+        bound = limit * (1 + np.abs(want).max(initial=0))
+        assert np.abs(got.float().numpy() - want).max(initial=0) <= bound, (pieces, options)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("width", SIZES)
+def test_codes_of_every_width(width, dtype, simd_level):
+    for m, bits in ((1, 1), (3, 5), (4, 8), (9, 4), (17, 8)):
+        check(*source("codes", width, m, bits), dtype)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_codes_of_every_number_of_bits(bits):
+    for width in (2, 5):
+        check(*source("codes", width, 5, bits), "float32")
+    codes = source("codes", 1, 5, bits)[1]
+    if bits <= 8:
+        packed = lutra.quant._bits.unpack(codes, 5, bits)
+        assert np.array_equal(rows_of.unpack(codes, 5, bits), packed)
+
+
+def test_a_bag_longer_than_a_block(simd_level, threads):
+    pieces, stored = source("codes", 4, 16, 8)
+    table = table_for(pieces)
+    ids = np.random.default_rng(0).integers(0, ROWS, 5000)
+    offsets = np.array([0, 10, 3500, 3500, 4990])
+    full = decoded(pieces, table, stored)
+    for mode in ("sum", "mean"):
+        got = bag_pieces(
+            table,
+            *as_torch(ids, offsets),
+            pieces=pieces,
+            rows=ROWS,
+            stored=torch.from_numpy(stored),
+            mode=mode,
+        )
+        want = reference.bag(full.astype(np.float64), ids, offsets, mode=mode)
+        assert np.abs(got.numpy() - want).max() < 2e-5 * np.abs(want).max()
+
+
+def test_non_contiguous_and_numpy():
+    pieces, stored = source("codes", 4, 3, 8)
+    table = table_for(pieces).numpy()
+    wide = np.asfortranarray(table)
+    ids = np.random.default_rng(0).integers(0, ROWS, (14, 10))[:, ::2]
+    codes = np.repeat(stored, 2, 1)[:, ::2]
+    got = bag_pieces(wide, ids, pieces=pieces, rows=ROWS, stored=codes)
+    assert type(got) is np.ndarray
+    want = reference.bag(decoded(pieces, torch.from_numpy(table), stored), ids)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    double = bag_pieces(table.astype(np.float64), ids, pieces=pieces, rows=ROWS, stored=codes)
+    assert double.dtype == np.float64
+    np.testing.assert_allclose(double, want, atol=1e-5)
+
+
+# ---------------------------------------------------------------- gradients
+def gradients(pieces, stored, call, dtype, factors=None):
+    """Gradients of table, factors and weights by the kernels, and by torch's ops in float64."""
+    ids, offsets, weights, options = call
+    out = []
+    for kind in (getattr(torch, dtype), torch.float64):
+        table = table_for(pieces, dtype).to(kind).requires_grad_()
+        f = None if factors is None else factors.to(kind).requires_grad_()
+        i, o, w = as_torch(ids, offsets, weights)
+        if w is not None:
+            w = w.to(kind if kind == torch.float64 else torch.float32).requires_grad_()
+        got = bag_pieces(
+            table, i, o, w, pieces=pieces, rows=ROWS, piece_weights=f,
+            stored=None if stored is None else torch.from_numpy(stored), **options,
+        )  # fmt: skip
+        grad = np.random.default_rng(5).standard_normal(got.shape).astype(np.float32)
+        grad = torch.from_numpy(grad).to(getattr(torch, dtype)).to(kind)
+        wanted = [a for a in (table, f, w) if a is not None]
+        out.append(torch.autograd.grad(got, wanted, grad))
+    return out
+
+
+def check_gradients(pieces, stored, dtype="float32", factors=None):
+    for call in calls(np.random.default_rng(2)):
+        for got, want in zip(*gradients(pieces, stored, call, dtype, factors)):
+            scale = 1 + float(want.abs().max()) if want.numel() else 1
+            assert got.shape == want.shape
+            assert (got.double() - want).abs().max() <= 4 * TOLERANCE[dtype] * scale if want.numel() else True
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_gradients_of_codes(width, simd_level):
+    for m, bits in ((1, 1), (3, 5), (9, 4), (17, 8)):
+        check_gradients(*source("codes", width, m, bits))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_halves(dtype, simd_level):
+    for width in (2, 3, 4, 16, 33):
+        check_gradients(*source("codes", width, 5, 8), dtype)
+
+
+def same_bits(pieces, stored, factors=None):
+    """Results and gradients with 1, 2 and 3 threads, as bytes."""
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(0, ROWS, (3000, 20)))
+    table = table_for(pieces).requires_grad_()
+    f = None if factors is None else factors.clone().requires_grad_()
+    weights = torch.rand(3000, 20, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    results = []
+    for n in (1, 2, 3):
+        lutra._backend.set_num_threads(n)
+        out = bag_pieces(
+            table, ids, None, weights, pieces=pieces, rows=ROWS, piece_weights=f,
+            stored=None if stored is None else torch.from_numpy(stored),
+        )  # fmt: skip
+        wanted = [a for a in (table, weights, f) if a is not None]
+        got = [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+        results.append([a.numpy().tobytes() for a in got])
+    lutra._backend.set_num_threads(0)
+    assert results[0] == results[1] == results[2]
+
+
+def test_codes_give_the_same_bits_with_any_number_of_threads(simd_level):
+    same_bits(*source("codes", 4, 16, 8))
+    same_bits(*source("codes", 40, 3, 8))
+
+
+def test_gradcheck():
+    pieces, stored = source("codes", 2, 3, 2)
+    table = table_for(pieces).double().requires_grad_()
+    weights = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, ROWS, (3, 4))
+
+    def f(table, weights):
+        return bag_pieces(
+            table, ids, None, weights, pieces=pieces, rows=ROWS, stored=torch.from_numpy(stored)
+        )
+
+    assert torch.autograd.gradcheck(f, (table, weights))
+
+
+def test_operator():
+    pieces, stored = source("codes", 4, 3, 8)
+    table = table_for(pieces).requires_grad_()
+    ids, weights = torch.randint(0, ROWS, (5, 4)), torch.rand(5, 4)
+    options = (pieces.kind, list(pieces.numbers), 4, "concat", ROWS, "sum", None, False)
+    given = (table, ids, None, weights, torch.from_numpy(stored), None, *options)
+    torch.library.opcheck(torch.ops.lutra.bag_pieces, given)
+    compiled = torch.compile(
+        lambda t, i: bag_pieces(t, i, pieces=pieces, rows=ROWS, stored=torch.from_numpy(stored)).sum(),
+        backend="aot_eager",
+    )
+    compiled(table, ids).backward()
+    got = table.grad.clone()
+    table.grad = None
+    bag_pieces(table, ids, pieces=pieces, rows=ROWS, stored=torch.from_numpy(stored)).sum().backward()
+    torch.testing.assert_close(got, table.grad)
+
+
+# ---------------------------------------------------------------- errors
+def test_errors():
+    pieces, stored = source("codes", 4, 3, 8)
+    table = table_for(pieces).numpy()
+    ids = np.zeros((2, 2), np.int64)
+    ok = {"pieces": pieces, "rows": ROWS, "stored": stored}
+    for bad in (ROWS, -1):
+        wrong = ids.copy()
+        wrong[1, 0] = bad
+        with pytest.raises(IndexError, match=rf"ids\[1, 0\] is {bad}"):
+            bag_pieces(table, wrong, **ok)
+    with pytest.raises(IndexError, match=r"offsets\[1\]"):
+        bag_pieces(table, ids.reshape(-1), np.array([0, 9]), **ok)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        bag_pieces(table, ids, mode="max", **ok)
+    with pytest.raises(ValueError, match="table has shape"):
+        bag_pieces(table[1:], ids, **ok)
+    with pytest.raises(ValueError, match="stored has shape"):
+        bag_pieces(table, ids, **{**ok, "stored": stored[1:]})
+    with pytest.raises(ValueError, match="stored is missing"):
+        bag_pieces(table, ids, **{**ok, "stored": None})
+    with pytest.raises(TypeError, match="stored has dtype"):
+        bag_pieces(table, ids, **{**ok, "stored": stored.astype(np.int64)})
+    with pytest.raises(TypeError, match="ids has dtype"):
+        bag_pieces(table, ids.astype(np.float32), **ok)
+    with pytest.raises(ValueError, match="weights go with mode 'sum'"):
+        bag_pieces(table, ids, None, np.ones((2, 2), np.float32), mode="mean", **ok)
+    with pytest.raises(ValueError, match="piece_weights go with combine 'sum'"):
+        bag_pieces(table, ids, piece_weights=np.ones((ROWS, 3), np.float32), **ok)
+    with pytest.raises(ValueError, match="bits must be in"):
+        bag_pieces(table, ids, **{**ok, "pieces": Pieces("codes", (3, 17), 4)})
+    with pytest.raises(ValueError, match="kind of pieces must be one of"):
+        bag_pieces(table, ids, **{**ok, "pieces": Pieces("nonsense", (3, 8), 4)})
+    with pytest.raises(ValueError, match="numbers of pieces"):
+        bag_pieces(table, ids, **{**ok, "pieces": Pieces("codes", (3,), 4)})

@@ -6,10 +6,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 from .. import _checks
-from .._arrays import F32, F64, FLOATS, I32, NAMES, U8, call, is_torch, kind_of
+from .._arrays import F32, F64, FLOATS, I32, I64, NAMES, U8, call, is_torch, kind_of
 from ..reference import gather as reference_bag
 from ..reference import pieces as reference
 from . import _bag
+from ._spread import spread, worth_spreading
 
 #: Ids are at most so many where addresses are computed from them.
 MOST_ROWS = 1 << 31
@@ -325,17 +326,66 @@ def _pieces_backward(
     ids, offsets, id_code = _bag._ids(kind, ids, offsets)
     grad = kind.dense(grad)
     weights = None if weights is None else _bag._weights(kind, weights, ids, mode, F32)
-    stored = None if stored is None else kind.dense(stored)
+    stored, piece_weights = (None if a is None else kind.dense(a) for a in (stored, piece_weights))
     n_ids = ids.shape[0] if offsets is not None else bags * length
-    out = kind.empty((pieces.table_rows, width), code, grad)
-    bad = kind.kernels.pieces_backward(
+    where = (
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
-        _MODES[mode], *_source(kind, pieces, rows, stored), width, kind.ptr(grad), code,
-        _bag._ptr(kind, weights), kind.ptr(out),
+        _MODES[mode], *_source(kind, pieces, rows, stored),
+    )  # fmt: skip
+    if combine == "concat" and source in ("codes", "digits"):
+        out = kind.empty((pieces.table_rows, width), code, grad)
+        bad = kind.kernels.pieces_backward(
+            *where, width, kind.ptr(grad), code, _bag._ptr(kind, weights), kind.ptr(out)
+        )
+        if bad != -1:
+            _explain(kind, ids, offsets, rows, include_last_offset, stored, pieces)
+        return out
+    # Pieces of all rows may meet in a row of the table: their addresses are sorted, as ids of bags are.
+    n = n_ids * pieces.m
+    at = kind.empty((n,), I64, grad)
+    signed = source == "robe" or mode == "mean" or weights is not None or piece_weights is not None
+    factors = kind.empty((n,), F32, grad) if signed else None
+    bad = kind.kernels.piece_addresses(
+        *where, code, _bag._ptr(kind, weights), _bag._ptr(kind, piece_weights), kind.ptr(at),
+        _bag._ptr(kind, factors),
     )  # fmt: skip
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset, stored, pieces)
-    return out
+    return _sum_sorted(kind, grad, pieces, at, factors, n, offsets, include_last_offset, bags, length, table)
+
+
+def _sum_sorted(kind, grad, pieces, at, factors, n, offsets, include_last_offset, bags, length, table):
+    """Gradients of bags, times the factors, summed at the addresses ``at`` of their pieces, in order."""
+    m, rows, code = pieces.m, pieces.table_rows, kind.code(grad)
+    if offsets is not None:
+        offsets = kind.cast(offsets, I64) * m
+    order, touched = kind.empty((n,), I64, grad), kind.empty((n,), I64, grad)
+    starts, count = kind.empty((n + 1,), I64, grad), kind.empty((1,), I64, grad)
+    bag_of = kind.empty((n,), I32, grad)
+    size = kind.kernels.bag_sort_workspace(n, rows + 1)
+    workspace = kind.empty((size,), U8, grad)
+    ptr = kind.ptr
+    # The address behind the table is that of padding.
+    where = (ptr(at), I64, n, _bag._ptr(kind, offsets), include_last_offset, bags, length * m, rows, 0)
+    plan = (ptr(order), ptr(starts), ptr(touched), ptr(bag_of), None, ptr(count))
+    kind.kernels.bag_sort(*where, rows + 1, *plan, ptr(workspace), size)
+    if pieces.kind == "robe" or pieces.combine == "product":
+        robe = pieces.kind == "robe"
+        out = kind.empty((rows, 1 if robe else pieces.width), code, grad)
+        kind.kernels.piece_sums(
+            KINDS[pieces.kind], m, pieces.width, rows, pieces.dim, n, ptr(at), ptr(order), ptr(starts),
+            ptr(touched), ptr(bag_of), ptr(count), _bag._ptr(kind, factors),
+            None if robe else ptr(kind.dense(table)), ptr(grad), bags, code, ptr(out),
+        )  # fmt: skip
+        return out
+    dim = pieces.width
+    few = worth_spreading(kind, n, rows, dim * grad.dtype.itemsize)
+    height = int(count[0]) if few else rows
+    out = kind.empty((height, dim), code, grad)
+    kind.kernels.bag_backward(
+        *where, rows, dim, *plan, ptr(grad), code, _bag._ptr(kind, factors), None, not few, ptr(out)
+    )
+    return spread(kind, touched[:height], out, rows) if few else out
 
 
 def _piece_dots(

@@ -96,7 +96,7 @@ class BackpackEmbedding(torch.nn.Module):
 
         Notes
         -----
-        The Backpack's sums are matrix products over the gathered vectors, n * senses rows. A token's own
+        The Backpack's sum is a matrix product over the gathered vectors, n * senses rows. A token's own
         weighted sum is one bag (`lutra.gather.bag`): its rows are not written.
         """
         k, n = self.num_senses, input.shape[-1] if input.dim() else 1
@@ -111,11 +111,8 @@ class BackpackEmbedding(torch.nn.Module):
                 f"weights has shape {tuple(weights.shape)}; for input of shape {tuple(input.shape)} and {k} "
                 f"senses it must be {across} or {own}"
             )
-        vectors = self.senses(input)
-        out = weights.select(-3, 0) @ vectors.select(-2, 0)
-        for sense in range(1, k):  # products on views: weights, the largest array here, is never copied
-            out = out + weights.select(-3, sense) @ vectors.select(-2, sense)
-        return out
+        # Sense by sense, on views, weights would not be copied, but their gradient takes half as long again.
+        return torch.einsum("...lij,...jld->...id", weights, self.senses(input))
 
     def _own(self, input: Tensor, weights: Tensor | None) -> Tensor:
         rows, k, dim = self.weight.shape

@@ -54,3 +54,55 @@ def bench(
     from . import bench as command
 
     command.show(pattern=pattern, quick=quick, json_file=json_file)
+
+
+@app.command()
+def compress(
+    path: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of save_pretrained.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="FILE", help="The new file (of a folder: the new folder)."),
+    ] = None,
+    budget: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of the tables' bytes: '8%', or bytes such as '12MB'. All formats are tried."),
+    ] = None,
+    format: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A format, such as 'low_rank:rank=64'; with --budget the only one to try."),
+    ] = None,
+    formats: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="A,B", help="The formats to try, by name; default all."),
+    ] = None,
+    tensor: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NAME", help="A table to compress (may be repeated); default: found by name."),
+    ] = None,
+    min_rows: Annotated[int, typer.Option(min=1, help="Rows that a table has at least to be found.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the encoding.")] = 0,
+    report: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.html", help="Draw size against error for all formats."),
+    ] = None,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", metavar="FILE", help="Write the table that is printed to FILE as well."),
+    ] = None,
+) -> None:
+    """Compress the embedding tables of a safetensors file or of a Hugging Face folder."""
+    from . import compress as command
+
+    names = [name.strip() for name in (formats or "").split(",") if name.strip()]
+    command.run(path, output, budget, format, names, tensor or [], min_rows, seed, report, json_file)
+
+
+@app.command()
+def decompress(
+    path: Annotated[Path, typer.Argument(help="What 'lutra compress' wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The dense file or folder.")],
+) -> None:
+    """Write a compressed file back with dense tables, for any other program."""
+    from . import compress as command
+
+    command.undo(path, output)

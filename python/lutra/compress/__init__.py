@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import _hook
+from ._compress_file import compress_file, decompress_file
 from ._report import Report
 from ._table import Table, encode
 from .formats import FORMATS, Format
@@ -24,4 +25,7 @@ def __getattr__(name: str):
 
 _hook.install()  # models saved by `convert` are loaded by transformers' from_pretrained
 
-__all__ = ["FORMATS", "Format", "Report", "Table", "convert", "encode", "format", "load_into"]
+__all__ = [
+    "FORMATS", "Format", "Report", "Table", "compress_file", "convert", "decompress_file", "encode", "format",
+    "load_into",
+]  # fmt: skip

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import time
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..index._progress import Progress
 from ..nn._compressed import Compressed
 from . import _calibrate, _choose, _layers
 from ._choose import Job, Option
 from ._find import Group, Modules, find, head_of, input_weight, select
+from ._planning import encode_all, entry_of, kinds_of, within
 from ._report import Entry, Report
 from ._swap import Place, changes, is_transformers, put
 from ._table import check_counts
-from .formats import Format, make
-
-_TRIALS = 6  # formats whose logits are computed, the best by reconstruction
+from .formats import Format
 
 
 def convert(
@@ -114,12 +111,14 @@ def convert(
     jobs = work.jobs(counts)
     work.calibrate(data, jobs, counts is not None, budget is not None)
     if budget is None:
-        options = _encode_all(jobs, format, parameters, seed, progress)
+        options = encode_all(jobs, format, parameters, seed, progress)
         limit = None
     else:
         limit = _choose.parse_budget(budget, sum(job.dense for job in jobs))
-        kinds = _kinds(format, formats, parameters)
-        options = _within(work, jobs, kinds, limit, data, seed, progress)
+        kinds = kinds_of(format, formats, parameters)
+        trial = (lambda options: work.trial(options, data)) if work.before else None
+        options, tried = within(jobs, kinds, limit, seed, progress, trial)
+        work.tried = [entry_of(j, o, o is best) for j, each, best in zip(jobs, tried, options) for o in each]
     work.replace(options)
     if work.before and budget is None:
         score = _calibrate.divergence(model, data, work.before)
@@ -135,91 +134,6 @@ def _terminal() -> bool:
     import sys
 
     return sys.stdout.isatty()
-
-
-def _kinds(format: Any, formats: Any, parameters: dict[str, Any]) -> list[type[Format]]:
-    if format is None:
-        if parameters:
-            raise TypeError(f"parameters of a format need format=, got {sorted(parameters)[0]!r}")
-        return _choose.classes(formats)
-    if formats is not None:
-        raise ValueError("give format or formats, not both")
-    if isinstance(format, dict) or parameters:
-        raise ValueError("with a budget, format must be a name: the parameters follow from the budget")
-    return [type(make(format))]
-
-
-def _encode_all(
-    jobs: list[Job], format: Any, parameters: dict[str, Any], seed: int, progress: bool | None
-) -> list[Option]:
-    """Each table in the format that was asked for."""
-    chosen = []
-    for job in jobs:
-        if isinstance(format, dict) and "format" not in format:
-            if job.name not in format:
-                raise ValueError(f"format names no format for {job.name}; it has {sorted(format)}")
-            chosen.append(make(format[job.name], **parameters))
-        else:
-            chosen.append(make(format, **parameters))
-    options = []
-    for job, one in zip(jobs, chosen):
-        begin = time.perf_counter()
-        try:
-            arrays = one.encode(job.table, job.counts, seed, progress)
-        except ValueError as error:
-            raise ValueError(f"{job.name}: {error}") from error
-        seconds = time.perf_counter() - begin
-        nbytes = one.nbytes(job.shape, job.dtype) + job.extra
-        error_, cosine = _choose.score(one, arrays, job)
-        options.append(Option(one, nbytes, arrays, error_, cosine, seconds))
-    return options
-
-
-def _within(
-    work: _Work, jobs: list[Job], kinds: list[type[Format]], budget: int, data: list[Any], seed: int,
-    progress: bool | None,
-) -> list[Option]:  # fmt: skip
-    """The best options under a budget; what was tried goes to ``work.tried``."""
-    plans = _choose.plan(jobs, kinds, budget)
-    tried: list[list[Option]] = []
-    trials = _TRIALS if work.before and len(jobs) == 1 else 0
-    with Progress(sum(map(len, plans)) + trials, "formats", progress) as bar:
-        for job, formats in zip(jobs, plans):
-            tried.append([])
-            for format in formats:
-                if format is None:
-                    tried[-1].append(Option(None, job.dense, error=0.0, cosine=1.0))
-                else:
-                    tried[-1].append(_choose.attempt(job, format, seed))
-                bar.tick()
-            tried[-1].sort(key=lambda o: (bool(o.note), o.error))
-        if len(jobs) > 1:
-            taken = _choose.distribute(jobs, tried, budget)
-        else:
-            able = [o for o in tried[0] if not o.note]
-            if not able:
-                raise ValueError(f"{jobs[0].name}: every format failed: {tried[0][0].note}")
-            for option in able[:trials]:
-                option.divergence = work.trial([option], data)
-                bar.tick()
-            able.sort(key=lambda o: (o.divergence is None, o.divergence or 0.0, o.error))
-            tried[0] = able + [o for o in tried[0] if o.note]
-            taken = [able[0]]
-    if work.before and len(jobs) > 1:
-        change = work.trial(taken, data)
-        for option in taken:
-            option.divergence = change
-    for job, each, best in zip(jobs, tried, taken):
-        work.tried += [_entry(job, o, o is best) for o in each]
-    return taken
-
-
-def _entry(job: Job, option: Option, chosen: bool = False) -> Entry:
-    name = "dense" if option.format is None else option.format.describe()
-    return Entry(
-        job.name, name, job.dense, option.nbytes, option.error, option.cosine, option.divergence,
-        option.seconds, option.note, chosen,
-    )  # fmt: skip
 
 
 class _Work:
@@ -322,7 +236,7 @@ class _Work:
             raise
 
     def report(self, jobs: list[Job], options: list[Option], limit: int | None) -> Report:
-        tables = [_entry(job, option) for job, option in zip(jobs, options)]
+        tables = [entry_of(job, option) for job, option in zip(jobs, options)]
         return Report(self.model, tables, self.tried, limit, self.skipped)
 
 

@@ -145,6 +145,14 @@ def resize(layer: Any, rows: int, values: np.ndarray) -> None:
             layer.padding_row = None
 
 
+def fill_padding(layer: Any) -> None:
+    """Give a layer the padding row that its file does not have: what was encoded."""
+    row = layer.padding_row
+    ids = torch.tensor([layer.padding_idx], device=row.device)
+    with torch.no_grad():
+        row.copy_(layer.format.gather(layer._data(), layer._shape, ids)[0])
+
+
 def followers(model: Any, layer: Any) -> Iterator[Any]:
     """The heads and shared embeddings of a model that compute with a layer's table."""
     for module in model.modules():

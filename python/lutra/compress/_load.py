@@ -149,8 +149,5 @@ def _compare(model: Any, state: dict[str, Any]) -> list[str]:
 def _check_padding(model: Any, state: dict[str, Any]) -> None:
     """A file of ``lutra compress`` knows of no padding: the row is what was encoded."""
     for name, layer in _layers.compressed(model).items():
-        row = getattr(layer, "padding_row", None)
-        if row is not None and f"{name}.padding_row" not in state:
-            ids = torch.tensor([layer.padding_idx], device=row.device)
-            with torch.no_grad():
-                row.copy_(layer.format.gather(layer._data(), layer._shape, ids)[0])
+        if getattr(layer, "padding_row", None) is not None and f"{name}.padding_row" not in state:
+            _layers.fill_padding(layer)

@@ -139,6 +139,8 @@ class LutraQuantizer(HfQuantizer):
     """Builds the layers of a saved model before its weights are loaded."""
 
     requires_calibration = True  # only what `convert` has made can be loaded
+    unpadded: list[Any]
+    layers: dict[str, Any]
 
     def preprocess_model(self, model: Any, **kwargs: Any) -> None:
         config: Any = self.quantization_config
@@ -165,13 +167,35 @@ class LutraQuantizer(HfQuantizer):
             layer = _layers.build(group.module, format, None, found)
             expected[name] = layer
             places += changes(model, group, layer)
-        check_files(kwargs.get("checkpoint_files") or [], expected)
+        self.layers = {}
+        self.unpadded = check_files(kwargs.get("checkpoint_files") or [], expected)
+        if self.unpadded:  # of `lutra compress`, which does not know which row is the padding
+            known = model._keys_to_ignore_on_load_missing or []
+            model._keys_to_ignore_on_load_missing = [*known, r"\.padding_row$"]
         put(places)
+        self.layers = _layers.compressed(model)
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """transformers 4 does not say which files it reads; it asks about what was in none of them."""
+        left = []
+        for key in missing_keys:
+            name, _, array = key.rpartition(".")
+            layer = self.layers.get(name)
+            if layer is None or array == "weight":
+                left.append(key)
+            elif array == "padding_row":
+                self.unpadded.append(layer)
+            else:
+                raise ValueError(f"the checkpoint lacks {key}, which {layer.format.describe()} needs")
+        return left
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         for name, layer in _layers.compressed(model).items():
             check_loaded(layer, name)
             layer.weight.requires_grad_(False)
+            if any(layer is one for one in self.unpadded):
+                _layers.fill_padding(layer)
+        model.__dict__.pop("_keys_to_ignore_on_load_missing", None)
         # A model like one that `convert` returns: what quantized models may not do (train, half) this
         # one may.
         for attribute in ("hf_quantizer", "quantization_method"):
@@ -208,25 +232,31 @@ def tie(model: Any) -> None:
             setattr(owner, key, model.get_parameter(source))
 
 
-def check_files(files: Iterable[str], expected: dict[str, Any]) -> None:
-    """Compare the headers of the weight files with the layers: all arrays there, of the right shapes."""
+def check_files(files: Iterable[str], expected: dict[str, Any]) -> list[Any]:
+    """Compare the headers of the weight files with the layers: all arrays there, of the right shapes.
+
+    Returns the layers whose padding row is in no file.
+    """
     from safetensors import safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if not os.fspath(file).endswith(".safetensors"):
-            return  # a pickle: what is missing shows after loading
+            return []  # a pickle: what is missing shows after loading
         with safe_open(file, "np") as opened:
             for key in opened.keys():  # noqa: SIM118
                 shapes[key] = tuple(opened.get_slice(key).get_shape())
+    unpadded: list[Any] = []
     if not shapes:
-        return
+        return unpadded
     for name, layer in expected.items():
-        start = next((k for k in shapes if k.endswith(f"{name}.format_json")), None)
+        start = next((k for k in shapes if f".{k}".endswith(f".{name}.format_json")), None)
         prefix = name if start is None else start.removesuffix(".format_json")
         for key, value in layer.state_dict().items():
             got = shapes.get(f"{prefix}.{key}")
-            if got is None and key != "weight":
+            if got is None and key == "padding_row":
+                unpadded.append(layer)
+            elif got is None and key != "weight":
                 raise ValueError(
                     f"the checkpoint lacks {prefix}.{key}, which {layer.format.describe()} needs"
                 )
@@ -235,6 +265,7 @@ def check_files(files: Iterable[str], expected: dict[str, Any]) -> None:
                     f"{prefix}.{key} has shape {got} in the checkpoint; by config.json it must be "
                     f"{tuple(value.shape)}"
                 )
+    return unpadded
 
 
 def check_loaded(layer: Any, name: str) -> None:

@@ -82,6 +82,11 @@ def describe(kind: str, config: dict[str, Any]) -> dict[str, str]:
 
 # ---- writing
 def write(path: str | os.PathLike[str], tensors: Iterable[Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    write_bytes(path, _serialize(tensors, metadata))
+
+
+def write_bytes(path: str | os.PathLike[str], parts: Iterable[Any]) -> None:
     """Write a file under a temporary name beside ``path``, sync it and rename it."""
     path = os.fsdecode(path)
     target = os.path.realpath(path)  # through a link: the file behind it is replaced, not the link
@@ -95,7 +100,7 @@ def write(path: str | os.PathLike[str], tensors: Iterable[Tensor], metadata: dic
         raise
     try:
         with open(descriptor, "wb") as file:
-            for part in _serialize(tensors, metadata):
+            for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())

@@ -119,14 +119,14 @@ def plot(job: Job, by_name: dict[str, list[Option]]) -> str:
     ):
         figure = _pyplot()(figsize=(9, 5.5))
         axes = figure.add_subplot()
-        colours = matplotlib.colormaps["tab20"].colors
+        colours: Any = matplotlib.colormaps["tab20"]
         marks = "os^Dv<>pPX*h"
         for i, (name, options) in enumerate(sorted(by_name.items())):
             good = sorted((o for o in options if not o.note), key=lambda o: o.nbytes)
             if good:
                 x = [100 * o.nbytes / job.dense for o in good]
                 axes.plot(
-                    x, [o.error for o in good], marker=marks[i % len(marks)], color=colours[i % 20],
+                    x, [o.error for o in good], marker=marks[i % len(marks)], color=colours(i % 20),
                     label=name, linewidth=1.2, markersize=5,
                 )  # fmt: skip
         axes.set_xscale("log")

@@ -147,10 +147,10 @@ def resize(layer: Any, rows: int, values: np.ndarray) -> None:
 
 def fill_padding(layer: Any) -> None:
     """Give a layer the padding row that its file does not have: what was encoded."""
-    row = layer.padding_row
-    ids = torch.tensor([layer.padding_idx], device=row.device)
+    ids = torch.tensor([layer.padding_idx], device=layer.weight.device)
     with torch.no_grad():
-        row.copy_(layer.format.gather(layer._data(), layer._shape, ids)[0])
+        row = layer.format.gather(layer._data(), layer._shape, ids)[0]
+        layer.padding_row = row.to(layer.weight.dtype).clone()  # the old one may be on the meta device
 
 
 def followers(model: Any, layer: Any) -> Iterator[Any]:

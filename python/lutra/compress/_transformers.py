@@ -191,10 +191,10 @@ class LutraQuantizer(HfQuantizer):
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         for name, layer in _layers.compressed(model).items():
-            check_loaded(layer, name)
-            layer.weight.requires_grad_(False)
             if any(layer is one for one in self.unpadded):
                 _layers.fill_padding(layer)
+            check_loaded(layer, name)
+            layer.weight.requires_grad_(False)
         model.__dict__.pop("_keys_to_ignore_on_load_missing", None)
         # A model like one that `convert` returns: what quantized models may not do (train, half) this
         # one may.

@@ -67,18 +67,26 @@ struct CodeBytes {
     return u;
   }
   LUTRA_INLINE uint64_t load_part(const uint8_t* p, int n) {
-    uint64_t u = 0;
     const int count = (n * Bits + 7) / 8;
+#if defined(LUTRA_LEVEL_v4)
+    return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), p)));
+#else
+    uint64_t u = 0;
     for (int i = 0; i < count && i < 8; ++i) u |= static_cast<uint64_t>(p[i]) << (8 * i);
     return u;
+#endif
   }
 };
 
 // The n < W bytes at p, zeros behind them.
 struct FewBytes {
-  uint8_t b[W] = {};
+  alignas(16) uint8_t b[W];
   FewBytes(const uint8_t* p, int n) {
-    for (int i = 0; i < n; ++i) b[i] = p[i];
+#if defined(LUTRA_LEVEL_v4)
+    _mm_store_si128(reinterpret_cast<__m128i*>(b), _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p));
+#else
+    for (int i = 0; i < W; ++i) b[i] = i < n ? p[i] : 0;
+#endif
   }
 };
 

@@ -17,6 +17,21 @@ PackedTable packed_table(const Ptr& packed, int kind, int64_t rows, int64_t dim,
       packed.as<const uint8_t>(rows * row_bytes), rows, dim, group, row_bytes, static_cast<Packed>(kind)};
 }
 
+// The ids of a bag call, as in bind/core/gather.cc.
+BagIds packed_bag_ids(const Ptr& ids, int id_type, int64_t n_ids, const Ptr& offsets, bool last_offset, int64_t bags,
+                      int64_t length, int64_t padding_idx, int mode) {
+  const auto t = static_cast<DType>(id_type);
+  return BagIds{ids.raw(n_ids, t),
+                t,
+                n_ids,
+                offsets.raw(offsets.p ? bags + last_offset : 0, t),
+                last_offset,
+                bags,
+                length,
+                padding_idx,
+                static_cast<Mode>(mode)};
+}
+
 }  // namespace
 
 void register_packed(py::module_& m) {
@@ -54,6 +69,35 @@ void register_packed(py::module_& m) {
                      o,
                      &bad};
     run(&unpack_rows, a, static_cast<double>(n) * static_cast<double>(dim) * 0.2);
+    return bad;
+  });
+  m.def("bag_packed", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags,
+                         int64_t length, int64_t padding_idx, int mode, Ptr packed, int kind, int64_t rows, int64_t dim,
+                         int64_t group, int64_t row_bytes, Ptr weights, Ptr out, int out_dtype) {
+    int64_t bad = -1;
+    const auto o = static_cast<DType>(out_dtype);
+    BagPackedArgs a{packed_bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                    packed_table(packed, kind, rows, dim, group, row_bytes),
+                    weights.as<float>(weights.p ? n_ids : 0),
+                    out.raw(bags * dim, o),
+                    o,
+                    &bad};
+    run(&bag_packed, a, static_cast<double>(n_ids + bags) * static_cast<double>(dim) * 0.1);
+    return bad;
+  });
+  m.def("bag_packed_weight_grad", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags,
+                                     int64_t length, int64_t padding_idx, Ptr packed, int kind, int64_t rows,
+                                     int64_t dim, int64_t group, int64_t row_bytes, Ptr grad_out, int grad_dtype,
+                                     Ptr grad_weights) {
+    int64_t bad = -1;
+    const auto g = static_cast<DType>(grad_dtype);
+    BagPackedWeightGradArgs a{packed_bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, 0),
+                              packed_table(packed, kind, rows, dim, group, row_bytes),
+                              grad_out.raw(bags * dim, g),
+                              g,
+                              grad_weights.as<float>(n_ids),
+                              &bad};
+    run(&bag_packed_weight_grad, a, static_cast<double>(n_ids) * static_cast<double>(dim) * 0.1);
     return bad;
   });
 }

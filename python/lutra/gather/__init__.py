@@ -1,6 +1,7 @@
 """Gather: a table and addresses in; the weighted sum of the rows found there out."""
 
 from ._bag import TouchedRows, bag, bag_grad
+from ._bag_packed import bag_packed
 from ._packed import pack_rows, unpack_rows
 from ._pieces import Pieces, bag_pieces
 from ._rows import QuantizedRows, dequantize_rows, quantize_rows
@@ -15,6 +16,7 @@ __all__ = [
     "TouchedRows",
     "bag",
     "bag_grad",
+    "bag_packed",
     "bag_pieces",
     "dequantize_rows",
     "pack_rows",

@@ -97,7 +97,8 @@ def split(packed: np.ndarray, dim: int, kind: str, group: int | None = None):
     codes = packed[:, : at.code_bytes]
     if k.bits < 8:
         shifts = np.arange(0, 8, k.bits, dtype=np.uint8)
-        codes = ((codes[:, :, None] >> shifts) & ((1 << k.bits) - 1)).reshape(len(packed), -1)[:, :dim]
+        parts = (codes[:, :, None] >> shifts) & ((1 << k.bits) - 1)
+        codes = parts.reshape(len(packed), at.code_bytes * 8 // k.bits)[:, :dim]
     tail = np.ascontiguousarray(packed[:, at.code_bytes :]).view(k.scale).astype(np.float32)
     tail = tail.reshape(len(packed), at.groups, 1 + k.minimum)
     return codes, tail[:, :, 0], tail[:, :, 1] if k.minimum else None

@@ -5,6 +5,22 @@ from .columns import ColumnPruned
 from .low_rank import LowRank
 from .mag_svd import MagSVD
 from .mixed import MixedDim
+from .packed import FP8, NF4, Int2, Int4, Int8
 from .pq import PQ
 
-__all__ = ["FORMATS", "PQ", "Array", "ColumnPruned", "Format", "LowRank", "MagSVD", "MixedDim", "make"]
+__all__ = [
+    "FORMATS",
+    "FP8",
+    "NF4",
+    "PQ",
+    "Array",
+    "ColumnPruned",
+    "Format",
+    "Int2",
+    "Int4",
+    "Int8",
+    "LowRank",
+    "MagSVD",
+    "MixedDim",
+    "make",
+]

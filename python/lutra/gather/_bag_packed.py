@@ -1,0 +1,180 @@
+"""bag_packed: sums, means and maxima of packed rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import _checks
+from .._arrays import F32, F64, FLOATS, call
+from ..reference import packed as reference
+from ._bag import MODES, _bag, _bag_weight_grad, _explain, _ids, _layout, _padding, _same, _to_numpy, _weights
+from ._packed import KINDS, OUT_TYPES, check_packed, row_layout
+
+
+def bag_packed(
+    packed: Any,
+    ids: Any,
+    offsets: Any = None,
+    weights: Any = None,
+    *,
+    dim: int,
+    kind: str = "int8",
+    group: int | None = None,
+    mode: str = "sum",
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+    dtype: str = "float32",
+) -> Any:
+    """Sum, mean or maximum of packed rows: `bag` on what `pack_rows` wrote.
+
+    Parameters
+    ----------
+    packed : array, shape (rows, row_bytes), uint8
+        Rows of `pack_rows`, or of ``torch.ops.quantized.embedding_bag_byte_prepack`` and its kin.
+    ids, offsets, weights, mode, padding_idx, include_last_offset
+        As in `bag`.
+    dim : int
+        Values of a row.
+    kind, group
+        As in `pack_rows`.
+    dtype : {'float32', 'float16', 'bfloat16'}, default 'float32'
+        Of the result.
+
+    Returns
+    -------
+    array, shape (bags, dim), of ``dtype``
+        Sums are accumulated in float32, in the order of the ids. An empty bag gives zeros.
+
+    Raises
+    ------
+    IndexError
+        An id outside [0, rows); an offset that decreases or lies outside [0, n_ids]. (On CUDA: NaN.)
+    TypeError, ValueError
+        A wrong type, dtype, shape or option; a row length that does not fit.
+
+    Notes
+    -----
+    Gradients (torch) flow to the weights. Cost: a random read of one or two cache lines per id; rows are
+    decoded in registers. There is no CUDA kernel: there torch's own ops decode the rows, which are summed.
+
+    Examples
+    --------
+    >>> import numpy as np, lutra
+    >>> packed = lutra.gather.pack_rows(np.array([[0., 1.], [2., 3.]], np.float32), "int8")
+    >>> lutra.gather.bag_packed(packed, np.array([[0, 1], [1, 1]]), dim=2).round(3)
+    array([[2., 4.],
+           [4., 6.]], dtype=float32)
+    """
+    options = (dim, kind, group, mode, padding_idx, include_last_offset, dtype)
+    return call("bag_packed", _bag_packed, (packed, ids, offsets, weights), options)
+
+
+def _checked(kind, packed, ids, offsets, weights, dim, packed_kind, group, include_last_offset):
+    _same(kind, packed, "packed", ids, offsets, weights)
+    at = row_layout(dim, packed_kind, group)
+    check_packed(kind, packed, at)
+    return at, *_layout(ids, offsets, include_last_offset)
+
+
+def _bag_packed(
+    kind, packed, ids, offsets=None, weights=None, dim=0, packed_kind="int8", group=None, mode="sum",
+    padding_idx=None, include_last_offset=False, dtype="float32",
+):  # fmt: skip
+    mode_code = _checks.choice("mode", mode, MODES)
+    out_code = _checks.choice("dtype", dtype, OUT_TYPES)
+    at, bags, length = _checked(
+        kind, packed, ids, offsets, weights, dim, packed_kind, group, include_last_offset
+    )
+    rows = packed.shape[0]
+    padding = _padding(padding_idx, rows)
+    ids, offsets, id_code = _ids(kind, ids, offsets)
+    if weights is not None:
+        weights = _weights(kind, weights, ids, mode, F32)
+    if kind.cuda:
+        out = _by_torch(_bag, kind, packed, ids, dim, packed_kind, at, padding, offsets, weights, mode=mode,
+                        include_last_offset=include_last_offset)  # fmt: skip
+        return kind.cast(out, out_code)
+    if kind.kernels is None:
+        result = reference.bag_packed(
+            *_to_numpy(kind, packed, ids, offsets, weights), dim=dim, kind=packed_kind, group=at.group,
+            mode=mode, padding_idx=padding_idx, include_last_offset=include_last_offset,
+        )  # fmt: skip
+        return kind.from_numpy(result, out_code, packed)
+    packed = kind.dense(packed)
+    out = kind.empty((bags, dim), out_code, packed)
+    ptr = kind.ptr
+    bad = kind.kernels.bag_packed(
+        ptr(ids), id_code, ids.shape[0] if offsets is not None else bags * length,
+        None if offsets is None else ptr(offsets), include_last_offset, bags, length, padding, mode_code,
+        ptr(packed), KINDS[packed_kind], rows, dim, at.group, at.row_bytes,
+        None if weights is None else ptr(weights), ptr(out), out_code,
+    )  # fmt: skip
+    if bad != -1:
+        _explain(kind, ids, offsets, rows, include_last_offset)
+    return out
+
+
+def _bag_packed_weight_grad(
+    kind, grad, packed, ids, offsets=None, dim=0, packed_kind="int8", group=None, padding_idx=None,
+    include_last_offset=False,
+):  # fmt: skip
+    """Gradient of the weights, the shape of ids, float32."""
+    _same(kind, grad, "grad", ids, offsets)
+    _checks.same_kind(kind, packed, "packed", grad, "grad")
+    at, bags, length = _checked(
+        kind, packed, ids, offsets, None, dim, packed_kind, group, include_last_offset
+    )
+    grad_code = _checks.dtype(kind, grad, "grad", (*FLOATS, F64))
+    if tuple(grad.shape) != (bags, dim):
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; it must be ({bags}, {dim})")
+    rows = packed.shape[0]
+    padding = _padding(padding_idx, rows)
+    ids, offsets, id_code = _ids(kind, ids, offsets)
+    if grad_code == F64:
+        grad, grad_code = kind.cast(grad, F32), F32
+    grad = kind.dense(grad)
+    if kind.cuda:
+
+        def run(kind, table, ids, offsets, padding_idx):
+            return _bag_weight_grad(
+                kind, kind.cast(grad, F32), table, ids, offsets, None, None, padding_idx, include_last_offset
+            )
+
+        return _by_torch(run, kind, packed, ids, dim, packed_kind, at, padding, offsets)
+    if kind.kernels is None:
+        result = reference.bag_packed_weight_grad(
+            *_to_numpy(kind, grad, packed, ids, offsets), dim=dim, kind=packed_kind, group=at.group,
+            padding_idx=padding_idx, include_last_offset=include_last_offset,
+        )  # fmt: skip
+        return kind.from_numpy(result, F32, grad)
+    packed = kind.dense(packed)
+    result = kind.empty(tuple(ids.shape), F32, grad)
+    ptr = kind.ptr
+    bad = kind.kernels.bag_packed_weight_grad(
+        ptr(ids), id_code, ids.shape[0] if offsets is not None else bags * length,
+        None if offsets is None else ptr(offsets), include_last_offset, bags, length, padding,
+        ptr(packed), KINDS[packed_kind], rows, dim, at.group, at.row_bytes, ptr(grad), grad_code, ptr(result),
+    )  # fmt: skip
+    if bad != -1:
+        _explain(kind, ids, offsets, rows, include_last_offset)
+    return result
+
+
+def _by_torch(op, kind, packed, ids, dim, packed_kind, at, padding, offsets, *arrays, **options):
+    """An op of dense tables on the decoded rows of the ids, in their order, for CUDA tensors.
+
+    Ids out of range give NaN; entries of padding point at a row of zeros behind the others.
+    """
+    import torch
+
+    from ._packed_torch import unpack
+
+    flat = ids.reshape(-1)
+    table = unpack(packed, dim, packed_kind, at, flat, "float32")
+    entries, pad = torch.arange(len(flat), device=flat.device), None
+    if padding >= 0:
+        pad = len(flat)
+        entries = torch.where(flat == padding, pad, entries)
+        table = torch.cat([table, table.new_zeros(1, dim)])
+    entries = entries.reshape(ids.shape).to(ids.dtype)
+    return op(kind, table, entries, offsets, *arrays, padding_idx=pad, **options)

@@ -251,6 +251,13 @@ def test_cafe_sketch():
     assert len(rows.unique()) == len(rows) <= 16
 
 
+def test_step_schedules_reach_every_layer():
+    model = torch.nn.ModuleList([made("CAFE"), made("CCE"), made("LPT")])
+    for _ in range(3):
+        nn.step_schedules(model)
+    assert int(model[0].steps) == 3 and int(model[1].clusterings) == 1
+
+
 def test_cafe_scores_are_gradient_norms():
     layer = nn.CAFEEmbeddingBag(50, 4, mode="sum", hot=8, shared=5, seed=0)
     weights = torch.tensor([[1.0, 2.0], [3.0, 0.5]])

@@ -112,7 +112,7 @@ void update_row(const RowUpdateArgs& a, int64_t row, const float* g) {
 
 LUTRA_INLINE void prefetch_row(const void* p, int64_t bytes) {
   const char* c = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(c + i, 1, 2);
+  for (int64_t i = 0; i < bytes; i += 64) prefetch_far(c + i);
 }
 
 // The rows that come into the cache while others are worked on.

@@ -350,3 +350,44 @@ def test_other_errors():
     for layer in (layer_of("AutoSrh"), layer_of("DeepLight")):
         with pytest.raises(ValueError, match=r"it must (lie in|be below)"):
             layer.prune(1.2)
+
+
+# ---------------------------------------------------------------- whole models
+def test_finish_puts_inference_layers_into_a_model():
+    a, bag = layer_of("AutoSrh", padding_idx=PAD), layer_of("VTrans", bag=True, mode="sum", max_norm=1.5)
+    head = nn.MethodHead(a, bias=True)
+    model = torch.nn.ModuleDict({"a": a, "again": torch.nn.Sequential(a), "bag": bag, "head": head})
+    settle(a), settle(bag)
+    ids, hidden = ids_of(4, 5), torch.randn(7, DIM)
+    want = [a(ids), bag(ids), model.eval()["head"](hidden)]
+    torch.testing.assert_close(want[2], hidden @ a.table().T)
+    want[2].sum().backward()
+    assert a.alpha.grad is not None
+    assert nn.finish(model) is model
+    assert isinstance(model["a"], nn.MixedDimEmbedding) and model["again"][0] is model["a"]
+    assert isinstance(model["bag"], nn.ColumnPrunedEmbeddingBag) and model["bag"].mode == "sum"
+    assert isinstance(model["head"], nn.TiedHead) and model["head"].embedding is model["a"]
+    assert model["a"].padding_idx == PAD and not model["a"].training
+    for got, w in zip((model["a"](ids), model["bag"](ids), model["head"](hidden)), want):
+        torch.testing.assert_close(got, w)
+    assert model["head"].bias is head.bias
+    alone = settle(layer_of("AutoSrh"))
+    assert isinstance(nn.finish(alone), nn.MixedDimEmbedding)
+
+
+def test_finish_is_all_or_nothing():
+    model = torch.nn.Sequential(layer_of("AutoSrh"), torch.nn.Sequential(layer_of("AutoDim")))
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=r"1\.0: the dimensions are still searched for"):
+        nn.finish(model)
+    assert list(model.modules()) == before
+
+
+def test_methods_are_left_alone_by_convert():
+    model = torch.nn.Sequential(layer_of("AutoSrh"))
+    with pytest.raises(ValueError):
+        lutra.compress.convert(model, format="low_rank", rank=2)
+    with pytest.raises(TypeError, match="embedding must be a training method"):
+        nn.MethodHead(torch.nn.Embedding(3, 4))
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\); it must be \(61,\)"):
+        nn.MethodHead(model[0], torch.nn.Parameter(torch.zeros(3)))

@@ -11,6 +11,7 @@ import torch
 
 from ..nn._compressed import Compressed
 from ..nn._shared import _Shared
+from ..nn.training import TrainingMethod
 
 #: Names of tables that are no vocabularies: left alone unless asked for.
 _SMALL = re.compile(r"(^|[._])(w?pe($|[._])|pos($|[._]|ition)|token_type|segment|relative)", re.IGNORECASE)
@@ -76,7 +77,7 @@ def find(model: Any) -> list[Group]:
 
 
 def _dense(module: Any) -> bool:
-    if isinstance(module, (Compressed, _Shared)):
+    if isinstance(module, (Compressed, _Shared, TrainingMethod)):  # methods: lutra.nn.finish
         return False
     weight = module._parameters.get("weight")  # a parametrized module has a property in its place
     return weight is not None and weight.dim() == 2 and weight.is_floating_point()

@@ -1,6 +1,8 @@
 """Training methods for compressed tables, one file each, and quantizers of vectors."""
 
 from ._base import MethodEmbedding, MethodEmbeddingBag, TrainingMethod, regularization, step_schedules
+from ._finish import finish
+from ._head import MethodHead
 from .autodim import AutoDimEmbedding, AutoDimEmbeddingBag
 from .autosrh import AutoSrhEmbedding, AutoSrhEmbeddingBag
 from .deeplight import DeepLightEmbedding, DeepLightEmbeddingBag
@@ -17,9 +19,9 @@ from .vtrans import VTransEmbedding, VTransEmbeddingBag
 __all__ = [
     "FSQ", "AutoDimEmbedding", "AutoDimEmbeddingBag", "AutoSrhEmbedding", "AutoSrhEmbeddingBag",
     "DPQEmbedding", "DPQEmbeddingBag", "DeepLightEmbedding", "DeepLightEmbeddingBag", "LatentQuantize",
-    "MGQEEmbedding", "MGQEEmbeddingBag", "MethodEmbedding", "MethodEmbeddingBag", "OptEmbedding",
-    "OptEmbeddingBag", "PEPEmbedding", "PEPEmbeddingBag", "QLAEEmbedding", "QLAEEmbeddingBag", "Quantized",
+    "MGQEEmbedding", "MGQEEmbeddingBag", "MethodEmbedding", "MethodEmbeddingBag", "MethodHead",
+    "OptEmbedding", "OptEmbeddingBag", "PEPEmbedding", "PEPEmbeddingBag", "QLAEEmbedding", "QLAEEmbeddingBag", "Quantized",
     "ResidualVQ", "TrainingMethod", "VTransEmbedding", "VTransEmbeddingBag", "VectorQuantize",
-    "regularization", "step_schedules",
+    "finish", "regularization", "step_schedules",
 ]  # fmt: skip
 __all__ += _STORED

@@ -62,7 +62,7 @@ def regularization(model: torch.nn.Module) -> Tensor:
     --------
     >>> import torch, lutra.nn
     >>> layer = lutra.nn.AutoSrhEmbedding(10, 4, groups=2, l1=0.5)
-    >>> float(lutra.nn.regularization(torch.nn.Sequential(layer)))
+    >>> float(lutra.nn.regularization(torch.nn.Sequential(layer)).detach())
     4.0
     """
     losses, seen = [], set()
@@ -136,6 +136,13 @@ class TrainingMethod(Regularized):
         """The dense table as eval mode gives it, (num_embeddings, embedding_dim), without gradient."""
         return torch.cat([self.weight[:0], *(rows for _, rows in self._blocks())])
 
+    def rows(self) -> Tensor:
+        """All rows as a call gives them in the present mode, with gradients: for heads (see `MethodHead`)."""
+        self._loss = None
+        self._renorm()
+        every = torch.arange(self.num_embeddings, device=self.weight.device)
+        return self._transform(self.weight, every, self.training)
+
     def sparsity(self) -> float:
         """Share of zeros in `table`, in [0, 1]. A pass over the whole table."""
         zeros = sum(int((rows == 0).sum()) for _, rows in self._blocks())
@@ -151,6 +158,7 @@ class TrainingMethod(Regularized):
         ``lutra.nn.<Format>Embedding.from_table`` takes it and gives the same rows.
         """
         with torch.no_grad():
+            self._renorm()
             return self._table()
 
     @classmethod
@@ -179,12 +187,17 @@ class TrainingMethod(Regularized):
         self._given = method
         self._method(**method)
 
+    def _renorm(self, ids: Tensor | None = None) -> None:
+        """max_norm: in place, of the rows visited (or all), before the look-up, as torch does."""
+        if self.max_norm is not None:
+            ids = torch.arange(self.num_embeddings, device=self.weight.device) if ids is None else ids
+            torch.embedding_renorm_(self.weight.detach(), ids, self.max_norm, self.norm_type)
+
     def _rows(self, ids: Tensor) -> Tensor:
         """Valid ids (n,) to (n, dim), with gradients."""
-        weight, self._loss = self.weight, None
-        if self.max_norm is not None:  # in place, the rows visited only, before the look-up: as torch does
-            torch.embedding_renorm_(weight.detach(), ids, self.max_norm, self.norm_type)
-        rows = self._transform(self._take(weight, ids, self.padding_idx), ids, self.training)
+        self._loss = None
+        self._renorm(ids)
+        rows = self._transform(self._take(self.weight, ids, self.padding_idx), ids, self.training)
         if self.padding_idx is not None:  # no gradient to what rows share (thresholds, codebooks) either
             rows = torch.where((ids == self.padding_idx).unsqueeze(1), rows.detach(), rows)
         return rows
@@ -206,11 +219,14 @@ class TrainingMethod(Regularized):
                     pays = worth_spreading(torch_kind(table.is_cuda), n, rows, dim * table.dtype.itemsize)
                 if pays:
                     return torch.ops.lutra.embedding(table, ids, padding_idx, self.sparse)
+            if not self.sparse and padding_idx is None:  # its gradient has less fixed cost than embedding's
+                return table.index_select(0, ids)
         return F.embedding(ids, table, padding_idx, sparse=self.sparse)
 
     @torch.no_grad()
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The rows of eval mode in blocks: (first row, rows)."""
+        self._renorm()
         for begin in range(0, self.num_embeddings, BLOCK):
             raw = self.weight[begin : begin + BLOCK]
             ids = torch.arange(begin, begin + len(raw), device=raw.device)

@@ -22,6 +22,21 @@ VARIANTS = {"vq": 0, "softmax": 1}
 EPS = 1e-5
 
 
+class Choice(torch.autograd.Function):
+    """``(hard + p - sg(p)) @ values`` for the entries that are taken, without a tensor of ones and zeros."""
+
+    @staticmethod
+    def forward(ctx, p, entries, values):
+        ctx.save_for_backward(values)
+        return entries.view_as(entries)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (values,) = ctx.saved_tensors
+        # The gradient to values is that of hard, and flows through entries.
+        return torch.einsum("nmd,mkd->nmk", grad, values), grad, None
+
+
 class DPQ(TrainingMethod):
     """Differentiable product quantization: each of m parts of a row is an entry of its codebook.
 
@@ -60,7 +75,7 @@ class DPQ(TrainingMethod):
     First codebooks are drawn from the queries; `fit_codebooks` draws again, after the queries were set from
     elsewhere.
 
-    Cost of a step for n ids: 'vq' 2 n k dim flops (`lutra.address.nearest`) and a look-up; 'softmax' about 8
+    Cost of a step for n ids: 'vq' 2 n k dim flops (`lutra.address.nearest`) and a look-up; 'softmax' about 6
     n k dim flops and n m k floats of memory. The gradient is that of a plain embedding.
 
     Becomes: 'pq'.
@@ -164,13 +179,12 @@ class DPQ(TrainingMethod):
                 response.flatten(1), self.running_mean, self.running_var, training=len(x) > 1, eps=EPS
             )
             response = flat.reshape(response.shape)
-        log_p = F.log_softmax(response / self.temperature, 2)
-        codes = response.argmax(2, keepdim=True)
-        p = log_p.exp()
-        hard = torch.zeros_like(p).scatter_(2, codes, 1.0)
+        codes = response.detach().argmax(2)
+        p = torch.softmax(response / self.temperature, 2)
         if len(x):
-            self._loss = -self.commitment * log_p.gather(2, codes).mean()
-        return torch.einsum("nmk,mkd->nmd", hard + (p - p.detach()), values)
+            taken = p.gather(2, codes.unsqueeze(2))
+            self._loss = -self.commitment * torch.log(taken + 1e-10).mean()
+        return Choice.apply(p, self._decode(codes), values.detach())
 
     def _table(self) -> Table:
         return pq_table(self, self.codes(), self.codebook.detach())

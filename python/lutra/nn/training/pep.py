@@ -68,6 +68,8 @@ class PEP(TrainingMethod):
 
     def regularization(self) -> Tensor:
         """``decay / 2 * sum(s ** 2)``."""
+        if not self.decay:  # no gradient of zeros the size of the table
+            return self.threshold.new_zeros(())
         return self.decay / 2 * self.threshold.square().sum()
 
     @torch.no_grad()

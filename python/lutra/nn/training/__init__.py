@@ -20,8 +20,8 @@ __all__ = [
     "FSQ", "AutoDimEmbedding", "AutoDimEmbeddingBag", "AutoSrhEmbedding", "AutoSrhEmbeddingBag",
     "DPQEmbedding", "DPQEmbeddingBag", "DeepLightEmbedding", "DeepLightEmbeddingBag", "LatentQuantize",
     "MGQEEmbedding", "MGQEEmbeddingBag", "MethodEmbedding", "MethodEmbeddingBag", "MethodHead",
-    "OptEmbedding", "OptEmbeddingBag", "PEPEmbedding", "PEPEmbeddingBag", "QLAEEmbedding", "QLAEEmbeddingBag", "Quantized",
-    "ResidualVQ", "TrainingMethod", "VTransEmbedding", "VTransEmbeddingBag", "VectorQuantize",
+    "OptEmbedding", "OptEmbeddingBag", "PEPEmbedding", "PEPEmbeddingBag", "QLAEEmbedding", "QLAEEmbeddingBag",
+    "Quantized", "ResidualVQ", "TrainingMethod", "VTransEmbedding", "VTransEmbeddingBag", "VectorQuantize",
     "finish", "regularization", "step_schedules",
 ]  # fmt: skip
 __all__ += _STORED

@@ -1,8 +1,8 @@
 """What a training step of each method of `lutra.nn` costs on a large table.
 
-``python -m tables.methods`` in benchmarks/ prints it: forward and backward of one call, medians of process time on
-one thread, calls taking turns. ``plain`` is the method as its formula reads, in torch's own ops on the whole table
-(as published codes do), where it has one; ``dense`` is ``torch.nn.Embedding``.
+``python -m tables.methods`` in benchmarks/ prints it: forward and backward of one call, medians of process
+time on one thread, calls taking turns. ``dense`` is ``torch.nn.Embedding``, ``plain`` PEP's formula in
+torch's own ops on the whole table, as its published code has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from lutra import nn
 
 METHODS = {
-    "PEP, a threshold a row": ("PEPEmbedding", {}), "PEP, for each entry": ("PEPEmbedding", {"granularity": "both"}),
+    "PEP, a threshold a row": ("PEPEmbedding", {}),
+    "PEP, for each entry": ("PEPEmbedding", {"granularity": "both"}),
     "DeepLight": ("DeepLightEmbedding", {}), "AutoSrh": ("AutoSrhEmbedding", {}),
     "OptEmbed": ("OptEmbedding", {}), "AutoDim": ("AutoDimEmbedding", {}), "VTrans": ("VTransEmbedding", {}),
     "DPQ": ("DPQEmbedding", {}), "DPQ, softmax": ("DPQEmbedding", {"variant": "softmax"}),
@@ -45,7 +46,7 @@ def rows(size: int, dim: int, n: int, repeats: int):
         if name.startswith("PEP"):
             calls["plain"] = (lambda ids, layer=layer: plain_pep(layer, ids), layer)
         times: dict[str, list[float]] = {key: [] for key in calls}
-        for key, (call, owner) in calls.items():  # warm, and the same result
+        for call, owner in calls.values():  # warm, and the same result
             step(call, owner, ids)
         if "plain" in calls:
             torch.testing.assert_close(layer(ids), plain_pep(layer, ids))
@@ -54,7 +55,8 @@ def rows(size: int, dim: int, n: int, repeats: int):
                 begin = time.process_time()
                 step(call, owner, ids)
                 times[key].append(1e3 * (time.process_time() - begin))
-        yield name, *(statistics.median(times[k]) if k in times else None for k in ("lutra", "dense", "plain"))
+        medians = {key: statistics.median(found) for key, found in times.items()}
+        yield name, *(medians.get(key) for key in ("lutra", "dense", "plain"))
 
 
 def main() -> None:

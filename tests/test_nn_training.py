@@ -283,7 +283,7 @@ def test_regularization_sums_over_a_model():
     assert float(b.regularization().detach()) == 0
     assert float(nn.regularization(torch.nn.Linear(2, 2))) == 0
     deep = nn.DeepLightEmbedding(4, 4)
-    nn.step_schedules(torch.nn.Sequential(torch.nn.Linear(2, 2), deep))
+    nn.step_schedules(torch.nn.Sequential(torch.nn.Linear(2, 2), deep, nn.CCEEmbedding(30, 8)))
     assert int(deep.steps) == 1
 
 

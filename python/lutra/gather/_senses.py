@@ -74,7 +74,7 @@ def senses(
     -----
     Scores, choice and copy are one pass over the senses of each token; nothing of size (n, senses, dim) is
     written, neither forward nor backward. Cost: reading these rows once. A float64 table is computed by the
-    NumPy reference, CUDA tensors with torch's own ops.
+    NumPy reference, CUDA tensors with torch's own ops, where ids and offsets are not checked beforehand.
 
     Examples
     --------

@@ -5,8 +5,8 @@
 #include "common/features.h"
 #include "common/parallel.h"
 #include "common/team.h"
+#include "scan/emit.h"
 #include "scan/lookups_codes.h"
-#include "scan/selection.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -18,40 +18,6 @@ constexpr int64_t kColumns = 32;        // look-ups at a time
 constexpr int64_t kStretch = 256;       // look-ups whose sums of bytes fit 16 bits
 constexpr int64_t kPass = 32;           // tokens at a time
 constexpr int64_t kChunk = 8 * kBlock;  // rows of a task
-
-// ------------------------------------------------------------------------------------------ results
-template <class T>
-LUTRA_INLINE void put_row(void* out, int64_t at, const float* scores, int64_t rows) {
-  auto* to = static_cast<typename T::type*>(out) + at;
-  int64_t i = 0;
-  for (; i + W <= rows; i += W) T::store(to + i, load(scores + i));
-  for (; i < rows; ++i) T::put(to + i, scores[i]);
-}
-
-// Scores of rows [i0, i0 + rows) of a token: biased, then written or offered. `scores` has room for whole vectors.
-LUTRA_INLINE void emit(const LookupsArgs& a, Selection* s, int64_t first, int64_t t, int64_t i0, int64_t rows,
-                       float* scores) {
-  if (a.bias) {
-    int64_t i = 0;
-    for (; i + W <= rows; i += W) store(scores + i, load(scores + i) + load(a.bias + i0 + i));
-    for (; i < rows; ++i) scores[i] += a.bias[i0 + i];
-  }
-  if (!s) {
-    const int64_t at = (first + t) * a.ldo + i0;
-    if (a.dtype == DType::f32)
-      put_row<F32>(a.out, at, scores, rows);
-    else if (a.dtype == DType::bf16)
-      put_row<BF16>(a.out, at, scores, rows);
-    else
-      put_row<F16>(a.out, at, scores, rows);
-    return;
-  }
-  for (int64_t i = 0; i < rows; i += W)
-    for (uint32_t m = passes<Metric::ip>(load(scores + i), splat(s->threshold[t])); m; m &= m - 1) {
-      const int64_t at = i + __builtin_ctz(m);
-      if (at < rows) offer(s, t, scores[at], i0 + at, Metric::ip);
-    }
-}
 
 // ------------------------------------------------------------------------------------------ in fp32
 // One token at a time: four rows, whose chains of additions overlap. bytes: (rows, columns).
@@ -114,10 +80,10 @@ void float_block(const LookupsArgs& a, const Floats& f, Selection* s, int64_t fi
   for (int64_t q = 0; q < in_lanes; ++q) {
     const float* from = sums + q / W * kBlock * W + q % W;
     for (int64_t r = 0; r < rows; ++r) row[r] = from[r * W];
-    emit(a, s, first, f.token[q], i0, rows, row);
+    emit(Emit{a.bias, a.out, a.dtype, a.ldo}, s, first, f.token[q], i0, rows, row);
   }
   for (int64_t q = in_lanes; q < f.count; ++q)
-    emit(a, s, first, f.token[q], i0, rows, singles + (q - in_lanes) * kBlock);
+    emit(Emit{a.bias, a.out, a.dtype, a.ldo}, s, first, f.token[q], i0, rows, singles + (q - in_lanes) * kBlock);
 }
 
 #if defined(LUTRA_LEVEL_v4)
@@ -329,7 +295,7 @@ void rounded_block(const LookupsArgs& a, const Rounded* tables, const int32_t* t
       if (!ends) continue;
       float* row = scores + (a.m > kStretch ? t * kBlock : 0);
       put_together(sums + t * planes, planes, j1 - (j0 - begun), tables[t], j1 <= kStretch, row);
-      if (j1 == a.m) emit(a, s, first, token[t], i0, rows, row);
+      if (j1 == a.m) emit(Emit{a.bias, a.out, a.dtype, a.ldo}, s, first, token[t], i0, rows, row);
     }
   }
 }

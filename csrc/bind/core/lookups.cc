@@ -1,5 +1,7 @@
 #include "scan/lookups.h"
 
+#include "scan/packed_logits.h"
+
 #include "bind/core/intake.h"
 
 namespace lutra {
@@ -47,6 +49,25 @@ void register_lookups(py::module_& m) {
                           sj,
                           accumulate};
     run(&lookups_backward, a, static_cast<double>(tokens) * n * books);
+  });
+  m.def("packed_logits", [](Ptr hidden, int64_t tokens, Ptr packed, int kind, int64_t rows, int64_t dim, int64_t group,
+                            int64_t row_bytes, Ptr bias, Ptr out, int dtype, int64_t k, Ptr scores, Ptr ids) {
+    int64_t bad = -1;
+    const PackedTable table{
+        packed.as<const uint8_t>(rows * row_bytes), rows, dim, group, row_bytes, static_cast<Packed>(kind)};
+    PackedLogitsArgs a{hidden.as<float>(tokens * dim),
+                       tokens,
+                       table,
+                       bias.p ? bias.as<float>(rows) : nullptr,
+                       k ? nullptr : out.raw(tokens * rows, static_cast<DType>(dtype)),
+                       static_cast<DType>(dtype),
+                       rows,
+                       k,
+                       k ? scores.as<float>(tokens * k) : nullptr,
+                       k ? ids.as<int64_t>(tokens * k) : nullptr,
+                       &bad};
+    run(&packed_logits, a, static_cast<double>(rows) * dim);
+    return bad;
   });
 }
 

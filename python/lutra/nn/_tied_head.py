@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
-from . import _tiles
+from .. import _checks, scan
+from ..gather._packed import KINDS
+from ..scan._packed_logits import FUSED_FLOAT
+from . import _lookup_loss, _tiles  # noqa: F401  (registers its op)
 from ._compressed import Compressed
 from ._sampled import sampled_loss
-from ._top import topk_of_tiles
+from ._top import topk_of_scan, topk_of_tiles
 
 
 class TiedHead(torch.nn.Linear):
@@ -148,17 +150,56 @@ class TiedHead(torch.nn.Linear):
         if not isinstance(layer, Compressed):
             return F.linear(input, layer.weight, self.bias)
         hidden = self._flat(input)
+        pad, bias = layer.padding_idx, self.bias
+        found = self._lookups(hidden)
         own = getattr(layer.format, "logits", None)
-        if own is not None:
+        if found is not None:
+            tables, codes, bits = found
+            out = scan.lookups(tables, codes, bias, bits=bits, dtype=str(hidden.dtype).removeprefix("torch."))
+        elif (packed := packed_rows(layer)) is not None:
+            codes, kind, group = packed
+            out = scan.packed_logits(hidden, codes, bias, kind=kind, group=group)
+        elif own is not None:
             out = own(layer._data(), layer._shape, hidden).to(hidden.dtype)
-            if layer.padding_idx is not None:
-                pad = (hidden @ layer.padding_row.to(hidden.dtype)).unsqueeze(1)
-                out = out.index_copy(1, torch.tensor([layer.padding_idx], device=out.device), pad)
+            if bias is not None:
+                out = out + bias.to(out.dtype)
         else:
             out = torch.ops.lutra.tiled_logits(hidden, *self._source())
-        if self.bias is not None:
-            out = out + self.bias.to(out.dtype)
+            if bias is not None:
+                out = out + bias.to(out.dtype)
+            pad = None  # the tile has it
+        if pad is not None:
+            out[:, pad] = self._pad_logits(hidden)
         return out.reshape(*input.shape[:-1], self.out_features)
+
+    def _lookups(self, hidden: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        """Tables and codes whose look-ups add up to the logits, where there are some and they are faster."""
+        layer: Any = self.embedding
+        own = getattr(layer.format, "lookups", None) if isinstance(layer, Compressed) else None
+        if own is None or not (hidden.is_cpu or hidden.is_meta) or not lookups_pay(layer, hidden):
+            return None
+        return own(layer._data(), layer._shape, hidden)
+
+    def _topk_scan(self, hidden: Tensor) -> Any:
+        """A function (k, bias) that selects inside the scan, where the format has one."""
+        layer: Any = self.embedding
+        if not isinstance(layer, Compressed) or not hidden.is_cpu:
+            return None
+        found = self._lookups(hidden)
+        if found is not None:
+            tables, codes, bits = found
+            return lambda k, bias: scan.lookups_topk(tables, codes, k, bias, bits=bits)
+        packed = packed_rows(layer)
+        if packed is None or hidden.shape[0] > FUSED_FLOAT:
+            return None
+        codes, kind, group = packed
+        return lambda k, bias: scan.packed_topk(hidden, codes, k, bias, kind=kind, group=group)
+
+    def _pad_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n,) of the padding row, which the embedding keeps apart."""
+        layer: Any = self.embedding
+        out = hidden @ layer.padding_row.to(hidden.dtype)
+        return out if self.bias is None else out + self.bias[layer.padding_idx].to(out.dtype)
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits and their ids, without writing the others.
@@ -177,7 +218,11 @@ class TiedHead(torch.nn.Linear):
         """
         k = _checks.integer("k", k, 1, self.out_features)
         with torch.no_grad():
-            values, ids = topk_of_tiles(self, self._flat(hidden), k)
+            flat = self._flat(hidden)
+            scanned = self._topk_scan(flat)
+            values, ids = (
+                topk_of_tiles(self, flat, k) if scanned is None else topk_of_scan(self, flat, k, scanned)
+            )
         shape = (*hidden.shape[:-1], k)
         return values.to(self._dtype(hidden)).reshape(shape), ids.reshape(shape)
 
@@ -216,6 +261,15 @@ class TiedHead(torch.nn.Linear):
         flat = self._flat(hidden)
         labels = check_targets(hidden, targets, self.out_features, ignore_index)
         layer: Any = self.embedding
+        found = self._lookups(flat)
+        if found is not None:
+            tables, codes, bits = found
+            pad = -1 if layer.padding_idx is None else layer.padding_idx
+            pads = None if pad < 0 else self._pad_logits(flat).to(tables.dtype)
+            loss, _ = torch.ops.lutra.lookups_cross_entropy(
+                tables, codes, labels, self.bias, pads, bits, pad, float(label_smoothing)
+            )
+            return reduce(loss, labels != ignore_index, targets.shape, reduction)
         if isinstance(layer, Compressed):
             arrays, pad_row, *table = self._source()
         else:
@@ -274,6 +328,24 @@ def _text_of(layer: Any) -> tuple[Any, str]:
     """A layer's format, and it as text."""
     format = getattr(layer, "format", None)
     return format, "" if format is None else json.dumps(format.config(), sort_keys=True)
+
+
+# Nanoseconds on one core of a Zen 4, of the ways to a logit (benchmarks/bench_heads.py): of a look-up, of a
+# multiply-add of the matrix product, and of decoding a value, which all tokens share.
+_LOOKUP, _PRODUCT, _DECODE = {4: 0.076, 2: 0.055}, {4: 0.029, 2: 0.009}, 0.33
+
+
+def lookups_pay(layer: Any, hidden: Tensor) -> bool:
+    """Whether look-ups are faster than decoding tiles and multiplying by them."""
+    tokens, size = max(hidden.shape[0], 1), min(hidden.element_size(), 4)
+    product = layer.embedding_dim * (_PRODUCT[size] + _DECODE / tokens)
+    return layer.format.m * _LOOKUP[size] <= product
+
+
+def packed_rows(layer: Any) -> tuple[Tensor, str, int | None] | None:
+    """The packed rows of a layer's table, their kind and their group, where it is stored so."""
+    kind = getattr(layer.format, "kind", None)
+    return (layer.codes, kind, layer.format.columns) if kind in KINDS and hasattr(layer, "codes") else None
 
 
 def autocast(hidden: Tensor) -> bool:

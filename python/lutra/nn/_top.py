@@ -49,3 +49,20 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], k: int) -> tuple[T
     values, ids = torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
     values, order = torch.sort(values, dim=1, descending=True, stable=True)
     return values[:, :k], ids.gather(1, order[:, :k])
+
+
+def topk_of_scan(head: Any, hidden: Tensor, k: int, scan_of: Any) -> tuple[Tensor, Tensor]:
+    """The same where a scan selects: ``scan_of(k, bias)``."""
+    pad, bias = head.embedding.padding_idx, head.bias
+    if pad is None:
+        return scan_of(k, bias)
+    # The padding row is kept apart: out of the scan, then in by its own logit.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    bias = hidden.new_zeros(head.out_features, dtype=wide) if bias is None else bias.to(wide, copy=True)
+    bias[pad] = -torch.inf
+    values, ids = scan_of(k, bias)
+    values = torch.cat([values, head._pad_logits(hidden).to(values.dtype).unsqueeze(1)], 1)
+    ids = torch.cat([ids, torch.full_like(ids[:, :1], pad)], 1)
+    ids, order = torch.sort(ids, dim=1)
+    values, best = torch.sort(values.gather(1, order), dim=1, descending=True, stable=True)
+    return values[:, :k], ids.gather(1, best[:, :k])

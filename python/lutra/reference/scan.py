@@ -203,10 +203,20 @@ def lookups(tables, codes, bits=8, bias=None):
 
 def lookups_topk(tables, codes, k, bits=8, bias=None):
     """The k largest of `lookups` and their rows."""
-    scores = lookups(tables, codes, bits, bias)
+    return topk_of(lookups(tables, codes, bits, bias), k, "codes")
+
+
+def topk_of(scores, k, name):
+    """The k largest of each row of scores and where they are; a NaN is an error that names the column."""
     ids = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    _no_nan(scores, ids, "codes")
+    _no_nan(scores, ids, name)
     return select(scores, ids, k)
+
+
+def packed_logits(hidden, rows, bias=None):
+    """Products of queries with decoded rows, and the bias."""
+    out = _wide(hidden) @ _wide(rows).T
+    return out if bias is None else out + bias.astype(out.dtype)
 
 
 def lookups_backward(grad, codes, m, bits=8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from .. import _checks
@@ -115,6 +116,14 @@ def pq_logits(hidden: Any, codes: Any, codebooks: Any, bias: Any = None, *, bits
     )
 
 
+def full_precision(like: Any) -> Any:
+    """A context in which autocast leaves products as they are: tables are float32 or wider."""
+    import torch
+
+    known = like.is_cpu or like.is_cuda
+    return torch.autocast(like.device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def pq_tables(hidden: Any, codebooks: Any) -> Any:
     """``S[j, t, c] = <codebooks[j, c], hidden[t, j]>``, (m, tokens, 2**bits), in float32 or float64."""
     m, _, dsub = codebooks.shape
@@ -122,7 +131,8 @@ def pq_tables(hidden: Any, codebooks: Any) -> Any:
     if is_torch(hidden):
         wide = hidden.new_empty(0).float() if hidden.element_size() < 4 else hidden
         hidden, codebooks = hidden.to(wide.dtype), codebooks.to(wide.dtype)
-        return hidden.reshape(tokens, m, dsub).transpose(0, 1) @ codebooks.transpose(1, 2)
+        with full_precision(hidden):
+            return hidden.reshape(tokens, m, dsub).transpose(0, 1) @ codebooks.transpose(1, 2)
     return hidden.reshape(tokens, m, dsub).swapaxes(0, 1) @ codebooks.swapaxes(1, 2)
 
 

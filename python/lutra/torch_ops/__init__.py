@@ -19,6 +19,7 @@ from . import (  # noqa: F401  (registers the ops)
     gather,
     lookups,
     packed,
+    packed_logits,
     pieces,
     random_rows,
     row_update,

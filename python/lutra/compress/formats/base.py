@@ -189,6 +189,10 @@ class Format(ABC):
     # differentiable, without the dense table. lutra.nn.TiedHead uses it where it is there, else decodes
     # tiles.
 
+    # Or ``lookups(data, shape, hidden)``, where logits are sums of look-ups (`lutra.scan.lookups`): the
+    # tables, (m, n, 2**bits) in float32 or wider, differentiable; the packed codes; bits. None where they are
+    # not.
+
     # ---------------------------------------------------------------- text
     def describe(self) -> str:
         """'pq:m=96,bits=8', what `lutra.compress.format` reads."""

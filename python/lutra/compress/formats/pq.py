@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from ...gather import Pieces
 from ...quant import PQ as Quantizer
 from ...quant import _bits
 from ...quant._kernels import pq_entries
+from ...scan._lookups import pq_tables
 from ._books import enough, quiet_train, train_weights, weighted
 from ._pieces import PiecesFormat, divisors
 from .base import Array, Data, Format, Shape, register
@@ -103,3 +104,8 @@ class PQ(PiecesFormat):
         books = np.ascontiguousarray(data["codebooks"], np.float32)
         new = _bits.pack(pq_entries(x, books), self.bits)
         return self, {**data, "codes": np.concatenate([data["codes"][:rows], new])}
+
+    def lookups(self, data: Data, shape: Shape, hidden: Any) -> tuple[Any, Any, int] | None:
+        if type(self).finish is not PiecesFormat.finish:
+            return None
+        return pq_tables(hidden, data["codebooks"]), data["codes"], self.bits

@@ -1,0 +1,32 @@
+// Products of queries with all rows of a packed table (gather/packed.h), written out or selected: the logits of a head
+// tied to a table of 8-, 4- or 2-bit rows.
+//
+//   hidden (tokens, dim) fp32;  out[t ldo + i] = bias[i] + <hidden_t, row_i>, of type `dtype` (f32, f16, bf16)
+//   k > 0: nothing is written out; scores, ids (tokens, k): the k largest of each token, largest first, equal ones by
+//     increasing row. A NaN sets *bad to its row; the results are then unspecified.
+//   Sums are fp32, in lanes of W columns; where a row is one group its scale and minimum come in at the end.
+// Limit: few tokens: reading the packed rows once (a code is a load, a conversion or a look-up in a register, and a
+// multiply-add for each token). From some tokens on it is faster to decode a tile and call a matrix product: callers
+// choose.
+#pragma once
+#include "gather/packed.h"
+
+namespace lutra {
+
+struct PackedLogitsArgs {
+  const float* hidden;
+  int64_t tokens;
+  PackedTable table;
+  const float* bias;
+  void* out;
+  DType dtype;
+  int64_t ldo, k;
+  float* scores;
+  int64_t *ids, *bad;
+};
+
+}  // namespace lutra
+
+#ifndef LUTRA_CUDA_ENTRIES
+LUTRA_KERNEL(packed_logits, ::lutra::PackedLogitsArgs)
+#endif

@@ -161,12 +161,16 @@ class AutoDim(TrainingMethod):
         """Rows of one field: of the candidate chosen, or with p of all."""
         if p is None:
             n = int(self.alpha[f].argmax()) if self._choice is None else self._choice[f]
-            out = raw[:, : self.candidates[n]] @ self._projection(n)[f]
+            out = self._product(raw, n, f)
             return self._normalised(out, f, n, False) if self._choice is None else out
         out = torch.zeros_like(raw)
-        for n, d in enumerate(self.candidates):
-            out = out + p[f, n] * self._normalised(raw[:, :d] @ self._projection(n)[f], f, n, True)
+        for n in range(len(self.candidates)):
+            out = out + p[f, n] * self._normalised(self._product(raw, n, f), f, n, True)
         return out
+
+    def _product(self, raw: Tensor, n: int, f: int) -> Tensor:
+        product = raw[:, : self.candidates[n]] @ self._projection(n)[f]
+        return product.to(raw.dtype)  # autocast's is narrower; an embedding's rows are not
 
     def _normalised(self, x: Tensor, f: int, n: int, training: bool) -> Tensor:
         training = training and len(x) > 1  # one row has no variance

@@ -408,3 +408,29 @@ def test_methods_are_left_alone_by_convert():
         nn.MethodHead(torch.nn.Embedding(3, 4))
     with pytest.raises(ValueError, match=r"bias has shape \(3,\); it must be \(61,\)"):
         nn.MethodHead(model[0], torch.nn.Parameter(torch.zeros(3)))
+
+
+def test_a_language_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=90, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    table = nn.DPQEmbedding.from_embedding(model.get_input_embeddings(), m=4, k=16)
+    model.set_input_embeddings(table)
+    model.lm_head = nn.MethodHead(table)
+    model.tie_weights()
+    assert model.lm_head.weight is table.weight
+    ids = torch.randint(0, 90, (4, 12))
+    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
+    for _ in range(30):
+        loss = model(ids, labels=ids).loss + nn.regularization(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    want = model.eval()(ids).logits
+    nn.finish(model)
+    assert isinstance(model.get_input_embeddings(), nn.PQEmbedding) and isinstance(model.lm_head, nn.TiedHead)
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+    model.generate(ids[:, :3], max_new_tokens=2, do_sample=False, pad_token_id=0)

@@ -16,6 +16,8 @@ from ..gather._update import STATES, Step, _update_bags, _update_rows
 from ..torch_ops.row_update import random_bits, round_bfloat16, step, step_rows
 from ._attachment import WHEN, Attachment, Call, merge
 
+#: Values of packed rows that are decoded, updated and encoded at a time.
+_VALUES = 1 << 18
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -163,8 +165,8 @@ class RowOptimizer(torch.optim.Optimizer):
         for layer in layers:
             if not (_own_forward(layer, Embedding, EmbeddingBag) or hasattr(layer, "_write")):
                 raise TypeError(
-                    "a layer must be a lutra.nn.Embedding or lutra.nn.EmbeddingBag, got "
-                    f"{type(layer).__qualname__}"
+                    "a layer must be a lutra.nn.Embedding, EmbeddingBag, or one that trains packed "
+                    f"(LPTEmbedding, ALPTEmbedding, their bags); got {type(layer).__qualname__}"
                 )
             if layer.weight not in known:
                 raise ValueError("the layer's weight is not a parameter of this optimizer")
@@ -232,8 +234,9 @@ class RowOptimizer(torch.optim.Optimizer):
     def _begin(
         self, group: dict[str, Any], p: Tensor, sparse: bool, shape: tuple[int, ...] | None = None
     ) -> tuple[Any, ...]:
-        """(s0, s1, rule, numbers, seed) of the parameter's next step; ``shape``: of a table that p stands "
-        "for."""
+        """(s0, s1, rule, numbers, seed) of the parameter's next step; ``shape``: of a table that p stands
+        for.
+        """
         whole = p.shape if shape is None else shape
         rule = self._rule(group)
         state = self.state[p]
@@ -301,23 +304,31 @@ class RowOptimizer(torch.optim.Optimizer):
             rows, slot = torch.unique(torch.cat([r for r, _ in every]), return_inverse=True)
             values = torch.cat([g for _, g in every])
             grads = values.new_zeros(len(rows), values.shape[1]).index_add_(0, slot, values)
+        if not bool(grads.isfinite().all()):
+            raise RuntimeError(
+                f"the gradient of a {type(layer).__name__} holds NaN or infinity, which its codes cannot: "
+                "its table was not updated"
+            )
         s0, s1, rule, numbers, _ = self._begin(group, p, True, layer._shape)
         if not len(rows):
             return
-        grads = grads.float()
-        table, numbers_of = layer._read(rows), torch.arange(len(rows), device=rows.device)
-        p0, p1 = (None if s is None else s[rows].float() for s in (s0, s1))
-        _update_rows(torch_kind(table.is_cuda), table, numbers_of, grads, p0, p1, rule, numbers)
-        for state, part in ((s0, p0), (s1, p1)):
-            if part is not None:
-                state[rows] = part.to(state.dtype)
-        batch = sum(c.grad.shape[0] for c in calls)
-        layer._write(rows, table, grads, batch, _mix(layer._seed_number(), self.state[p]["step"]))
+        batch, seed = sum(c.grad.shape[0] for c in calls), _mix(layer._seed_number(), self.state[p]["step"])
+        kind, at_once = torch_kind(p.is_cuda), max(1, _VALUES // max(1, layer.embedding_dim))
+        for begin in range(0, len(rows), at_once):  # in pieces that stay in the cache
+            piece, g = rows[begin : begin + at_once], grads[begin : begin + at_once].float()
+            table, numbers_of = layer._read(piece), torch.arange(len(piece), device=piece.device)
+            p0, p1 = (None if s is None else s[piece].float() for s in (s0, s1))
+            _update_rows(kind, table, numbers_of, g, p0, p1, rule, numbers)
+            for state, part in ((s0, p0), (s1, p1)):
+                if part is not None:
+                    state[piece] = part.to(state.dtype)
+            layer._write(piece, table, g, batch, seed)
 
 
 def _own_forward(layer: torch.nn.Module, *classes: type) -> bool:
-    """Whether a layer is one of ours and computes as ours do: subclasses may have made something else of "
-    "it."""
+    """Whether a layer is one of ours and computes as ours do: subclasses may have made something else of
+    it.
+    """
     return any(isinstance(layer, c) and type(layer).forward is c.forward for c in classes)  # type: ignore[attr-defined]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
-from ...gather import pack_rows, unpack_rows
+from ...gather import bag_packed, pack_rows, unpack_rows
 from ...gather._packed import row_layout
 from ._stored import Stored, reduce_bags
 
@@ -108,8 +108,14 @@ class Packed(Stored):
     def _reduce(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool
     ) -> Tensor:
-        rows, entries, pad = self._entries(ids)
-        return reduce_bags(rows, entries, offsets, weights, mode, pad, last)
+        dtype = _OUT.get(self.weight.dtype)
+        if dtype is None or not self.packed.is_cpu:
+            rows, entries, pad = self._entries(ids)
+            return reduce_bags(rows, entries, offsets, weights, mode, pad, last)
+        return bag_packed(
+            self.packed, ids, offsets, weights, dim=self.embedding_dim, kind=self.kind, mode=mode,
+            padding_idx=self.padding_idx, include_last_offset=last, dtype=dtype,
+        )  # fmt: skip
 
     def _entries(self, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """The rows of a call, its ids as numbers of these rows, and which of them is the padding."""
@@ -127,8 +133,7 @@ class Packed(Stored):
 
     # ---------------------------------------------------------------- becoming a format
     def compressed(self) -> Table:
-        """The table as a `lutra.compress.Table` in the format 'int8', 'int4' or 'int2': the packed rows "
-        "themselves."""
+        """The packed rows as a `lutra.compress.Table` in the format 'int8', 'int4' or 'int2'."""
         from ...compress import Table, format
 
         made = format(self.kind)

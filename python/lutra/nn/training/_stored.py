@@ -96,8 +96,9 @@ class Stored(torch.nn.Module):
         self._method(**method)
 
     def _seed(self, seed: int | None) -> None:
-        """Register ``seed``: given, or drawn from torch's generator. A buffer: hashes belong to a "
-        "checkpoint."""
+        """Register ``seed``: given, or drawn from torch's generator. A buffer: hashes belong to a
+        checkpoint.
+        """
         value = int(torch.randint(2**31, ())) if seed is None else int(seed)
         self.register_buffer("seed", torch.tensor(value, dtype=torch.int64))
         self._seed_value: int | None = None
@@ -316,8 +317,9 @@ def _describe(cls: type) -> None:
 
 
 class Remapped(Stored):
-    """Methods whose ids go to rows of one smaller parameter ``table``; the last row is the padding's, if "
-    "any."""
+    """Methods whose ids go to rows of one smaller parameter ``table``; the last row is the padding's, if
+    any.
+    """
 
     table: torch.nn.Parameter
 

@@ -72,10 +72,9 @@ class _ALPT(Packed):
         high = 2 ** (self.bits - 1) - 1
         steps = self.row_steps(ids)
         code = rows / steps.unsqueeze(1)
-        slope = torch.where(
-            code <= -high - 1, -high - 1.0, torch.where(code >= high, float(high), code.round() - code)
-        )
-        gradient = (grads * slope).sum(1) / (batch * self.embedding_dim * high) ** 0.5
+        slope = code.round().clamp_(-high - 1, high)  # less code itself, but where it is clipped
+        slope.sub_(code.mul_((code > -high - 1) & (code < high)))
+        gradient = slope.mul_(grads).sum(1) / (batch * self.embedding_dim * high) ** 0.5
         self._store(rows, ids, torch.maximum(steps - self.step_lr * gradient, steps / 2), seed)
 
 

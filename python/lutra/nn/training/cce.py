@@ -109,8 +109,9 @@ class _CCE(Stored):
     # ---------------------------------------------------------------- clustering
     @torch.no_grad()
     def cluster(self) -> None:
-        """Cluster the rows of every chunk, and begin with new hashes. Cost: k-means, and a pass over all "
-        "ids."""
+        """Cluster the rows of every chunk, and begin with new hashes. Cost: k-means, and a pass over all
+        ids.
+        """
         dense = self.dense()
         if self.padding_idx is not None:  # not a row of the tables
             dense[self.padding_idx] = dense[(self.padding_idx + 1) % len(dense)]

@@ -2,6 +2,7 @@
 
 from .._results import Neighbors
 from ._binarize import binarize
+from ._hash_features import hash_features
 from ._nearest import nearest
 from ._ngrams import Ngrams, Vocabulary, ngrams, token_ngrams
 from ._random_rows import random_rows
@@ -9,6 +10,6 @@ from ._sign_hash import SignHash, sign_hash
 from ._words import word_offsets
 
 __all__ = [
-    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "nearest", "ngrams", "random_rows",
-    "sign_hash", "token_ngrams", "word_offsets",
+    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "hash_features", "nearest", "ngrams",
+    "random_rows", "sign_hash", "token_ngrams", "word_offsets",
 ]  # fmt: skip

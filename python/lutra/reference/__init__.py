@@ -5,6 +5,32 @@ package runs on it alone (``LUTRA_BACKEND=reference``, or an install with ``LUTR
 Arithmetic is float64 where the input is float64, else float32 or wider.
 """
 
-from . import address, binary, gather, graph, packed, quant, row_update, scan, screen
+from . import (
+    address,
+    binary,
+    csr,
+    gather,
+    graph,
+    hashes,
+    packed,
+    quant,
+    row_update,
+    scan,
+    screen,
+    train,
+)
 
-__all__ = ["address", "binary", "gather", "graph", "packed", "quant", "row_update", "scan", "screen"]
+__all__ = [
+    "address",
+    "binary",
+    "csr",
+    "gather",
+    "graph",
+    "hashes",
+    "packed",
+    "quant",
+    "row_update",
+    "scan",
+    "screen",
+    "train",
+]

@@ -15,8 +15,10 @@ from .._arrays import use_torch
 from . import (  # noqa: F401  (registers the ops)
     address,
     binary,
+    csr,
     fast_scan,
     gather,
+    hashes,
     lookups,
     packed,
     packed_logits,
@@ -26,6 +28,7 @@ from . import (  # noqa: F401  (registers the ops)
     scan,
     screen,
     senses,
+    train,
 )
 from .library import LIBRARY  # noqa: F401
 

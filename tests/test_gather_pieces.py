@@ -23,7 +23,28 @@ def source(kind, width, m=3, bits=5, combine="concat"):
     if kind == "codes":
         stored = rng.integers(0, 256, (ROWS, (m * bits + 7) // 8), dtype=np.uint8)
         return Pieces("codes", (m, bits), width, combine), stored
-    raise AssertionError(kind)
+    if kind == "digits":
+        return Pieces("digits", (3, 4, 5), width), None
+    if kind == "qr":
+        return Pieces("qr", (7, 9), width, combine), None
+    if kind == "hash":
+        numbers = rng.integers(1, rows_of.PRIME, 6).tolist()
+        return Pieces("hash", (3, 13, *numbers), width, "sum"), None
+    if kind == "robe":
+        numbers = rng.integers(1, rows_of.PRIME, 6).tolist()
+        return Pieces("robe", (4, 3 * width + 1, *numbers), width), None
+    if kind == "modulo":
+        return Pieces("modulo", (7,), width, combine), None
+    stored = rng.integers(0, 6, -(-ROWS // 4)).astype(np.int32)
+    return Pieces("blocks", (4, 6), width, "sum"), stored
+
+
+#: Every kind of pieces, with the ways it is combined.
+KINDS = (
+    ("digits", "concat"), ("codes", "sum"), ("qr", "sum"), ("qr", "product"),
+    ("hash", "sum"),
+    ("robe", "concat"), ("modulo", "sum"), ("modulo", "concat"), ("blocks", "sum"),
+)  # fmt: skip
 
 
 def table_for(pieces, dtype="float32", seed=0):
@@ -88,6 +109,60 @@ def test_codes_of_every_number_of_bits(bits):
     if bits <= 8:
         packed = lutra.quant._bits.unpack(codes, 5, bits)
         assert np.array_equal(rows_of.unpack(codes, 5, bits), packed)
+
+
+def factors_for(pieces, dtype="float32"):
+    values = np.random.default_rng(7).standard_normal((ROWS, pieces.m)).astype(np.float32)
+    return torch.from_numpy(values).to(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind, combine", KINDS)
+def test_every_kind(kind, combine, dtype, simd_level):
+    for width in SIZES:
+        pieces, stored = source(kind, width, combine=combine)
+        check(pieces, stored, dtype)
+        if combine == "sum":
+            check(pieces, stored, dtype, factors_for(pieces, dtype))
+
+
+@pytest.mark.parametrize("kind, combine", KINDS)
+def test_addresses_are_those_of_torch_and_of_plain_integers(kind, combine):
+    pieces, stored = source(kind, 3, combine=combine)
+    ids = np.arange(ROWS)
+    index, signs = rows_of.addresses(kind, pieces.numbers, ids, stored)
+    composed, torch_signs = lutra.gather._pieces.addresses(
+        pieces, torch.from_numpy(ids), None if stored is None else torch.from_numpy(stored)
+    )
+    assert np.array_equal(index, composed.numpy())
+    assert index.min() >= 0 and index.max() < pieces.table_rows
+    if signs is not None:
+        assert np.array_equal(signs, torch_signs.numpy())
+
+
+def test_hashes_do_not_overflow():
+    """Numbers just below the prime, ids near 2**31: the same as Python's integers."""
+    top = rows_of.PRIME - 1
+    ids = np.array([0, 1, top, top + 1, 2**31 - 1, 2**31 - 2])
+    rows, m, size = 2**31, 3, 1009
+    hashed = Pieces("hash", (m, size, *(top - i for i in range(2 * m))), 1, "sum")
+    robe = Pieces("robe", (m, size, *(top - i for i in range(6))), 1)
+    table = np.arange(size, dtype=np.float32)
+    for pieces in (hashed, robe):
+        a = pieces.numbers
+        want = []
+        for x in ids.tolist():
+            x %= rows_of.PRIME
+            if pieces is hashed:
+                want.append([(a[2 + j] * x + a[2 + m + j]) % rows_of.PRIME % size for j in range(m)])
+            else:
+                want.append([(a[2] * x + a[3] * j + a[4]) % rows_of.PRIME % size for j in range(m)])
+        assert rows_of.addresses(pieces.kind, a, ids)[0].tolist() == want
+        got = bag_pieces(table, ids.reshape(-1, 1), pieces=pieces, rows=rows)
+        if pieces is hashed:
+            assert got[:, 0].tolist() == np.sum(want, 1).tolist()
+        else:
+            assert np.abs(got).tolist() == want
 
 
 def test_a_bag_longer_than_a_block(simd_level, threads):
@@ -166,6 +241,16 @@ def test_gradients_of_halves(dtype, simd_level):
         check_gradients(*source("codes", width, 5, 8), dtype)
 
 
+@pytest.mark.parametrize("kind, combine", KINDS)
+def test_gradients_of_every_kind(kind, combine, simd_level):
+    for width in (1, 3, 16, 17, 65):
+        pieces, stored = source(kind, width, combine=combine)
+        check_gradients(pieces, stored)
+        if combine == "sum":
+            check_gradients(pieces, stored, "float32", factors_for(pieces))
+    check_gradients(*source(kind, 17, combine=combine), "bfloat16")
+
+
 def same_bits(pieces, stored, factors=None):
     """Results and gradients with 1, 2 and 3 threads, as bytes."""
     rng = np.random.default_rng(0)
@@ -190,6 +275,12 @@ def same_bits(pieces, stored, factors=None):
 def test_codes_give_the_same_bits_with_any_number_of_threads(simd_level):
     same_bits(*source("codes", 4, 16, 8))
     same_bits(*source("codes", 40, 3, 8))
+
+
+@pytest.mark.parametrize("kind, combine", KINDS)
+def test_the_same_bits_with_any_number_of_threads(kind, combine):
+    pieces, stored = source(kind, 20, combine=combine)
+    same_bits(pieces, stored, factors_for(pieces) if combine == "sum" else None)
 
 
 def test_gradcheck():
@@ -253,6 +344,21 @@ def test_errors():
         bag_pieces(table, ids, None, np.ones((2, 2), np.float32), mode="mean", **ok)
     with pytest.raises(ValueError, match="piece_weights go with combine 'sum'"):
         bag_pieces(table, ids, piece_weights=np.ones((ROWS, 3), np.float32), **ok)
+    blocks, remap = source("blocks", 4)
+    remap[3] = 6
+    with pytest.raises(IndexError, match=r"stored\[3\] is 6"):
+        bag_pieces(table_for(blocks).numpy(), ids + 13, pieces=blocks, rows=ROWS, stored=remap)
+    few = Pieces("qr", (7, 8), 4, "sum")
+    with pytest.raises(ValueError, match="more than 8 quotients"):
+        bag_pieces(table_for(few).numpy(), ids, pieces=few, rows=ROWS)
+    with pytest.raises(ValueError, match="too few for ids below 60"):
+        bag_pieces(table, ids, pieces=Pieces("digits", (2, 5, 5), 4), rows=ROWS)
+    with pytest.raises(ValueError, match="width is 4; it must be at most"):
+        bag_pieces(table, ids, pieces=Pieces("robe", (2, 3, 1, 1, 1, 1, 1, 1), 4), rows=ROWS)
+    with pytest.raises(ValueError, match="combine 'product' is for two pieces"):
+        bag_pieces(table, ids, pieces=Pieces("modulo", (3,), 4, "product"), rows=ROWS)
+    with pytest.raises(ValueError, match="are not concatenated"):
+        bag_pieces(table, ids, pieces=Pieces("qr", (7, 9), 4), rows=ROWS)
     with pytest.raises(ValueError, match="bits must be in"):
         bag_pieces(table, ids, **{**ok, "pieces": Pieces("codes", (3, 17), 4)})
     with pytest.raises(ValueError, match="kind of pieces must be one of"):

@@ -25,7 +25,7 @@ namespace lutra {
 
 enum class PieceKind : int {
   codes = 0,   // numbers m, bits: a_j = j 2^bits + code_j(x), codes of 1 to 16 bits, packed, lowest bit first
-  digits = 1,  // m, q:          a_j = j q + (x div q^j) mod q
+  digits = 1,  // m, q, t:       a_j = j t + (x div q^j) mod q, the last one without mod q
   qr = 2,      // c, n:          a_0 = x div c, a_1 = n + x mod c
   hash = 3,    // m, n, A.., B.. a_j = ((A_j x + B_j) mod P) mod n
   robe = 4,    // m, n, A, B, C, D, E, F: piece j begins at element ((A x + B j + C) mod P) mod n;

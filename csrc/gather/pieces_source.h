@@ -60,8 +60,8 @@ LUTRA_INLINE bool piece_rows(const PieceSource& s, const int64_t* index, int64_t
       for (int64_t e = 0; e < n; ++e) {
         uint64_t x = static_cast<uint64_t>(index[e]);
         for (int64_t j = 0; j < j1; ++j) {
-          const uint64_t above = q.div(x);
-          if (j >= j0) put(e, j, j * a[1] + static_cast<int64_t>(x - above * q.d), 1);
+          const uint64_t above = j + 1 < s.m ? q.div(x) : 0;  // the last digit is all that is left
+          if (j >= j0) put(e, j, j * a[2] + static_cast<int64_t>(x - above * q.d), 1);
           x = above;
         }
       }

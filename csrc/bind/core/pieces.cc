@@ -34,12 +34,17 @@ void check(const PieceSource& s, const std::vector<int64_t>& a, bool stored) {
   switch (s.kind) {
     case PieceKind::codes:
       has(2);
-      need(a[0] == s.m && a[1] >= 1 && a[1] <= 16 && s.m < (1 << 24) && s.m << a[1] <= s.table_rows);
+      need(a[0] == s.m && a[1] >= 1 && a[1] <= 16 && s.m < (1 << 24) && s.m << a[1] == s.table_rows);
       need(stored && s.code_bytes >= (s.m * a[1] + 7) / 8);
       break;
     case PieceKind::digits:
-      has(2);
-      need(a[0] == s.m && a[1] >= 1 && a[1] < limit && s.m < (1 << 24) && s.m * a[1] <= s.table_rows);
+      has(3);
+      need(a[0] == s.m && a[1] >= 1 && a[1] < limit && s.m < (1 << 24) && a[2] >= a[1] && s.m * a[2] == s.table_rows);
+      {
+        int64_t last = s.rows > 0 ? s.rows - 1 : 0;  // the greatest last digit
+        for (int64_t j = 1; j < s.m; ++j) last /= a[1];
+        need(last < a[2]);
+      }
       break;
     case PieceKind::qr:
       has(2);

@@ -18,7 +18,7 @@ PRIME = reference.PRIME
 KINDS = {"codes": 0, "digits": 1, "qr": 2, "hash": 3, "robe": 4, "modulo": 5, "blocks": 6}
 COMBINE = {"concat": 0, "sum": 1, "product": 2}
 _MODES = {"sum": 0, "mean": 1}
-_COUNTS = {"codes": 2, "digits": 2, "qr": 2, "robe": 8, "modulo": 1, "blocks": 2}
+_COUNTS = {"codes": 2, "digits": 3, "qr": 2, "robe": 8, "modulo": 1, "blocks": 2}
 
 
 class Pieces(NamedTuple):
@@ -30,7 +30,7 @@ class Pieces(NamedTuple):
         How piece j of row x is found (``numbers`` in parentheses; P = 2038074743):
 
         - 'codes' (m, bits): row ``j 2**bits + code_j(x)``; ``stored`` holds the codes, packed.
-        - 'digits' (m, q): row ``j q + (x div q**j) mod q``.
+        - 'digits' (m, q, t): row ``j t + (x div q**j) mod q``, the last one without ``mod q``.
         - 'qr' (c, n): rows ``x div c`` and ``n + x mod c``; n is the number of quotients.
         - 'hash' (m, n, A_0.., B_0..): row ``((A_j x + B_j) mod P) mod n``.
         - 'robe' (m, n, A, B, C, D, E, F): the elements from ``((A x + B j + C) mod P) mod n`` on, going round
@@ -61,7 +61,7 @@ class Pieces(NamedTuple):
         """Rows of the table (robe: its elements)."""
         a = self.numbers
         return {
-            "codes": lambda: a[0] << a[1], "digits": lambda: a[0] * a[1], "qr": lambda: a[0] + a[1],
+            "codes": lambda: a[0] << a[1], "digits": lambda: a[0] * a[2], "qr": lambda: a[0] + a[1],
             "hash": lambda: a[1], "robe": lambda: a[1], "modulo": lambda: a[0], "blocks": lambda: a[0] * a[1],
         }[self.kind]()  # fmt: skip
 
@@ -171,12 +171,18 @@ def check_pieces(pieces: Pieces, rows: int) -> None:
         _checks.integer(f"numbers[{i}]", n, 0)
     if kind == "codes" and not 1 <= a[1] <= 16:
         raise ValueError(f"bits must be in [1, 16], got {a[1]}")
-    positive = {"codes": 1, "digits": 2, "qr": 1, "hash": 2, "robe": 2, "modulo": 1, "blocks": 1}[kind]
+    positive = {"codes": 1, "digits": 3, "qr": 1, "hash": 2, "robe": 2, "modulo": 1, "blocks": 1}[kind]
     for i in range(positive):
         _checks.integer(f"numbers[{i}]", a[i], 1)
     if kind in ("hash", "robe"):
         for i in range(2, len(a)):
             _checks.integer(f"numbers[{i}]", a[i], 0, PRIME - 1)
+    if kind == "digits":
+        last = max(rows - 1, 0)
+        for _ in range(1, a[0]):
+            last //= a[1]
+        if last >= a[2] or a[1] > a[2]:
+            raise ValueError(f"numbers of pieces 'digits', {tuple(a)}: too few for ids below {rows}")
     if kind == "qr" and -(-rows // a[0]) > a[1]:
         raise ValueError(
             f"numbers of pieces 'qr': {rows} rows in parts of {a[0]} have more than {a[1]} quotients"
@@ -187,6 +193,8 @@ def check_pieces(pieces: Pieces, rows: int) -> None:
         raise ValueError(f"the table has {pieces.table_rows} rows; it must have at most {MOST_ROWS}")
     if combine == "product" and pieces.m != 2:
         raise ValueError(f"combine 'product' is for two pieces, got {pieces.m}")
+    if combine == "concat" and kind not in ("codes", "digits", "robe") and pieces.m > 1:
+        raise ValueError(f"pieces {kind!r} are not concatenated: combine must be 'sum' or 'product'")
     if kind == "robe" and combine != "concat":
         raise ValueError(f"pieces 'robe' are concatenated; got combine {combine!r}")
 
@@ -432,8 +440,13 @@ def addresses(pieces: Pieces, ids: Any, stored: Any = None) -> tuple[Any, Any]:
             entries = word >> first % 8 & (1 << bits) - 1
         return entries + (j << bits), None
     if pieces.kind == "digits":
-        powers = torch.tensor([min(a[1] ** i, 1 << 40) for i in range(a[0])], device=ids.device)
-        return j * a[1] + x // powers % a[1], None
+        m, q, t = a
+        digits = []
+        for i in range(m):
+            above = x // q if i + 1 < m else 0 * x  # the last digit is all that is left
+            digits.append(i * t + x - above * q)
+            x = above
+        return torch.cat(digits, 1), None
     if pieces.kind == "qr":
         return torch.cat([x // a[0], a[1] + x % a[0]], 1), None
     if pieces.kind == "hash":

@@ -15,14 +15,18 @@ def addresses(kind, numbers, ids, stored=None):
     For 'robe' they are elements of the array, at which pieces begin. Every number fits int64: torch's
     composition (`lutra.gather._pieces.compose`) does the same.
     """
-    x = np.asarray(ids, np.int64).reshape(-1, 1)
+    x: np.ndarray = np.asarray(ids, np.int64).reshape(-1, 1)
     a = np.array(numbers, np.int64)
     if kind == "codes":
         m, bits = numbers
         return unpack(stored[x[:, 0]], m, bits) + (np.arange(m) << bits), None
     if kind == "digits":
-        m, q = numbers
-        return np.arange(m) * q + x // q ** np.arange(m) % q, None
+        m, q, t = numbers
+        digits = []
+        for j in range(m - 1):
+            digits.append(j * t + x % q)
+            x = x // q
+        return np.concatenate([*digits, (m - 1) * t + x], 1), None  # the last digit is all that is left
     if kind == "qr":
         c, n = numbers
         return np.concatenate([x // c, n + x % c], 1), None
@@ -31,9 +35,9 @@ def addresses(kind, numbers, ids, stored=None):
         return (a[2 : 2 + m] * (x % PRIME) + a[2 + m :]) % PRIME % n, None
     if kind == "robe":
         m, n, h, chunk, shift, sign_h, sign_chunk, sign_shift = numbers
-        x, j = x % PRIME, np.arange(m)
-        odd = (sign_h * x + sign_chunk * j + sign_shift) % PRIME % 2
-        return (h * x + chunk * j + shift) % PRIME % n, (1 - 2 * odd).astype(np.float32)
+        x, every = x % PRIME, np.arange(m)
+        odd = (sign_h * x + sign_chunk * every + sign_shift) % PRIME % 2
+        return (h * x + chunk * every + shift) % PRIME % n, (1 - 2 * odd).astype(np.float32)
     if kind == "modulo":
         return x % numbers[0], None
     s, _ = numbers

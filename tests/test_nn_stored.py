@@ -119,6 +119,32 @@ def test_padding_stays(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_casts(name):
+    layer = trained(name)
+    before = layer.dense()
+    kept = {n: b.clone() for n, b in layer.named_buffers()}
+    layer.bfloat16()
+    for n, b in layer.named_buffers():
+        if n != "padding_row":
+            assert torch.equal(b, kept[n]) and b.dtype == kept[n].dtype, n
+    assert layer(ids_of(3)).dtype == torch.bfloat16
+    torch.testing.assert_close(layer.dense().float(), before, rtol=1e-2, atol=1e-2)
+    optimizer = optimizer_of(layer) if name in FLOATS else layer._attachment.optimizer
+    layer(ids_of(30)).square().sum().backward()
+    optimizer.step()
+    layer.step()
+    assert layer.dense().isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled(name):
+    torch._dynamo.reset()
+    layer = trained(name).eval().requires_grad_(False)
+    compiled = torch.compile(lambda i: layer(i) * 2, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids_of(5, 3)), layer(ids_of(5, 3)) * 2)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_nbytes_counts_everything(name):
     layer = made(name)
     assert layer.nbytes == sum(t.nbytes for t in layer.state_dict().values())

@@ -108,6 +108,16 @@ class Stored(torch.nn.Module):
             self._seed_value = int(self.seed)
         return self._seed_value
 
+    #: Buffers that stay float32 when the layer is cast.
+    _float32: tuple[str, ...] = ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = {name: getattr(self, name) for name in self._float32 if hasattr(self, name)}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._seed_value = None

@@ -41,6 +41,8 @@ class _ALPT(Packed):
     (arXiv 2212.05735). The gradient's scale is that of Esser et al., LSQ, ICLR 2020.
     """
 
+    _float32 = ("steps",)
+
     def _method(self, bits: int = 8, step_lr: float = 1e-3, seed: int | None = None) -> None:
         self.step_lr = not_negative("step_lr", step_lr)
         self._make(bits, check_seed(seed))

@@ -50,6 +50,8 @@ class _CAFE(Remapped):
     number of hot rows; here the threshold is the ``hot``-th score itself.
     """
 
+    _float32 = ("scores",)
+
     def _method(
         self,
         hot: int | None = None,

@@ -48,11 +48,6 @@ def layer_of(name, bag=False, dtype=None, seed=0, **options):
     return getattr(nn, cls + "Bag" * bag)(ROWS, DIM, dtype=dtype, **options, **method)
 
 
-def needs(format):
-    if format not in lutra.compress.FORMATS:
-        pytest.skip(f"format {format!r} is not there yet")
-
-
 def settle(layer):
     """What ends a training: prune, choose, cut; with parameters that are not their first ones."""
     torch.manual_seed(5)
@@ -243,7 +238,6 @@ def test_compiles(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_compressed_gives_the_same_rows(name, dtype, tmp_path):
     wanted = "csr" if name == "VTrans rows" else BECOMES[name.split(" ")[0]]
-    needs(wanted)
     layer = settle(layer_of(name, dtype=dtype))
     table = layer.compressed()
     assert table.format.name == wanted and table.shape == (ROWS, DIM)
@@ -264,7 +258,6 @@ def test_compressed_gives_the_same_rows(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("name", ["PEP", "AutoSrh", "VTrans", "VTrans rows", "OptEmbed"])
 def test_nothing_left_is_a_table_too(name):
-    needs("csr" if name == "VTrans rows" else BECOMES[name])
     layer = layer_of(name).eval()
     with torch.no_grad():
         layer.weight.zero_()

@@ -31,7 +31,8 @@ struct Walk {
 
 LUTRA_INLINE void prefetch_row(const uint8_t* row, const Ahead& a) {
   const uint8_t* p = row + a.begin;
-  for (int k = 0; k + 1 < a.lines; ++k) prefetch_far(p + 64 * k);
+  prefetch_far(p);
+  for (int k = 2; k < a.lines; ++k) prefetch_far(p + 64 * (k - 1));
   prefetch_far(p + a.bytes - 1);
 }
 
@@ -40,25 +41,30 @@ template <Packed K, int NV, int PER>
 static void sum_block(const PackedTable& t, const RowList& rows, const Walk& walk, float factor, float* out) {
   typedef PackedCodes<K> C;
   constexpr int kGroups = NV / PER;
-  const int64_t first = walk.first;
-  const int64_t at = packed_code_bytes(K, t.dim) + (t.group < t.dim ? first / t.group * packed_group_bytes(K) : 0);
+  // Where things lie in a row; the vectors' codes at constant distances behind the first.
+  const int64_t codes_at = packed_code_bytes(K, walk.first), row_bytes = t.row_bytes, n = rows.n;
+  const int64_t groups_at =
+      packed_code_bytes(K, t.dim) + (t.group < t.dim ? walk.first / t.group * packed_group_bytes(K) : 0);
+  const uint8_t* data = t.data;
+  const int64_t* index = rows.index;
+  const int64_t far = walk.ahead.rows, prefetched = rows.ahead - far;
   vf acc[NV] = {};
   float shift[kGroups] = {};
-  for (int64_t i = 0; i < rows.n; ++i) {
-    if (i + walk.ahead.rows < rows.ahead)
-      prefetch_row(t.data + rows.index[i + walk.ahead.rows] * t.row_bytes, walk.ahead);
-    const uint8_t* row = t.data + rows.index[i] * t.row_bytes;
+  for (int64_t i = 0; i < n; ++i) {
+    if (__builtin_expect(i < prefetched, 1)) prefetch_row(data + index[i + far] * row_bytes, walk.ahead);
+    const uint8_t* row = data + index[i] * row_bytes;
+    const uint8_t *codes = row + codes_at, *groups = row + groups_at;
     const float w = rows.weights ? rows.weights[i] : 1.0f;
     LUTRA_UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      const Affine a = C::group_at(row + at, g);
+      const Affine a = C::group_at(groups, g);
       const float s = a.scale * w;
       if (C::has_minimum) shift[g] += a.minimum * w;
       LUTRA_UNROLL
       for (int u = 0; u < PER; ++u) {
         const int v = g * PER + u;
-        const int64_t c = first + v * W;
-        acc[v] += (v == NV - 1 && walk.part ? C::load_mixed_part(row, c, walk.part) : C::load_mixed(row, c)) * s;
+        acc[v] +=
+            (v == NV - 1 && walk.part ? C::load_mixed_part(codes, v * W, walk.part) : C::load_mixed(codes, v * W)) * s;
       }
     }
   }

@@ -55,7 +55,16 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case, in the order of the table."""
-    from . import cases_address, cases_gather, cases_nn, cases_optim, cases_overhead, cases_scan, cases_tokens
+    from . import (
+        cases_address,
+        cases_gather,
+        cases_nn,
+        cases_optim,
+        cases_overhead,
+        cases_scan,
+        cases_tables,
+        cases_tokens,
+    )
 
     return [
         *cases_scan.CASES,
@@ -63,6 +72,7 @@ def all_cases() -> list[Case]:
         *cases_address.CASES,
         *cases_nn.CASES,
         *cases_optim.CASES,
+        *cases_tables.CASES,
         *cases_tokens.CASES,
         *cases_overhead.CASES,
     ]

@@ -427,3 +427,33 @@ def test_a_language_model_of_transformers():
     assert isinstance(model.get_input_embeddings(), nn.PQEmbedding) and isinstance(model.lm_head, nn.TiedHead)
     torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
     model.generate(ids[:, :3], max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+# ---------------------------------------------------------------- 'mixed' with groups that were searched for
+def test_mixed_dimensions_of_given_sizes():
+    x = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
+    chosen = lutra.compress.format("mixed", sizes=(10, 0, 20, 30), widths=(8, 4, 3, 1))
+    assert "sizes=10/0/20/30,widths=8/4/3/1" in chosen.describe()
+    assert lutra.compress.format(chosen.describe()) == chosen == lutra.compress.format(chosen.config())
+    one = lutra.compress.format("mixed", sizes=(60,), widths=(2,))
+    assert lutra.compress.format(one.describe()) == one
+    assert "sizes" not in lutra.compress.format("mixed").describe()
+    counts = np.random.default_rng(1).random(60)
+    data = chosen.encode(x, counts)
+    rows = lutra.compress.Table(chosen, x.shape, data).decode()
+    frequent = np.argsort(-counts)[:10]
+    np.testing.assert_allclose(rows[frequent], x[frequent], rtol=1e-6)  # all their columns are kept
+    grown, new = chosen.resize(data, x.shape, x[:5], 50)
+    kept = frequent[frequent < 50]
+    assert grown.sizes[0] == len(kept) and sum(grown.sizes) == 55 and grown.widths == chosen.widths
+    np.testing.assert_allclose(lutra.compress.Table(grown, (55, 8), new).decode()[kept], x[kept], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes, widths, error", [
+    ((60,), None, "must both be tuples"), ((30, 30), (1,), "of one length"),
+    ((60,), (9,), "at most the dimension"),
+    ((59,), (2,), "the table has 60 rows"), ((60,), (0,), "widths must be >= 1"),
+])  # fmt: skip
+def test_mixed_dimensions_refuse_other_sizes(sizes, widths, error):
+    with pytest.raises(ValueError, match=error):
+        lutra.compress.encode(np.zeros((60, 8), np.float32), "mixed", sizes=sizes, widths=widths)

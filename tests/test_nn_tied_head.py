@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
 from lutra import nn  # noqa: E402
-from lutra.nn import _tiles  # noqa: E402
+from lutra.nn import _lookup_loss, _tied_head, _tiles  # noqa: E402
 
 NAMES = sorted(FORMATS)
 SHAPE = checks.SHAPES[0]
@@ -70,9 +70,12 @@ def near(got, want, rtol=1e-4):
 def test_logits_and_gradients(name, pad, own, monkeypatch):
     """Of a format's own logits where it has them, and of decoded tiles."""
     if not own:
-        if not hasattr(FORMATS.get(name), "logits"):
-            pytest.skip(f"{name} has no logits of its own")
-        monkeypatch.delattr(FORMATS[name], "logits")
+        ways = [way for way in ("logits", "lookups") if hasattr(FORMATS.get(name), way)]
+        if not ways:
+            pytest.skip(f"{name} has no way of its own")
+        monkeypatch.setattr(_tied_head, "lookups_pay", lambda *_: False)
+        if "logits" in ways:
+            monkeypatch.setattr(FORMATS[name], "logits", None)
     embedding = layer(name, padding_idx=pad)
     head = nn.TiedHead(embedding, bias=True)
     with torch.no_grad():
@@ -121,13 +124,18 @@ def test_autocast(name):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "dense"])
-def test_topk(name):
-    head = nn.TiedHead(layer(name), bias=True)
+@pytest.mark.parametrize("pad", (None, 5))
+def test_topk(name, pad):
+    if name == "dense" and pad is not None:
+        pytest.skip("a dense table keeps its padding row itself")
+    head = nn.TiedHead(layer(name, padding_idx=pad), bias=True)
     with torch.no_grad():
         head.bias.copy_(torch.linspace(2, -2, SHAPE[0]))
         for shape in ((3, 4), (1,), (0,), ()):
             x = hidden(*shape)
-            for k in (1, 5, 70, SHAPE[0]):
+            if pad is not None:  # the padding row's logit is the largest, then the smallest
+                head.embedding.padding_row.copy_(x.reshape(-1, SHAPE[1]).sum(0) * 3)
+            for k in (1, 70, SHAPE[0]):
                 values, ids = head.topk(x, k)
                 want = torch.sort(head(x), dim=-1, descending=True, stable=True)
                 near(values, want.values[..., :k])
@@ -147,7 +155,10 @@ def test_topk_ties_go_to_the_lowest_id():
 
 @pytest.mark.parametrize("name", [*NAMES, "dense"])
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
-def test_cross_entropy(name, smoothing):
+def test_cross_entropy(name, smoothing, monkeypatch):
+    monkeypatch.setattr(_lookup_loss, "TOKENS", 7)
+    monkeypatch.setattr(_lookup_loss, "ROWS", 40)
+    monkeypatch.setattr(_lookup_loss, "LOGITS", 1)
     embedding = layer(name, padding_idx=0)
     head = nn.TiedHead(embedding, bias=True)
     x = hidden(2, 9).requires_grad_(True)

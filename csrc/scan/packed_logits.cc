@@ -24,14 +24,18 @@ struct Queries {       // tokens of a pass, in the order of lanes that decoding 
 // Columns [c, last) of R rows, scaled at once or not, for T tokens.
 template <Packed K, int R, int T, bool Scaled>
 LUTRA_INLINE void columns(const uint8_t* const* rows, int64_t c, int64_t last, const Affine* affine, const float* lanes,
-                          int64_t padded, vf (*sum)[T]) {
+                          int64_t padded, vf (*sums)[T]) {
   typedef PackedCodes<K> C;
-  for (; c < last; c += W) {
+  vf sum[R][T];  // of its own: through the pointer gcc 12 stores every sum in every turn
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sum[r][t] = sums[r][t];
+  const auto add = [&](int n) __attribute__((always_inline)) {
     vf x[R];
-    const int64_t left = last - c;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      x[r] = left >= W ? C::load_mixed(rows[r], c) : C::load_mixed_part(rows[r], c, static_cast<int>(left));
+      x[r] = n == W ? C::load_mixed(rows[r], c) : C::load_mixed_part(rows[r], c, n);
       if (Scaled) x[r] = x[r] * affine[r].scale + affine[r].minimum;
     }
 #pragma GCC unroll 8
@@ -40,7 +44,13 @@ LUTRA_INLINE void columns(const uint8_t* const* rows, int64_t c, int64_t last, c
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum[r][t] += x[r] * h;
     }
-  }
+  };
+  for (; c + W <= last; c += W) add(W);
+  if (c < last) add(static_cast<int>(last - c));
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[r][t] = sum[r][t];
 }
 
 template <Packed K, int R, int T>
@@ -54,9 +64,7 @@ LUTRA_INLINE void rows_by_tokens(const PackedTable& p, int64_t row, const Querie
   const float* lanes = q.lanes + t0 * q.padded;
   const bool one = p.group >= p.dim;
   if (one) {
-    const int64_t whole = p.dim / W * W;
-    columns<K, R, T, false>(rows, 0, whole, affine, lanes, q.padded, sum);
-    if (whole < p.dim) columns<K, R, T, false>(rows, whole, p.dim, affine, lanes, q.padded, sum);
+    columns<K, R, T, false>(rows, 0, p.dim, affine, lanes, q.padded, sum);
   } else {
     const uint8_t* groups[R];
     for (int r = 0; r < R; ++r) groups[r] = C::groups(p, rows[r]);

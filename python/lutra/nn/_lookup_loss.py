@@ -20,8 +20,12 @@ TOKENS = 512
 ROWS = 16384
 
 
+#: Logits of a tile, where there are few tokens.
+LOGITS = 4 << 20
+
+
 def _tiles(n: int, tokens: int):
-    step = max(ROWS, (4 << 20) // max(tokens, 1))
+    step = max(ROWS, LOGITS // max(tokens, 1))
     return ((b, min(b + step, n)) for b in range(0, n, step))
 
 

@@ -15,7 +15,7 @@ from ..scan._packed_logits import FUSED_FLOAT
 from . import _lookup_loss, _tiles  # noqa: F401  (registers its op)
 from ._compressed import Compressed
 from ._sampled import sampled_loss
-from ._top import topk_of_scan, topk_of_tiles
+from ._top import topk_of_logits, topk_of_scan, topk_of_tiles
 
 
 class TiedHead(torch.nn.Linear):
@@ -220,9 +220,14 @@ class TiedHead(torch.nn.Linear):
         with torch.no_grad():
             flat = self._flat(hidden)
             scanned = self._topk_scan(flat)
-            values, ids = (
-                topk_of_tiles(self, flat, k) if scanned is None else topk_of_scan(self, flat, k, scanned)
-            )
+            if scanned is not None:
+                values, ids = topk_of_scan(self, flat, k, scanned)
+            elif getattr(getattr(self.embedding, "format", None), "logits", None) is not None:
+                # Thin products: to decode rows for a scan takes longer than to write the logits.
+                wide = torch.promote_types(flat.dtype, torch.float32)
+                values, ids = topk_of_logits(self(flat).to(wide), k)
+            else:
+                values, ids = topk_of_tiles(self, flat, k)
         shape = (*hidden.shape[:-1], k)
         return values.to(self._dtype(hidden)).reshape(shape), ids.reshape(shape)
 

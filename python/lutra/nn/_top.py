@@ -66,3 +66,15 @@ def topk_of_scan(head: Any, hidden: Tensor, k: int, scan_of: Any) -> tuple[Tenso
     ids, order = torch.sort(ids, dim=1)
     values, best = torch.sort(values.gather(1, order), dim=1, descending=True, stable=True)
     return values[:, :k], ids.gather(1, best[:, :k])
+
+
+def topk_of_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same of logits that are there, (n, rows)."""
+    values = logits.new_empty((len(logits), k))
+    ids = torch.empty((len(logits), k), dtype=torch.int64, device=logits.device)
+    for row, least in enumerate(torch.topk(logits, k).values[:, -1]):
+        # torch takes any of equal ones: all that reach the k-th, by id, in a stable order
+        found = (logits[row] >= least).nonzero().flatten()
+        best, order = torch.sort(logits[row, found], descending=True, stable=True)
+        values[row], ids[row] = best[:k], found[order[:k]]
+    return values, ids

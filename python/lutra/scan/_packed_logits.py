@@ -16,7 +16,7 @@ from ._knn import _tuple, check_k
 
 #: Up to so many tokens the fused kernel is the faster (measured, docs/heads.md); beyond, tiles of rows are
 #: decoded and multiplied by torch. The first for 16-bit hidden, whose matrix product is faster.
-FUSED_HALF, FUSED_FLOAT = 12, 20
+FUSED_HALF, FUSED_FLOAT = 14, 24
 _TILE = 1024
 _NAMES = {F32: "float32", F16: "float16", BF16: "bfloat16", F64: "float32"}
 

@@ -12,7 +12,7 @@ from ...gather import Pieces
 from ...quant import PQ as Quantizer
 from ...quant import _bits
 from ...quant._kernels import pq_entries
-from ...scan._lookups import pq_tables
+from ...scan._lookups import full_precision, pq_tables
 from ._books import enough, quiet_train, train_weights, weighted
 from ._pieces import PiecesFormat, divisors
 from .base import Array, Data, Format, Shape, register
@@ -106,6 +106,11 @@ class PQ(PiecesFormat):
         return self, {**data, "codes": np.concatenate([data["codes"][:rows], new])}
 
     def lookups(self, data: Data, shape: Shape, hidden: Any) -> tuple[Any, Any, int] | None:
-        if type(self).finish is not PiecesFormat.finish:
+        if self.name not in ("pq", "opq"):  # what else inherits may decode in another way
             return None
+        rotation = data.get("rotation")
+        if rotation is not None:  # a row is coded @ rotation: turn the query instead
+            with full_precision(hidden):
+                wide = hidden.float() if hidden.element_size() < 4 else hidden
+                hidden = wide @ rotation.to(wide.dtype).T
         return pq_tables(hidden, data["codebooks"]), data["codes"], self.bits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from ...gather import Pieces
 from ...quant import RQ as Quantizer
 from ...quant import _bits
 from ...quant._kernels import rq_entries, rq_gram
+from ...scan._lookups import full_precision
 from ._books import enough, quiet_train, train_weights
 from ._pieces import PiecesFormat
 from .base import Array, Data, Format, Shape, register
@@ -94,3 +95,9 @@ class RQ(PiecesFormat):
         """Old rows keep their codes, new ones get the best of the same centroids."""
         new = self._codes(values.astype(np.float32), np.ascontiguousarray(data["codebooks"], np.float32))
         return self, {**data, "codes": np.concatenate([data["codes"][:rows], new])}
+
+    def lookups(self, data: Data, shape: Shape, hidden: Any) -> tuple[Any, Any, int]:
+        wide = hidden.float() if hidden.element_size() < 4 else hidden
+        with full_precision(wide):
+            tables = wide @ data["codebooks"].to(wide.dtype).flatten(0, 1).T
+        return tables.unflatten(1, (self.m, -1)).transpose(0, 1), data["codes"], self.bits

@@ -104,6 +104,8 @@ struct Narrow {
     Buffer<float> sums(most_bags * m * N);
     Buffer<int64_t> ends(most_bags);
     const auto end_of = [&](int64_t b) { return entries.compacted ? entries.ends[b] : bounds.begin(b0 + b + 1) - e0; };
+    if (a.source.kind == PieceKind::codes)
+      for (int64_t i = 0; i < kCodesAhead && i < entries.n; ++i) prefetch_codes(a.source, entries.index[i]);
     int64_t e = 0, begin = 0;  // begin: of bag b
     bool carry = false;
     for (int64_t b = 0; b < bags;) {
@@ -118,7 +120,7 @@ struct Narrow {
         ends[0] = n = most;
         stop = b + 1;
       }
-      const bool good = piece_offsets(a.source, entries.index + e, n, N, at.data);
+      const bool good = piece_offsets(a.source, entries.index + e, n, entries.n - e, N, at.data);
       if (!good) return false;
       const Block block{at.data, entries.weights + (entries.weights ? e : 0), ends.data, stop - b, m, carry, sums.data};
       if (entries.weights)
@@ -157,7 +159,10 @@ struct Wide {
     Buffer<float> weights(weighted ? n * m : 0);
     const int64_t over = s.table_rows - a.width;  // robe: pieces that begin beyond go round the end
     const int64_t shift = robe ? around - table - (over + 1) : 0;
+    const auto prefetch_factors = [&](int64_t e) { __builtin_prefetch(factors + entries.index[e] * m, 0, 2); };
+    for (int64_t e = 0; factors && e < kCodesAhead && e < n; ++e) prefetch_factors(e);
     const bool good = piece_rows(s, entries.index, n, 0, m, [&](int64_t e, int64_t j, int64_t row, int sign) {
+      if (factors && j == 0 && e + kCodesAhead < n) prefetch_factors(e + kCodesAhead);
       const int64_t at = concat ? j * n + e : e * m + j;
       index[at] = robe && row > over ? row + shift : row;
       if (weighted) {

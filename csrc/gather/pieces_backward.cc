@@ -147,7 +147,9 @@ struct Backward {
   int64_t fill(Plan* plan, const Id* ids, int64_t b0, int64_t b1, int64_t at, int64_t, int64_t first) const {
     const Entries entries(a.bag, a.source.rows, a.weights, bounds, ids, b0, b1, bad);
     if (entries.failed) return at;
-    const bool good = piece_offsets(a.source, entries.index, entries.n, 1, plan->row.data + at * m);
+    if (a.source.kind == PieceKind::codes)
+      for (int64_t i = 0; i < kCodesAhead && i < entries.n; ++i) prefetch_codes(a.source, entries.index[i]);
+    const bool good = piece_offsets(a.source, entries.index, entries.n, entries.n, 1, plan->row.data + at * m);
     if (!good) bad->report(bounds.begin(b0));
     const int64_t e0 = bounds.begin(b0);
     for (int64_t b = b0; b < b1; ++b)

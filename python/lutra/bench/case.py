@@ -61,6 +61,7 @@ def all_cases() -> list[Case]:
         cases_nn,
         cases_optim,
         cases_overhead,
+        cases_pieces,
         cases_scan,
         cases_tables,
         cases_tokens,
@@ -69,6 +70,7 @@ def all_cases() -> list[Case]:
     return [
         *cases_scan.CASES,
         *cases_gather.CASES,
+        *cases_pieces.CASES,
         *cases_address.CASES,
         *cases_nn.CASES,
         *cases_optim.CASES,

@@ -251,6 +251,32 @@ def test_gradients_of_every_kind(kind, combine, simd_level):
     check_gradients(*source(kind, 17, combine=combine), "bfloat16")
 
 
+def test_ids_of_no_bag_may_be_anything():
+    pieces, _ = source("hash", 8)
+    ids = torch.tensor([999, -5, 3, 4, 5, 777])
+    offsets = torch.tensor([2, 4, 5])
+    table, factors = table_for(pieces).requires_grad_(), factors_for(pieces).requires_grad_()
+    weights = torch.rand(6, requires_grad=True)
+    out = bag_pieces(
+        table,
+        ids,
+        offsets,
+        weights,
+        pieces=pieces,
+        rows=ROWS,
+        piece_weights=factors,
+        include_last_offset=True,
+    )
+    got = torch.autograd.grad(out.square().sum(), (table, factors, weights))
+    again = bag_pieces(
+        table, ids[2:5], offsets[:2] - 2, weights[2:5], pieces=pieces, rows=ROWS, piece_weights=factors
+    )
+    want = torch.autograd.grad(again.square().sum(), (table, factors, weights))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+    assert not got[2][[0, 1, 5]].any()
+
+
 def same_bits(pieces, stored, factors=None):
     """Results and gradients with 1, 2 and 3 threads, as bytes."""
     rng = np.random.default_rng(0)

@@ -216,6 +216,8 @@ void dots_of(const PieceDotsArgs& a, const BagBounds& bounds, int64_t b0, int64_
   const auto* table = static_cast<const type*>(a.table);
   Buffer<float> g(dim);
   Buffer<int64_t> at(256 * m);
+  constexpr int64_t kRowsAhead = 24;
+  const bool far = s.table_rows * ld * static_cast<int64_t>(sizeof(type)) > (1 << 19);
   Buffer<type> round(robe ? width : 0);
   for (int64_t b = b0; b < b1; ++b) {
     const auto* grad = static_cast<const type*>(a.grad_out) + b * dim;
@@ -232,6 +234,14 @@ void dots_of(const PieceDotsArgs& a, const BagBounds& bounds, int64_t b0, int64_
             if (sign < 0) at[i * m + j] = ~at[i * m + j];
           }))
         return bad->report(e);
+      const auto prefetch_row = [&](int64_t i) {
+        for (int64_t j = 0; far && j < m; ++j) {
+          const auto* p = reinterpret_cast<const char*>(table + (at[i * m + j] < 0 ? ~at[i * m + j] : at[i * m + j]));
+          for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(type)) && c < 1024; c += 64)
+            __builtin_prefetch(p + c, 0, 2);
+        }
+      };
+      for (int64_t i = 0; i < kRowsAhead && i < n; ++i) prefetch_row(i);
       for (int64_t i = 0; i < n; ++i, ++e) {
         if (product) {
           const auto *p = table + at[i * 2], *q = table + at[i * 2 + 1];
@@ -240,6 +250,7 @@ void dots_of(const PieceDotsArgs& a, const BagBounds& bounds, int64_t b0, int64_
           a.dots[e] = list[i] == a.bag.padding_idx ? 0 : sum;
           continue;
         }
+        if (i + kRowsAhead < n) prefetch_row(i + kRowsAhead);
         for (int64_t j = 0; j < m; ++j) {
           const int64_t place = at[i * m + j] < 0 ? ~at[i * m + j] : at[i * m + j];
           const type* p = table + place;

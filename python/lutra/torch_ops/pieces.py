@@ -54,7 +54,7 @@ def _backward(ctx, grad):
     if _needs(ctx, 3) or _needs(ctx, 5):
         dots = ops.piece_dots(grad, table, ids, offsets, stored, *of, padding_idx, last)
         if _needs(ctx, 3):
-            own = dots if piece_weights is None else dots * piece_weights[ids.reshape(-1)]
+            own = dots if piece_weights is None else dots * piece_weights[_inside(ids, rows)]
             to_weights = own.sum(1).reshape(ids.shape).to(weights.dtype)
         if _needs(ctx, 5):
             to_pieces = _piece_weight_grad(dots, ids, offsets, weights, rows, mode, padding_idx, last)
@@ -64,7 +64,6 @@ def _backward(ctx, grad):
 
 def _piece_weight_grad(dots, ids, offsets, weights, rows, mode, padding_idx, last):
     """Dots of the entries, added up by id: (rows, m). Entries of no bag and padding have dots of 0."""
-    flat = ids.reshape(-1)
     if mode == "mean":
         from ..compress.formats._bags import bag_counts
 
@@ -72,8 +71,15 @@ def _piece_weight_grad(dots, ids, offsets, weights, rows, mode, padding_idx, las
         dots = dots / _of_bags(counts, ids, offsets, last)[:, None]
     elif weights is not None:
         dots = dots * weights.reshape(-1, 1)
-    every = torch.arange(len(flat), device=ids.device, dtype=ids.dtype)
-    return ops.bag_backward(dots, flat, every, None, None, rows, "sum", None, False)
+    # torch adds the entries of a column one after another, in their order; sorting pays for wide rows only.
+    flat = _inside(ids, rows)
+    columns = [dots.new_zeros(rows).index_add(0, flat, column) for column in dots.unbind(1)]
+    return torch.stack(columns, 1) if len(columns) > 1 else columns[0].unsqueeze(1)
+
+
+def _inside(ids, rows):
+    """Flat ids; those of no bag, which may be anything and whose gradients are 0, as some row."""
+    return ids.reshape(-1).clamp(0, max(rows - 1, 0))
 
 
 def _of_bags(values, ids, offsets, last):

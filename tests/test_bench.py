@@ -122,7 +122,8 @@ def test_run_case_skips_without_its_module():
 def test_all_cases_have_names_of_their_own():
     names = [c.name for c in bench.all_cases()]
     assert len(set(names)) == len(names) > 20
-    assert {c.verb for c in bench.all_cases()} == {"scan", "gather", "address", "nn", "tokens", "overhead"}
+    verbs = {"scan", "gather", "address", "nn", "tokens", "overhead", "tables"}
+    assert {c.verb for c in bench.all_cases()} == verbs
 
 
 # ---- expectations can fail

@@ -68,7 +68,7 @@ _FORMATS = (
 _MAIN = ("pq:m=16",)
 CASES = [
     Case(
-        f"bag {spec}" + ", forward and backward" * training, "gather", partial(_pieces, spec, training),
+        f"bag {spec}" + ", forward and backward" * training, "tables", partial(_pieces, spec, training),
         needs=("torch",), full_only=spec not in _MAIN,
     )
     for spec in _FORMATS

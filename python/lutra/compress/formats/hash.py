@@ -25,9 +25,8 @@ class Hash(PiecesFormat):
 
     Svenstrup, Hansen, Winther, Hash Embeddings for Efficient Word Representations, NeurIPS 2017. The k
     weights of each id are trained with the table. Made for training from the start: of a trained table, least
-    squares (conjugate gradients for the table and exact weights, by turns) keeps little more than size /
-    rows of the
-    variance.
+    squares (conjugate gradients for the table and exact weights, by turns) keeps one to two times
+    size / rows of the variance.
 
     Parameters
     ----------

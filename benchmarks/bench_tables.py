@@ -37,6 +37,7 @@ def sections(quick: bool, names: list[str] | None):
         "known": (lambda: quality.known_points(table), quality.line),
         "speed": (lambda: speed.rows(quick, names), speed.line),
         "training": (lambda: training.rows(folder, quick, names), training.line),
+        "methods": (lambda: training.method_rows(folder, quick), training.line),
     }
 
 
@@ -85,7 +86,7 @@ def test_training():
 # ---------------------------------------------------------------- all of it
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=["quality", "known", "speed", "training"])
+    parser.add_argument("--only", nargs="+", choices=["quality", "known", "speed", "training", "methods"])
     parser.add_argument("--formats", nargs="+", help="some formats")
     parser.add_argument("--quick", action="store_true", help="small tables")
     parser.add_argument("--json", type=Path, help="add to this file (sections measured anew are replaced)")

@@ -71,6 +71,8 @@ class Trainer:
 
     def train(self, bag, head, steps: int, lr: float = 3e-3) -> float:
         """Train both; the loss on the last tenth, nats a byte."""
+        import lutra.nn
+
         torch = self.torch
         generator = torch.Generator().manual_seed(2)
         parameters = [p for p in (*bag.parameters(), *head.parameters()) if p.requires_grad and p.numel()]
@@ -80,9 +82,11 @@ class Trainer:
                 group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
             pick = torch.randint(self.cut, (self.batch,), generator=generator)
             loss = torch.nn.functional.cross_entropy(head(bag(self.x[pick])), self.y[pick])
+            loss = loss + lutra.nn.regularization(bag)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            lutra.nn.step_schedules(bag)
         return self.loss(bag, head)
 
     def loss(self, bag, head) -> float:
@@ -138,6 +142,44 @@ def rows(
             torch.manual_seed(0)
             fresh = layer(trainer.rows, DIM, mode="sum", format=found)
             row["scratch"] = trainer.train(fresh, trainer.head(0.1), trainer.steps)
+        row["seconds"] = time.perf_counter() - began
+        yield row
+
+
+#: Training methods and what they are given here. PEP, VTrans, AutoSrh, AutoDim and OptEmbed need settings of
+#: their own to come to a size: docs/training-methods.md has runs of them.
+METHODS: dict[str, dict[str, Any]] = {
+    "DPQ": {"m": 8, "k": 256}, "MGQE": {"m": 8, "k": 256}, "QLAE": {"levels": 4}, "DeepLight": {"rate": 0.8},
+    "Adapt": {}, "CAFE": {}, "CCE": {},
+}  # fmt: skip
+
+
+def method_rows(folder: Path | None, quick: bool, names: list[str] | None = None) -> Iterator[dict]:
+    """For each training method: the loss with the method on, and with the table as it is stored
+    afterwards."""
+    import torch
+
+    import lutra.nn
+
+    trainer = Trainer(folder, quick)
+    for name in names or METHODS:
+        layer = getattr(lutra.nn, "AdaptEmbeddingBag" if name == "Adapt" else f"{name}EmbeddingBag")
+        torch.manual_seed(0)
+        began = time.perf_counter()
+        bag = layer(trainer.rows, DIM, mode="sum", **METHODS[name])
+        with torch.no_grad():
+            for p in bag.parameters():
+                if p.dim() == 2 and p.shape[1] == DIM:
+                    p.mul_(0.1)
+        head = trainer.head()
+        row: dict[str, Any] = {"format": name, "scratch": trainer.train(bag, head, trainer.steps)}
+        if name == "DeepLight":
+            bag.prune(METHODS[name]["rate"])
+        holder = torch.nn.Sequential(bag)
+        lutra.nn.finish(holder)
+        stored: Any = holder[0]
+        row["converted"] = trainer.loss(stored, head)
+        row["share"] = stored.nbytes / (trainer.rows * DIM * 4)
         row["seconds"] = time.perf_counter() - began
         yield row
 

@@ -1,0 +1,371 @@
+"""HostEmbedding and HostEmbeddingBag: a dense table that stays in host memory, or in a file."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import sys
+import warnings
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compress._table import to_numpy
+from ..gather import bag
+from ..index import _files
+from ._common import IDS
+from ._embedding_ops import ops
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Host(torch.nn.Module):
+    """What the two layers share; not a layer itself."""
+
+    table: Tensor
+    path: str | None
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    pin: bool
+
+    def _begin(self, rows, dim, padding_idx, table, path, name, pin, device, dtype, freeze):
+        torch.nn.Module.__init__(self)
+        self.path, self._name, self.pin = None if path is None else os.fspath(path), name, bool(pin)
+        if path is not None:
+            if table is not None:
+                raise ValueError("give a table or a path, not both")
+            table, self._name = open_table(path, name)
+            if rows is not None and tuple(table.shape) != (rows, dim):
+                raise ValueError(
+                    f"{self.path!r} holds {tuple(table.shape)}; the layer was asked for ({rows}, {dim})"
+                )
+        elif table is None:
+            table = torch.randn(rows, dim, dtype=dtype or torch.get_default_dtype())
+        self.num_embeddings, self.embedding_dim = table.shape
+        if padding_idx is not None:
+            if not -self.num_embeddings <= padding_idx < self.num_embeddings:
+                raise ValueError(
+                    f"padding_idx is {padding_idx}; it must lie in "
+                    f"[{-self.num_embeddings}, {self.num_embeddings}), the rows of the table"
+                )
+            padding_idx %= self.num_embeddings
+        self.padding_idx = padding_idx
+        # not a Parameter, which module.to(device) would move
+        self.table = table if path is not None else table.requires_grad_(not freeze)
+        empty = torch.empty((self.num_embeddings, 0), device=device, dtype=dtype or table.dtype)
+        self.weight = torch.nn.Parameter(empty, requires_grad=False)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the table is a file's."""
+        return self.path is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self.table.nbytes
+
+    def save(self, path: str | os.PathLike[str], name: str = "weight") -> None:
+        """Write the table to a safetensors file (whole or not at all), for ``path=`` of another layer."""
+        array = to_numpy(self.table.detach())
+        _files.write(path, [_files.Tensor.of_array(name, array)], {"format": "pt"})
+
+    def extra_repr(self) -> str:
+        where = f"path={self.path!r}" if self.mapped else "in host memory"
+        pad = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {where}{pad}"
+
+    def reset_parameters(self) -> None:
+        """Fresh rows, N(0, 1); zeros in the padding row. A table in a file stays as it is."""
+        if not self.mapped:
+            with torch.no_grad():
+                self.table.normal_()
+                if self.padding_idx is not None:
+                    self.table[self.padding_idx] = 0
+
+    # ---------------------------------------------------------------- checkpoints, copies
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.mapped:
+            destination[f"{prefix}table"] = self.table if keep_vars else self.table.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        key = f"{prefix}table"
+        if key in state_dict and not self.mapped:
+            given = state_dict[key]
+            if given.shape != self.table.shape:
+                errors.append(f"{key} has shape {tuple(given.shape)}; it must be {tuple(self.table.shape)}")
+            else:
+                with torch.no_grad():
+                    self.table.copy_(given)
+        elif strict and not self.mapped:
+            missing.append(key)
+        rest = {k: v for k, v in state_dict.items() if k != key or self.mapped}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        if key in unexpected and not self.mapped:
+            unexpected.remove(key)
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        if self.mapped:
+            del state["table"]  # a copy maps the file again
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.mapped:
+            self.table, _ = open_table(self.path, self._name)
+
+    # ---------------------------------------------------------------- computing
+    def _send(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Rows on the device of the ids, in the dtype of the model."""
+        rows = rows.to(self.weight.dtype)
+        if device.type == "cpu":
+            return rows
+        if self.pin and device.type == "cuda":
+            rows = rows.pin_memory()
+        return rows.to(device, non_blocking=True)
+
+
+class HostEmbedding(Host, torch.nn.Embedding):
+    """``torch.nn.Embedding`` whose table stays in host memory, or in a mapped file.
+
+    The rest of the model may be on a GPU: ids are brought to the host, rows are looked up there, and only
+    these rows are sent to the device of the ids (from pinned memory, without waiting). ``module.to(device)``
+    moves nothing of the table, ``module.to(dtype)`` changes the dtype of the rows that are given, not that of
+    the table.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim : int
+        May be left out with ``path``.
+    padding_idx : int, optional
+        Its row gets no gradient.
+    path : path, optional
+        A safetensors file, mapped: it opens in milliseconds whatever its size, pages are read when rows in
+        them are, and the table is not trained. The file is never written.
+    name : str, optional
+        The tensor in the file; not needed where it holds a single one of two axes.
+    pin : bool, default True
+        Send rows to CUDA from pinned memory.
+    sparse : bool, default True
+        The gradient of the table holds the rows touched only. It stays on the host.
+    device, dtype
+        ``device`` for nothing but what the layer reports as ``weight.device``.
+
+    Attributes
+    ----------
+    table : Tensor, (num_embeddings, embedding_dim), on the host
+        Not among ``parameters()``, since whoever takes those moves them: give it to an optimizer by name,
+        ``lutra.optim.Adagrad([layer.table])`` or ``torch.optim.SparseAdam([layer.table])``.
+
+    Notes
+    -----
+    ``state_dict`` holds the table as ``table`` where it is in memory. Of a mapped table it holds nothing: the
+    file is the checkpoint, and copies and pickles of the layer map it again. An id out of range is an
+    IndexError.
+
+    Examples
+    --------
+    >>> import torch, lutra.nn
+    >>> layer = lutra.nn.HostEmbedding(10, 3)
+    >>> layer(torch.tensor([[1, 2, 1]])).sum().backward()
+    >>> layer.table.grad.coalesce().indices()
+    tensor([[1, 2]])
+    """
+
+    def __init__(
+        self, num_embeddings: int | None = None, embedding_dim: int | None = None,
+        padding_idx: int | None = None, *, path: Any = None, name: str | None = None, pin: bool = True,
+        sparse: bool = True, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        check_sizes(num_embeddings, embedding_dim, path)
+        self._begin(num_embeddings, embedding_dim, padding_idx, None, path, name, pin, device, dtype, False)
+        self._rest(sparse)
+        if self.padding_idx is not None and not self.mapped:
+            with torch.no_grad():
+                self.table[self.padding_idx] = 0
+
+    def _rest(self, sparse: bool) -> None:
+        self.sparse, self.max_norm, self.norm_type, self.scale_grad_by_freq = sparse, None, 2.0, False
+
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, sparse: bool = True, *,
+        pin: bool = True,
+    ) -> HostEmbedding:  # fmt: skip
+        """A layer with a dense table, which is taken over if it is on the host and copied there if not."""
+        layer = cls.__new__(cls)
+        table = embeddings.detach().cpu()
+        layer._begin(
+            None, None, padding_idx, table, None, None, pin, embeddings.device, embeddings.dtype, freeze
+        )
+        layer._rest(sparse)
+        return layer
+
+    @classmethod
+    def from_embedding(cls, embedding: torch.nn.Embedding, *, pin: bool = True) -> HostEmbedding:
+        """A layer with a copy of an ``nn.Embedding``'s table, its padding_idx and requires_grad.
+
+        Raises
+        ------
+        ValueError
+            The embedding uses max_norm or scale_grad_by_freq.
+        """
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+            raise ValueError("a table on the host has neither max_norm nor scale_grad_by_freq")
+        weight = embedding.weight
+        layer = cls.from_pretrained(
+            weight.detach().clone(), not weight.requires_grad, embedding.padding_idx, pin=pin
+        )
+        return layer.train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows, (\\*input.shape, embedding_dim), on the device of the ids."""
+        ids = on_host(input, self.num_embeddings)
+        if self.table.requires_grad and torch.is_grad_enabled():
+            rows = ops.embedding(self.table, ids, self.padding_idx, self.sparse)
+        else:
+            rows = bag(self.table, ids.reshape(-1, 1)).reshape(*ids.shape, self.embedding_dim)
+        return self._send(rows, input.device)
+
+
+class HostEmbeddingBag(Host, torch.nn.EmbeddingBag):
+    """``torch.nn.EmbeddingBag`` whose table stays in host memory, or in a mapped file.
+
+    Bags are summed on the host (`lutra.gather.bag`) and only these are sent to the device of the ids.
+    Parameters and attributes as `HostEmbedding`; ``mode`` and ``include_last_offset`` as torch's, and entries
+    equal to ``padding_idx`` are left out of the bags.
+    """
+
+    def __init__(
+        self, num_embeddings: int | None = None, embedding_dim: int | None = None, mode: str = "mean",
+        padding_idx: int | None = None, include_last_offset: bool = False, *, path: Any = None,
+        name: str | None = None, pin: bool = True, sparse: bool = True, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        check_sizes(num_embeddings, embedding_dim, path)
+        self._begin(num_embeddings, embedding_dim, padding_idx, None, path, name, pin, device, dtype, False)
+        self._rest(mode, include_last_offset, sparse)
+        if self.padding_idx is not None and not self.mapped:
+            with torch.no_grad():
+                self.table[self.padding_idx] = 0
+
+    def _rest(self, mode, include_last_offset, sparse):
+        if mode not in ("sum", "mean", "max"):
+            raise ValueError(f"mode must be one of 'sum', 'mean', 'max'; got {mode!r}")
+        self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse
+        self.max_norm, self.norm_type, self.scale_grad_by_freq = None, 2.0, False
+
+    @classmethod
+    def from_pretrained(
+        cls, embeddings: Tensor, freeze: bool = True, mode: str = "mean", padding_idx: int | None = None,
+        include_last_offset: bool = False, sparse: bool = True, *, pin: bool = True,
+    ) -> HostEmbeddingBag:  # fmt: skip
+        """A layer with a dense table, which is taken over if it is on the host and copied there if not."""
+        layer = cls.__new__(cls)
+        table = embeddings.detach().cpu()
+        layer._begin(
+            None, None, padding_idx, table, None, None, pin, embeddings.device, embeddings.dtype, freeze
+        )
+        layer._rest(mode, include_last_offset, sparse)
+        return layer
+
+    @classmethod
+    def from_embedding(cls, embedding: torch.nn.EmbeddingBag, *, pin: bool = True) -> HostEmbeddingBag:
+        """A layer with a copy of an ``nn.EmbeddingBag``'s table and its settings; see `HostEmbedding`."""
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+            raise ValueError("a table on the host has neither max_norm nor scale_grad_by_freq")
+        weight = embedding.weight
+        layer = cls.from_pretrained(
+            weight.detach().clone(), not weight.requires_grad, embedding.mode, embedding.padding_idx,
+            embedding.include_last_offset, pin=pin,
+        )  # fmt: skip
+        return layer.train(embedding.training)
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        """Bags of rows, (bags, embedding_dim), on the device of the ids."""
+        ids = on_host(input, None)
+        others = [None if a is None else a.cpu() for a in (offsets, per_sample_weights)]
+        out = bag(
+            self.table, ids, *others, mode=self.mode, padding_idx=self.padding_idx,
+            include_last_offset=self.include_last_offset and offsets is not None,
+            sparse_grad=self.sparse and self.mode != "max",
+        )  # fmt: skip
+        return self._send(out, input.device)
+
+
+def check_sizes(rows: int | None, dim: int | None, path: Any) -> None:
+    if path is None and (rows is None or dim is None):
+        raise TypeError("num_embeddings and embedding_dim are missing; they may be left out with path only")
+    if (rows is None) != (dim is None):
+        raise TypeError("give num_embeddings and embedding_dim, or neither")
+
+
+def on_host(ids: Tensor, rows: int | None) -> Tensor:
+    if ids.dtype not in IDS:
+        raise TypeError(f"input has dtype {ids.dtype}; it must be int64 or int32")
+    ids = ids.cpu()
+    if rows is not None and ids.numel():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= rows:
+            raise IndexError(f"input holds {low if low < 0 else high}; ids must lie in [0, {rows})")
+    return ids
+
+
+def open_table(path: Any, name: str | None = None) -> tuple[Tensor, str]:
+    """A tensor of two axes of a safetensors file, mapped, and its name.
+
+    The mapping is private: what is written to the tensor, by mistake, reaches no file and crashes nothing.
+    (Outside Linux it is for reading only.)
+    """
+    where = os.fspath(path)
+    with open(where, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            found = {k: v for k, v in header.items() if len(v["shape"]) == 2 and v["dtype"] in _DTYPES}
+            if name is None and len(found) != 1:
+                raise ValueError(
+                    f"it holds {len(found)} floating point tensors of two axes; name one of {sorted(found)}"
+                )
+            name = next(iter(found)) if name is None else name
+            if name not in found:
+                raise ValueError(f"it has no floating point tensor {name!r} of two axes, but {sorted(found)}")
+            entry = found[name]
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+            if end - begin != prod(shape) * dtype.itemsize or begin < 0 or 8 + length + end > size:
+                raise ValueError("it is cut off or damaged")
+            if (8 + length + begin) % dtype.itemsize:
+                raise ValueError(f"{name!r} does not begin at a multiple of its itemsize; save it again")
+        except (struct.error, KeyError, TypeError, AttributeError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"{where!r} cannot be mapped: {error}") from None
+        if not prod(shape):
+            return torch.empty(shape, dtype=dtype), name
+        pages = _map(file.fileno())
+    with warnings.catch_warnings():  # where the mapping had to be for reading only
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        table = torch.frombuffer(pages, dtype=dtype, count=prod(shape), offset=8 + length + begin)
+    return table.view(shape), name
+
+
+def _map(file: int) -> mmap.mmap:
+    """The whole file. A private mapping is counted as memory unless it asks not to be."""
+    if sys.platform == "linux":
+        try:
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+            return mmap.mmap(file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError:  # a system that grants no more than it has
+            pass
+    return mmap.mmap(file, 0, access=mmap.ACCESS_READ)

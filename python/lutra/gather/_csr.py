@@ -174,8 +174,8 @@ def _bag_csr_backward(
         ])  # fmt: skip
         return kind.from_numpy(result, code, grad)
     plan = _plan.sort_ids(kind, ids, id_code, offsets, bags, length, padding, mode, rows, include_last_offset)
-    out = _plan.zeros(kind, (columns.shape[0],), code, grad)
     n_ids = ids.shape[0] if offsets is not None else bags * length
+    out = _plan.zeros(kind, (columns.shape[0],), code, grad, n_ids)
     ptr, optional = kind.ptr, _bag._ptr
     bad = kind.kernels.bag_csr_backward(
         n_ids, bags, *_table(kind, grad, indptr, columns, dim), ptr(plan.order), ptr(plan.starts),

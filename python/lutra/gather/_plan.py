@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from math import prod
 from typing import Any, NamedTuple
 
@@ -44,15 +43,15 @@ def sort_ids(
     return Plan(order, starts, touched, bag_of, bag_scale, count)
 
 
-def zeros(kind: Kind, shape: tuple[int, ...], code: int, like: Any) -> Any:
-    """Zeros whose pages cost nothing until they are written, where there are many (see `_spread`)."""
+def zeros(kind: Kind, shape: tuple[int, ...], code: int, like: Any, entries: int) -> Any:
+    """Zeros of which ``entries`` places will be written (see `_spread`): the other pages cost nothing."""
     itemsize = kind.empty((0,), code, like).dtype.itemsize
     size = prod(shape) * itemsize
     if _spread._PRIVATE is None or size < _spread._WORTH:
         out = kind.empty(shape, code, like)
         out[...] = 0
         return out
-    pages = mmap.mmap(-1, size, flags=_spread._PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = _spread.fresh_pages(size, entries)
     dtype = kind.empty((0,), code, like).dtype
     if kind is NUMPY:
         import numpy as np

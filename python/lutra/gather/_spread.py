@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -22,11 +23,25 @@ def worth_spreading(kind: Kind, entries: int, rows: int, row_bytes: int) -> bool
     return not kind.cuda and _PRIVATE is not None and entries * 4 <= rows and rows * row_bytes >= _WORTH
 
 
+def fresh_pages(size: int, entries: int) -> mmap.mmap:
+    """``size`` bytes of zeros, of which ``entries`` places will be written.
+
+    Where they fall on most of the small pages anyway, huge ones spare a fault for each: thin rows lie many to a
+    page (10^6 x 16 with 82,000 ids, one thread: forward and backward 34 ms, with huge pages 13).
+    """
+    assert _PRIVATE is not None
+    pages = mmap.mmap(-1, size, flags=_PRIVATE | mmap.MAP_ANONYMOUS)
+    if entries * mmap.PAGESIZE > size and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
 def spread(kind: Kind, touched: Any, values: Any, rows: int) -> Any:
     """Zeros, (rows, dim), with ``values`` in the rows ``touched`` (each at most once)."""
     assert _PRIVATE is not None  # `worth_spreading` has seen to it
     dim = values.shape[1]
-    pages = mmap.mmap(-1, rows * dim * values.dtype.itemsize, flags=_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = fresh_pages(rows * dim * values.dtype.itemsize, values.shape[0])
     if kind is NUMPY:
         import numpy as np
 

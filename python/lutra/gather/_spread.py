@@ -26,8 +26,8 @@ def worth_spreading(kind: Kind, entries: int, rows: int, row_bytes: int) -> bool
 def fresh_pages(size: int, entries: int) -> mmap.mmap:
     """``size`` bytes of zeros, of which ``entries`` places will be written.
 
-    Where they fall on most of the small pages anyway, huge ones spare a fault for each: thin rows lie many to a
-    page (10^6 x 16 with 82,000 ids, one thread: forward and backward 34 ms, with huge pages 13).
+    Where they fall on most of the small pages anyway, huge ones spare a fault for each: thin rows lie many to
+    a page (10^6 x 16 with 82,000 ids, one thread: forward and backward 34 ms, with huge pages 13).
     """
     assert _PRIVATE is not None
     pages = mmap.mmap(-1, size, flags=_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -5,6 +5,7 @@ from .clusters import Clusters
 from .columns import ColumnPruned
 from .csr import CSR
 from .dedup import Dedup
+from .dhe import DHE
 from .digits import Digits
 from .hash import Hash
 from .low_rank import LowRank
@@ -21,6 +22,7 @@ from .tensor_train import TensorTrain
 
 __all__ = [
     "CSR",
+    "DHE",
     "FORMATS",
     "FP8",
     "NF4",

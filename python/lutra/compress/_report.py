@@ -136,6 +136,7 @@ class Report:
     def show(self) -> None:
         """Print it: with rich where that is installed, as text elsewhere."""
         try:
+            from rich import box
             from rich.console import Console
             from rich.markup import escape
             from rich.table import Table
@@ -148,10 +149,14 @@ class Report:
                 continue
             rows = [cells(e) for e in entries]
             kept = [i for i in range(len(COLUMNS)) if any(r[i] not in ("", "-") for r in rows)]
-            table = Table(title=title, title_justify="left")
+            if title == "tried" and len(self.tables) == 1:  # what all have in common stands above
+                title = f"tried on {entries[0].module}, {size_text(entries[0].before)}"
+                kept = [i for i in kept if COLUMNS[i] not in ("module", "before")]
+            table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
             for i in kept:
-                side: Any = "left" if i in (0, 1, len(COLUMNS) - 1) else "right"
-                table.add_column(COLUMNS[i], justify=side, overflow="fold")
+                text = i in (0, 1, len(COLUMNS) - 1)
+                side: Any = "left" if text else "right"
+                table.add_column(COLUMNS[i], justify=side, overflow="fold", no_wrap=not text)
             for entry, row in zip(entries, rows):
                 table.add_row(*(escape(row[i]) for i in kept), style="bold" if entry.chosen else None)
             console.print(table)

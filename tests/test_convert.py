@@ -354,6 +354,30 @@ def test_static_embedding():
     torch.testing.assert_close(model(dict(features))["sentence_embedding"], want)
 
 
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_layers_change_their_length(name):
+    from lutra.compress import _layers
+
+    torch.manual_seed(0)
+    embedding = nn.Embedding(1040, 32, padding_idx=1035)
+    format = FORMATS[name].fit((1040, 32), 40_000 if name != "int8" else 80_000, "float32")
+    model = nn.Sequential(embedding)
+    lutra.compress.convert(model, format)
+    layer, before = model[0], model[0].dense()
+    values = before[:30].numpy()
+    kept = {k: v.numpy() for k, v in layer.to_table().data.items()}
+    found, data = layer.format.resize(kept, (1040, 32), values, 1040)
+    _layers.resize(layer, 1070, values)
+    assert layer.num_embeddings == len(layer.weight) == 1070 and layer.padding_idx == 1035
+    want = lutra.compress.Table(found, (1070, 32), data).decode()
+    want[1035] = before[1035]
+    np.testing.assert_allclose(layer.dense().numpy(), want, rtol=1e-4, atol=1e-5)
+    if name != "mixed":  # which divides its groups anew
+        torch.testing.assert_close(layer.dense()[:1040], before)
+    _layers.resize(layer, 1000, values[:0])
+    assert layer(torch.arange(1000)).shape == (1000, 32) and layer.padding_idx is None
+
+
 # ---------------------------------------------------------------- files
 @pytest.mark.parametrize("how", ["safetensors", "torch", "dict"])
 def test_load_into(model, tmp_path, how):

@@ -118,7 +118,7 @@ def resize(layer: Any, rows: int, values: np.ndarray) -> None:
     for key, value in layer._data().items():
         array = to_numpy(value)
         data[key] = array.astype(np.float32) if value.is_floating_point() else array
-    format, fresh = layer.format.resize(data, shape, values.astype(np.float32), rows)
+    format, fresh = layer.format.resize(data, shape, values.astype(np.float32), min(rows, shape[0]))
     fits = {k: v.shape for k, v in format.arrays((rows, shape[1])).items()}
     if {k: v.shape for k, v in fresh.items()} != fits:
         raise RuntimeError(f"{format.name}: resized arrays do not fit the format")  # a bug of the format

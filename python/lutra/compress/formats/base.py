@@ -176,7 +176,7 @@ class Format(ABC):
     def resize(
         self, data: Data, shape: Shape, values: np.ndarray, rows: int, seed: int = 0
     ) -> tuple[Format, Data]:
-        """A table of ``rows`` rows: the first of the old ones, then ``values`` (NumPy arrays all).
+        """The first ``rows`` of the old rows, then the rows of ``values`` (NumPy arrays all).
 
         Returns the format (its parameters may change) and the data. The default decodes and encodes again;
         formats that can keep the old rows as they are override it.

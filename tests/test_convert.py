@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 import lutra  # noqa: E402
 from lutra.compress import _choose, _report  # noqa: E402
 from lutra.compress._mixed import mixed  # noqa: E402
-from lutra.compress.formats import FORMATS  # noqa: E402
+from lutra.compress.formats import FORMATS, Format  # noqa: E402
 from lutra.nn._compressed import Compressed  # noqa: E402
 
 
@@ -354,7 +354,7 @@ def test_static_embedding():
     torch.testing.assert_close(model(dict(features))["sentence_embedding"], want)
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(n for n, f in FORMATS.items() if f.resize is not Format.resize))
 def test_layers_change_their_length(name):
     from lutra.compress import _layers
 
@@ -372,7 +372,7 @@ def test_layers_change_their_length(name):
     want = lutra.compress.Table(found, (1070, 32), data).decode()
     want[1035] = before[1035]
     np.testing.assert_allclose(layer.dense().numpy(), want, rtol=1e-4, atol=1e-5)
-    if name != "mixed":  # which divides its groups anew
+    if name not in ("dhe", "mixed", "tt"):  # which train on, divide groups anew, fit a slice anew
         torch.testing.assert_close(layer.dense()[:1040], before)
     _layers.resize(layer, 1000, values[:0])
     assert layer(torch.arange(1000)).shape == (1000, 32) and layer.padding_idx is None

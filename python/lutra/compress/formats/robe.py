@@ -62,8 +62,10 @@ class ROBE(PiecesFormat):
     @classmethod
     def fit(cls, shape: Shape, nbytes: int, dtype: str = "float32") -> ROBE | None:
         size = min(nbytes // SIZES[dtype], max(shape[0] * shape[1], 1))
+        if size < shape[1]:  # less than one row: no table any more
+            return None
         blocks = [d for d in divisors(shape[1]) if d <= min(size, 32)]
-        return cls(size, blocks[-1]) if blocks else None
+        return cls(size, blocks[-1])
 
     def encode(
         self, table: np.ndarray, counts: np.ndarray | None = None, seed: int = 0, progress: bool | None = None

@@ -11,10 +11,10 @@ from .formats import FORMATS, Format
 from .formats import make as format
 
 if TYPE_CHECKING:
-    from ._convert import convert
+    from ._convert import convert, report
     from ._load import load_into
 
-_LAZY = {"convert": "_convert", "load_into": "_load"}  # these import torch
+_LAZY = {"convert": "_convert", "report": "_convert", "load_into": "_load"}  # these import torch
 
 
 def __getattr__(name: str):
@@ -27,5 +27,5 @@ _hook.install()  # models saved by `convert` are loaded by transformers' from_pr
 
 __all__ = [
     "FORMATS", "Format", "Report", "Table", "compress_file", "convert", "decompress_file", "encode", "format",
-    "load_into",
+    "load_into", "report",
 ]  # fmt: skip

@@ -96,7 +96,7 @@ class Option:
 def classes(formats: Any = None) -> list[type[Format]]:
     """Classes of formats by name; None is all."""
     if formats is None:
-        return [FORMATS[name] for name in sorted(FORMATS)]
+        return [FORMATS[name] for name in sorted(FORMATS) if not FORMATS[name].slow]
     names = [formats] if isinstance(formats, str) else list(formats)
     for name in names:
         if name not in FORMATS:

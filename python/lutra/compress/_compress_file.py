@@ -132,7 +132,7 @@ def compress_file(
         tried = [entry_of(j, o, o is best) for j, each, best in zip(jobs, attempts, options) for o in each]
     outs, metadata, config = _compressed(checkpoint, jobs, options)
     _write(checkpoint, output, outs, metadata, config)
-    return Report(None, [entry_of(job, option) for job, option in zip(jobs, options)], tried, limit)
+    return Report([entry_of(job, option) for job, option in zip(jobs, options)], tried, limit)
 
 
 def _compressed(

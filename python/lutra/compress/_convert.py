@@ -34,7 +34,7 @@ def convert(
     progress: bool | None = None,
     inplace: bool = True,
     **parameters: Any,
-) -> Report:
+) -> Any:
     """Replace the embeddings of a torch model by compressed ones.
 
     Every chosen ``nn.Embedding`` and ``nn.EmbeddingBag`` becomes the layer of `lutra.nn` that stores its
@@ -65,7 +65,7 @@ def convert(
         of a Hugging Face model, and all others of at least ``min_rows`` rows whose names do not say that
         they hold positions, segments or the like.
     formats : list of str, optional
-        Names of the formats that a budget tries; default all.
+        Names of the formats that a budget tries; default all but 'dhe', whose encoding trains a network.
     head : {'auto', 'dense'}, default 'auto'
         'auto': heads tied to a converted table become `TiedHead`. 'dense': they keep the dense table,
         untied from now on. Heads that were untied before stay as they are in both.
@@ -80,8 +80,8 @@ def convert(
 
     Returns
     -------
-    Report
-        Prints as a table; ``report.model`` is the model.
+    torch.nn.Module
+        The model itself, or the copy. `lutra.compress.report` of it says what was done.
 
     Raises
     ------
@@ -124,10 +124,25 @@ def convert(
         score = _calibrate.divergence(model, data, work.before)
         for option in options:
             option.divergence = score
-    report = work.report(jobs, options, limit)
-    if report.tried and (progress or (progress is None and _terminal())):
-        report.show()
-    return report
+    made = work.report(jobs, options, limit)
+    if made.tried and (progress or (progress is None and _terminal())):
+        made.show()
+    model._lutra_report = made
+    return model
+
+
+def report(model: Any) -> Report:
+    """What `convert` did to a model: prints as a table.
+
+    Raises
+    ------
+    ValueError
+        The model was not converted in this process.
+    """
+    made = getattr(model, "_lutra_report", None)
+    if made is None:
+        raise ValueError("this model was not converted by lutra.compress.convert in this process")
+    return made
 
 
 def _terminal() -> bool:
@@ -237,7 +252,7 @@ class _Work:
 
     def report(self, jobs: list[Job], options: list[Option], limit: int | None) -> Report:
         tables = [entry_of(job, option) for job, option in zip(jobs, options)]
-        return Report(self.model, tables, self.tried, limit, self.skipped)
+        return Report(tables, self.tried, limit, self.skipped)
 
 
 def _check(group: Group) -> None:

@@ -93,8 +93,6 @@ class Report:
 
     Attributes
     ----------
-    model : torch.nn.Module, optional
-        The converted model.
     tables : list of Entry
         What each table became.
     tried : list of Entry
@@ -105,7 +103,6 @@ class Report:
         Embeddings that were left alone, and why.
     """
 
-    model: Any = None
     tables: list[Entry] = field(default_factory=list)
     tried: list[Entry] = field(default_factory=list)
     budget: int | None = None

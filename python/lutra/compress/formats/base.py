@@ -61,6 +61,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     layer: ClassVar[str]
+    #: Encoding trains a network, for minutes: a budget tries it only where it is named.
+    slow: ClassVar[bool] = False
 
     # ---------------------------------------------------------------- size
     @abstractmethod

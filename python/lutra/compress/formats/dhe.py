@@ -54,6 +54,7 @@ class DHE(Format):
 
     name: ClassVar[str] = "dhe"
     layer: ClassVar[str] = "DHE"
+    slow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.integer("k", self.k, 1, 1 << 16)

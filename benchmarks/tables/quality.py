@@ -17,6 +17,15 @@ SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
 NEIGHBOURS = 10
 
 
+def about(name: str, shape: tuple[int, int], share: float) -> Any:
+    """Parameters of a format for a share of float32; where it goes no lower than a larger one, for that."""
+    for larger in (share, 0.16, 0.2, 0.3, 0.4):
+        found = FORMATS[name].fit(shape, int(shape[0] * shape[1] * 4 * larger))
+        if found is not None:
+            return found
+    return None
+
+
 def real_table(folder: Path | None, quick: bool) -> np.ndarray:
     """MiniLM's token table, (30522, 384); the first 4,000 rows and 64 columns of it in a quick run."""
     if folder is None:

@@ -11,6 +11,8 @@ import lutra
 from lutra.bench import interleaved
 from lutra.compress import FORMATS, Table
 
+from .quality import about
+
 DIM, LENGTH = 64, 20
 
 
@@ -24,7 +26,7 @@ def rows(quick: bool, names: list[str] | None = None, share: float = 0.125) -> I
     pool = [torch.from_numpy(rng.integers(0, n, (bags, LENGTH))) for _ in range(16)]
     dense = torch.randn(shape)
     for name in names or sorted(FORMATS):
-        found = FORMATS[name].fit(shape, int(n * DIM * 4 * share))
+        found = about(name, shape, share)
         if found is None:
             continue
         arrays = found.arrays(shape)

@@ -16,6 +16,8 @@ import numpy as np
 
 from lutra.compress import FORMATS
 
+from .quality import about
+
 ROWS, DIM, ORDER = 50_000, 32, 6
 
 
@@ -120,7 +122,7 @@ def rows(
     nothing = trainer.train(zeros.requires_grad_(False), trainer.head(), trainer.steps // 4)
     yield {"format": "dense layers alone", "share": 0.0, "scratch": nothing}
     for name in names or sorted(FORMATS):
-        found = FORMATS[name].fit(shape, int(trainer.rows * DIM * 4 * share))
+        found = about(name, shape, share)
         if found is None:
             continue
         layer = getattr(lutra.nn, f"{FORMATS[name].layer}EmbeddingBag")

@@ -239,6 +239,7 @@ def test_latent_is_its_formula(levels):
 
 
 # ---------------------------------------------------------------- training
+@pytest.mark.slow
 @pytest.mark.parametrize("name, bits, share", [
     ("vq", 6, 0.45), ("moving averages", 6, 0.45), ("cosine", 6, 0.75), ("residual", 12, 0.25),
     ("fsq", 6, 0.5), ("latent", 12, 0.3),

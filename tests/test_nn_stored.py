@@ -456,6 +456,7 @@ def losses(layer, optimizer_cls, steps=250, lr=0.05):
     return np.mean(out[:10]), np.mean(out[-40:])
 
 
+@pytest.mark.slow
 def test_training_reaches_what_it_should():
     torch.manual_seed(0)
     start, dense = losses(torch.nn.EmbeddingBag(400, 8, mode="sum"), lutra.optim.Adam)

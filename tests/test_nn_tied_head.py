@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: E402
 from lutra import nn  # noqa: E402
 from lutra.nn import _lookup_loss, _tied_head, _tiles  # noqa: E402
 
-NAMES = sorted(FORMATS)
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if FORMATS[n].slow else n for n in sorted(FORMATS)]
 SHAPE = checks.SHAPES[0]
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.slow
 nn = pytest.importorskip("lutra.nn")
 F = torch.nn.functional
 

@@ -106,6 +106,11 @@ def _checked(kind, values, indptr, columns):
     name = str(columns.dtype).removeprefix("torch.")
     if name not in _COLUMNS:
         raise TypeError(f"columns has dtype {name}; it must be uint8, int16 or int32")
+    if kind.kernels is None:  # kernels look themselves
+        starts = kind.to_numpy(indptr)
+        inside = len(starts) == 0 or 0 <= starts[0] <= starts[-1] <= len(columns)
+        if not inside or (starts[1:] < starts[:-1]).any():
+            _raise(kind, _BAD, None, None, 0, False)
     return kind.dense(values), kind.dense(indptr), kind.dense(columns)
 
 

@@ -285,16 +285,21 @@ def _explain(kind, ids, offsets, rows, include_last_offset, stored, pieces):
     offsets = None if offsets is None else kind.to_numpy(offsets)
     reference_bag.check_ids(kind.to_numpy(ids), offsets, rows, include_last_offset)
     if pieces.kind == "blocks":
-        blocks, n = kind.to_numpy(stored), pieces.numbers[1]
-        bad = (blocks < 0) | (blocks >= n)
-        if bad.any():
-            i = int(bad.argmax())
-            raise IndexError(f"stored[{i}] is {blocks[i]}; it must lie in [0, {n}), the blocks of the table")
+        _check_blocks(kind.to_numpy(stored), pieces.numbers[1])
     raise IndexError("ids, offsets or stored changed while the kernel ran")
+
+
+def _check_blocks(blocks, n):
+    bad = (blocks < 0) | (blocks >= n)
+    if bad.any():
+        i = int(bad.argmax())
+        raise IndexError(f"stored[{i}] is {blocks[i]}; it must lie in [0, {n}), the blocks of the table")
 
 
 def _by_reference(pieces, given, rows, mode, padding_idx, include_last_offset):
     table, ids, offsets, weights, stored, piece_weights = given
+    if pieces.kind == "blocks":
+        _check_blocks(stored, pieces.numbers[1])
     flat_ids = reference.checked_rows(ids, offsets, rows, include_last_offset)
     table = table.reshape(-1) if pieces.kind == "robe" else table.reshape(pieces.table_rows, pieces.width)
     parts = reference.rows(
@@ -327,6 +332,11 @@ def _pieces_backward(
     numbers=(), width=0, combine="concat", rows=0, mode="sum", padding_idx=None, include_last_offset=False,
 ):  # fmt: skip
     """Gradient of the table, (table_rows, width); robe: (elements, 1). ``table`` is read for products."""
+    if kind.kernels is None:
+        raise NotImplementedError(
+            "the operator lutra::bag_pieces has a gradient only where lutra is compiled; "
+            "lutra.gather.bag_pieces composes torch's ops instead"
+        )
     pieces = Pieces(source, tuple(numbers), width, combine)
     code = _checks.dtype(kind, grad, "grad", FLOATS)
     bags, length = _bag._layout(ids, offsets, include_last_offset)

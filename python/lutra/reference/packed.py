@@ -87,8 +87,10 @@ def join(codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None, kind:
         for i in range(per):
             codes |= parts[:, :, i] << (i * k.bits)
     tail = scale[..., None] if minimum is None else np.stack([scale, minimum], -1)
-    tail = np.ascontiguousarray(tail.reshape(len(codes), -1), k.scale).view(np.uint8)
-    return np.concatenate([codes, tail.reshape(len(codes), -1)], 1)
+    tail = tail.reshape(len(codes), tail.shape[1] * tail.shape[2])  # not -1: there may be no rows
+    tail = np.ascontiguousarray(tail, k.scale)
+    size = tail.shape[1] * tail.itemsize
+    return np.concatenate([codes, tail.view(np.uint8).reshape(len(codes), size)], 1)
 
 
 def split(packed: np.ndarray, dim: int, kind: str, group: int | None = None):
@@ -252,8 +254,11 @@ def unpack_rows(packed, dim, kind, group=None, ids=None):
     k, at = KINDS[kind], layout(dim, kind, group)
     codes, scale, minimum = split(packed if ids is None else packed[ids], dim, kind, group)
     of = np.arange(dim) // at.group
-    out = (codes.astype(np.float32) if k.levels is None else k.levels[codes]) * scale[:, of]
-    return out if minimum is None else out + minimum[:, of]
+    out = codes.astype(np.float32) if k.levels is None else k.levels[codes]
+    if minimum is None:
+        return out * scale[:, of]
+    # in float64: a scale times a code may be beyond float32 where the value is not
+    return (out * scale[:, of].astype(np.float64) + minimum[:, of]).astype(np.float32)
 
 
 def _decoded(packed, ids, offsets, dim, kind, group, padding_idx, include_last_offset):

@@ -66,7 +66,7 @@ def rows(kind, numbers, combine, table, ids, stored=None, piece_weights=None, wi
     if piece_weights is not None:
         pieces = pieces * _wide(piece_weights)[ids][..., None]
     if combine == "concat":
-        return pieces.reshape(len(pieces), -1)
+        return pieces.reshape(len(pieces), pieces.shape[1] * pieces.shape[2])  # -1 fails where there are none
     if combine == "sum":
         return pieces.sum(1)
     return pieces.prod(1)

@@ -74,5 +74,12 @@ def means(values: np.ndarray, groups: np.ndarray, count: int, weights: np.ndarra
 
 def universal(seed: int, count: int) -> tuple[int, ...]:
     """``count`` numbers in [1, P) for hash functions."""
-    rng = np.random.default_rng([seed, 0x68617368])
-    return tuple(int(v) for v in rng.integers(1, reference.PRIME, count))
+    # SplitMix64 (Steele, Lea, Flood 2014) in Python's integers, which torch.compile can trace
+    low = (1 << 64) - 1
+    state, numbers = (seed ^ 0x68617368) & low, []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & low
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & low
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & low
+        numbers.append(1 + (z ^ (z >> 31)) % (reference.PRIME - 1))
+    return tuple(numbers)

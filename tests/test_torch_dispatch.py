@@ -17,7 +17,8 @@ ops = torch.ops.lutra
 #: Ops with opcheck in test files of their own (backward ops are checked there through their forward ops).
 ELSEWHERE = {
     "bag_csr", "bag_csr_backward", "bag_csr_weight_grad", "bag_packed", "bag_packed_weight_grad",
-    "bag_pieces", "bag_pieces_backward", "hash_features", "lookups", "lookups_backward", "lookups_cross_entropy",
+    "bag_pieces", "bag_pieces_backward", "hash_features", "lookups", "lookups_backward",
+    "lookups_cross_entropy",
     "lookups_cross_entropy_backward", "lookups_topk", "pack_rows", "pack_rows_out", "packed_logits",
     "packed_logits_backward", "packed_topk", "piece_dots", "random_rows", "senses", "senses_backward",
     "tensor_train", "tensor_train_backward", "tensor_train_weight_grad", "tiled_cross_entropy",

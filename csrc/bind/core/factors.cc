@@ -4,26 +4,13 @@
 #include <array>
 
 #include "address/hash_features.h"
+#include "bind/core/bag_ids.h"
 #include "bind/core/intake.h"
 #include "gather/bag_csr.h"
 #include "gather/tensor_train.h"
 
 namespace lutra {
 namespace {
-
-BagIds bag_ids(Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags, int64_t length,
-               int64_t padding_idx, int mode) {
-  const auto t = static_cast<DType>(id_type);
-  return BagIds{ids.raw(n_ids, t),
-                t,
-                n_ids,
-                offsets.raw(offsets.p ? bags + last_offset : 0, t),
-                last_offset,
-                bags,
-                length,
-                padding_idx,
-                static_cast<Mode>(mode)};
-}
 
 CsrTable csr_table(Ptr indptr, bool wide, Ptr columns, int column_bytes, Ptr values, int dtype, int64_t rows,
                    int64_t dim, int64_t nnz, bool read_values) {

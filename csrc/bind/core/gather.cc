@@ -1,3 +1,4 @@
+#include "bind/core/bag_ids.h"
 #include "bind/core/intake.h"
 #include "bind/core/quick.h"
 #include "gather/bag.h"
@@ -6,21 +7,6 @@
 
 namespace lutra {
 namespace {
-
-// The ids of a bag call: (ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode).
-BagIds bag_ids(Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags, int64_t length,
-               int64_t padding_idx, int mode) {
-  const auto t = static_cast<DType>(id_type);
-  return BagIds{ids.raw(n_ids, t),
-                t,
-                n_ids,
-                offsets.raw(offsets.p ? bags + last_offset : 0, t),
-                last_offset,
-                bags,
-                length,
-                padding_idx,
-                static_cast<Mode>(mode)};
-}
 
 // See quick.h. No padding and no 8-bit rows here: the general path takes them.
 py::object quick_bag(py::handle table, py::handle ids, py::handle offsets, py::handle weights, py::handle mode,

@@ -1,4 +1,5 @@
 #include "gather/pieces.h"
+#include "bind/core/bag_ids.h"
 #include "bind/core/intake.h"
 
 #include <pybind11/stl.h>
@@ -7,20 +8,6 @@
 
 namespace lutra {
 namespace {
-
-BagIds bag_ids(Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags, int64_t length,
-               int64_t padding_idx, int mode) {
-  const auto t = static_cast<DType>(id_type);
-  return BagIds{ids.raw(n_ids, t),
-                t,
-                n_ids,
-                offsets.raw(offsets.p ? bags + last_offset : 0, t),
-                last_offset,
-                bags,
-                length,
-                padding_idx,
-                static_cast<Mode>(mode)};
-}
 
 // The greatest address of a source must lie in the table: memory safety rests on it.
 void check(const PieceSource& s, const std::vector<int64_t>& a, bool stored) {
@@ -81,6 +68,14 @@ PieceSource source(int kind, int64_t m, int64_t rows, Ptr stored, int64_t code_b
   return s;
 }
 
+// Refuses widths and products that do not fit; whether the pieces are ROBE's, whose table is one array.
+bool checked_robe(int kind, Combine combine, int64_t pieces, int64_t width, int64_t table_rows) {
+  const bool robe = static_cast<PieceKind>(kind) == PieceKind::robe;
+  if (width < 0 || (robe && width > table_rows)) throw py::value_error("lutra: a piece is wider than its table");
+  if (combine == Combine::product && pieces != 2) throw py::value_error("lutra: a product is of two pieces");
+  return robe;
+}
+
 }  // namespace
 
 void register_pieces(py::module_& m) {
@@ -91,9 +86,7 @@ void register_pieces(py::module_& m) {
     int64_t bad = -1;
     const auto t = static_cast<DType>(dtype);
     const auto c = static_cast<Combine>(combine);
-    const bool robe = static_cast<PieceKind>(kind) == PieceKind::robe;
-    if (width < 0 || (robe && width > table_rows)) throw py::value_error("lutra: a piece is wider than its table");
-    if (c == Combine::product && pieces_ != 2) throw py::value_error("lutra: a product is of two pieces");
+    const bool robe = checked_robe(kind, c, pieces_, width, table_rows);
     PiecesArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
                  source(kind, pieces_, rows, stored, code_bytes, numbers, table_rows),
                  c,
@@ -135,9 +128,7 @@ void register_pieces(py::module_& m) {
     int64_t bad = -1;
     const auto t = static_cast<DType>(dtype);
     const auto c = static_cast<Combine>(combine);
-    const bool robe = static_cast<PieceKind>(kind) == PieceKind::robe;
-    if (width < 0 || (robe && width > table_rows)) throw py::value_error("lutra: a piece is wider than its table");
-    if (c == Combine::product && pieces_ != 2) throw py::value_error("lutra: a product is of two pieces");
+    const bool robe = checked_robe(kind, c, pieces_, width, table_rows);
     PieceDotsArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
                     source(kind, pieces_, rows, stored, code_bytes, numbers, table_rows),
                     c,

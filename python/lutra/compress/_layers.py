@@ -135,7 +135,7 @@ def resize(layer: Any, rows: int, values: np.ndarray) -> None:
             layer.register_parameter(key, parameter)
         else:
             layer.register_buffer(key, value)
-    layer.format, layer.num_embeddings = format, rows
+    layer.format, layer.num_embeddings, layer._names = format, rows, tuple(arrays)
     layer.weight = torch.nn.Parameter(weight.new_empty((rows, 0)), requires_grad=weight.requires_grad)
     text = json.dumps(format.config(), sort_keys=True).encode()
     layer.format_json = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(weight.device)

@@ -30,6 +30,7 @@ class Compressed(torch.nn.Module):
 
     format_class: ClassVar[type[Format]]
     format: Format
+    _names: tuple[str, ...]
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
@@ -43,6 +44,7 @@ class Compressed(torch.nn.Module):
             raise TypeError(f"dtype must be a floating point type, got {dtype}")
         shape = (self.num_embeddings, self.embedding_dim)
         arrays = format.arrays(shape)
+        self._names = tuple(arrays)  # worked out once: a call must not ask the format for its shapes
         meta = device is not None and torch.device(device).type == "meta"
         if data is None and not meta:
             data = format.initial(shape, int(torch.randint(2**31, ())))
@@ -65,7 +67,7 @@ class Compressed(torch.nn.Module):
 
     def _data(self) -> dict[str, Tensor]:
         # getattr, not _parameters: in a replica of DataParallel they are plain attributes
-        return {name: getattr(self, name) for name in self.format.arrays(self._shape)}
+        return {name: getattr(self, name) for name in self._names}
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -11,11 +11,11 @@ search. Peers that are not installed (faiss-cpu, hnswlib, scann, turbovec) are l
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from real_data import data_folder
 from search import coded, exact, graph, lists, manners
 from search.context import HEADER, Context
 
@@ -28,11 +28,6 @@ SECTIONS: dict[str, tuple[Callable[[Context], None], ...]] = {
     "k-means": (exact.clustering,),
     "manners": (manners.busy, manners.memory),
 }
-
-
-def data_folder() -> Path | None:
-    folder = Path(os.environ.get("LUTRA_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    return folder if folder.is_dir() else None
 
 
 def context(quick: bool, n: int | None = None) -> Context:

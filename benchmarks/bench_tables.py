@@ -13,20 +13,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 import time
 from pathlib import Path
 
 import pytest
+from real_data import data_folder
 from tables import quality, speed, training
 
 import lutra
-
-
-def data_folder() -> Path | None:
-    folder = Path(os.environ.get("LUTRA_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    return folder if folder.is_dir() else None
 
 
 def sections(quick: bool, names: list[str] | None):

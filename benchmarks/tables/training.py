@@ -1,8 +1,9 @@
 """A small model of text with each format, from scratch and converted.
 
 The next byte of tinyshakespeare from the 1- to 6-grams before it: each n-gram has a row in a hashed table of
-50,000 x 32 (`lutra.address.token_ngrams`), the rows of a position are summed by an EmbeddingBag, and two
-dense layers give the 65 logits. Nearly all parameters lie in the table.
+50,000 x 32, the rows of a position are summed by an EmbeddingBag, and two dense layers give the 65 logits.
+Nearly all parameters lie in the table. The n-grams are hashed backwards from the position here:
+`lutra.address.token_ngrams` goes through a text by their starts.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ register(
     lambda *_: None,
 )
 register(
-    "update_bags(Tensor(a!) table, Tensor grad, Tensor ids, Tensor? offsets, Tensor? weights, Tensor? "
-    "argmax, "
-    f'{_STATE}, str mode="sum", int? padding_idx=None, bool include_last_offset=False, int? seed=None) -> ()',
+    "update_bags(Tensor(a!) table, Tensor grad, Tensor ids, Tensor? offsets, Tensor? weights, "
+    # not named mode: torch's functionalization of ops that mutate has an argument of that name itself
+    f'Tensor? argmax, {_STATE}, str reduction="sum", int? padding_idx=None, bool include_last_offset=False, '
+    "int? seed=None) -> ()",
     _update_bags,
     lambda *_: None,
 )

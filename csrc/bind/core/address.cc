@@ -1,3 +1,4 @@
+#include "address/fwht.h"
 #include "address/random_rows.h"
 #include "address/sign_hash.h"
 #include "address/token_ngrams.h"
@@ -115,6 +116,12 @@ void register_address(py::module_& m) {
                            grad_weights.as<float>(rows * tables),
                            grad_x.raw(rows * d, t)};
     run(&sign_hash_backward, a, rows * d * 2.0);
+  });
+  m.def("fwht", [](Ptr x, int dtype, int64_t rows, int64_t n, float scale, Ptr out) {
+    const auto t = static_cast<DType>(dtype);
+    if (n < 1 || n & (n - 1)) throw py::value_error("lutra: the length must be a power of two");
+    FwhtArgs a{x.raw(rows * n, t), t, rows, n, scale, out.raw(rows * n, t)};
+    run(&fwht, a, rows * n * 0.2);
   });
   m.def("token_ngrams", [](Ptr tokens, int64_t total, Ptr offsets, Ptr out_offsets, int64_t texts, int64_t order,
                            int64_t first_bucket, int64_t buckets, bool unigrams, Ptr ids, int64_t n_ids) {

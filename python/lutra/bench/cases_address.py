@@ -7,6 +7,7 @@ import importlib
 import numpy as np
 
 from .. import address, reference
+from ..address._fwht import _levels as hadamard_levels
 from . import data, expect
 from .case import Case, Prepared
 from .cases_scan import faiss_flat, numpy_knn, torch_knn
@@ -72,6 +73,31 @@ def _sign_hash(quick: bool) -> Prepared:
     )
 
 
+def _fwht(quick: bool) -> Prepared:
+    rows, n = (512 if quick else 8192), 1024
+    x = data.vectors(rows, n)
+
+    def check():
+        expect.close(
+            address.fwht(x[:64]), reference.address.fwht(x[:64]), what="transform", rtol=1e-4, atol=1e-3
+        )
+
+    peers = {"numpy": lambda: reference.address.fwht(x)}
+    torch = data.installed("torch")
+    if torch is not None:
+        tensor = torch.from_numpy(x)
+        peers["torch"] = lambda: hadamard_levels(torch, tensor, n, 1.0)
+    return Prepared(
+        ours=lambda: address.fwht(x),
+        check=check,
+        peers=peers,
+        bytes=8.0 * rows * n,
+        flops=10.0 * rows * n,
+        work=8.0 * rows * n,
+        unit="B",
+    )
+
+
 def _ngrams(quick: bool) -> Prepared:
     texts = data.texts(1_000_000 if quick else 4_000_000)
     size = sum(len(t.encode()) for t in texts)
@@ -127,6 +153,7 @@ def _token_ngrams(quick: bool) -> Prepared:
 CASES = [
     Case("nearest of 1024 centroids", "address", _nearest),
     Case("sign_hash, 8 bits", "address", _sign_hash),
+    Case("fwht of 1024 values", "address", _fwht),
     Case("ngrams of text", "address", _ngrams),
     Case("token_ngrams, order 2", "address", _token_ngrams),
 ]

@@ -15,6 +15,7 @@ from ._byte_words import ByteWordPooling
 from ._compressed_layers import LAYERS
 from ._embedding import Embedding
 from ._embedding_bag import EmbeddingBag
+from ._hashes import HadamardProjection
 from ._host import HostEmbedding, HostEmbeddingBag
 from ._lexinvariant import LexinvariantEmbedding
 from ._memory_linear import MemoryLinear
@@ -26,8 +27,8 @@ from .training import __all__ as _TRAINING
 globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of lutra.compress
 
 __all__ = [
-    "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "HostEmbedding",
-    "HostEmbeddingBag", "LexinvariantEmbedding",
+    "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "HadamardProjection",
+    "HostEmbedding", "HostEmbeddingBag", "LexinvariantEmbedding",
     "MemoryLinear", "SenseDict", "TiedHead", *LAYERS,
 ]  # fmt: skip
 __all__ += _TRAINING

@@ -38,6 +38,18 @@ def sign_hash_backward(grad_weights, x, bits=8, score="prob", temperature=1.0):
     return (grad_weights[..., None] * p * inner).reshape(x.shape).astype(z.dtype)
 
 
+def fwht(x, scale=1.0):
+    """Walsh-Hadamard transform of the last axis, natural order; see `lutra.address.fwht`."""
+    y = _wide(x)
+    n, h = x.shape[-1], 1
+    while h < n:
+        pairs = y.reshape(*x.shape[:-1], n // (2 * h), 2, h)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = np.stack([a + b, a - b], -2)
+        h *= 2
+    return (y.reshape(x.shape) * y.dtype.type(scale)).astype(y.dtype)
+
+
 def nearest(x, centroids, k=1, metric="l2"):
     """Scores and ids of the k nearest centroids; see `lutra.address.nearest`."""
     return scan.knn(x, centroids, k, metric)

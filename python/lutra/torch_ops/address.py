@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..address import _fwht as hadamard
 from ..address import _ngrams as grams
 from ..address import _sign_hash as sign
 from .library import gradient, register
@@ -44,6 +45,20 @@ register(
     ),
 )
 gradient("sign_hash", _backward, _setup)
+
+
+# ---- fwht (its own gradient)
+def _fwht_fake(x, scale=1.0):
+    hadamard._fwht_length(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fwht_setup(ctx, inputs, output):
+    ctx.scale = inputs[1]
+
+
+register("fwht(Tensor x, float scale=1.0) -> Tensor", hadamard._fwht, _fwht_fake)
+gradient("fwht", lambda ctx, grad: (torch.ops.lutra.fwht(grad, ctx.scale), None), _fwht_setup)
 
 
 # ---- token_ngrams (integers: no gradient)

@@ -57,9 +57,27 @@ def data_folder() -> Path:
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption(
+        "--product",
+        action="store_true",
+        help="run all combinations of parameters where nothing is compiled too, not each value once",
+    )
+
+
+def covering(cases: list[set]) -> list[int]:
+    """Places of a few cases that together have all that the cases have."""
+    left = set().union(*cases)
+    chosen = []
+    while left:
+        new = [len(left & case) for case in cases]
+        chosen.append(new.index(max(new)))
+        left -= cases[chosen[-1]]
+    return sorted(chosen)
 
 
 def pytest_collection_modifyitems(config, items):
+    if _backend.core is None and not config.getoption("--product"):
+        each_value_once(config, items)
     runs, reason = _backend.cuda_status()
     no_cuda = pytest.mark.skip(reason=f"needs CUDA: {reason}")
     not_now = pytest.mark.skip(reason="slow: only with --slow")
@@ -69,3 +87,27 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(no_cuda)
         if not slow and item.get_closest_marker("slow"):
             item.add_marker(not_now)
+
+
+def each_value_once(config, items):
+    """Without a kernel a combination of size, dtype and mode has no code of its own: deselect cases, but let
+    each parameter of each test keep each of its values. Of a test marked ``traces``, leave one case."""
+    groups: dict = {}
+    for item in items:
+        if hasattr(item, "callspec"):
+            groups.setdefault((item.path, item.cls, item.originalname), []).append(item)
+    dropped = set()
+    for group in groups.values():
+        kept = [0]
+        if not group[0].get_closest_marker("traces"):
+            kept = covering([{(k, _value(v)) for k, v in item.callspec.params.items()} for item in group])
+        dropped.update(set(group).difference(group[i] for i in kept))
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
+
+
+def _value(value):
+    """What tells a parameter's values apart: themselves where they are plain, else which objects they are."""
+    plain = isinstance(value, (str, int, float, tuple, type(None)))
+    return (type(value), repr(value)) if plain else id(value)

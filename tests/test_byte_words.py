@@ -197,6 +197,7 @@ def test_half_copies_and_files(mode, dtype):
     assert torch.equal(other(text), want)
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("mode", ["mean", "max", "attention"])
 def test_compile(mode):
     layer = ByteWordPooling(8, mode, max_positions=4, ignore=b" ")

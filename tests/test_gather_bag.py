@@ -490,6 +490,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.lutra.dequantize_rows.default, lutra.gather.quantize_rows(table))
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("mode", MODES)
 def test_compile(mode):
     def f(table, ids, weights):

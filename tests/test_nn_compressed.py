@@ -146,6 +146,7 @@ def test_autocast_keeps_the_dtype_of_the_layer(name):
         assert layer(IDS).dtype == torch.float32
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", NAMES)
 def test_compile(name):
     layer, bags = layer_of(name), layer_of(name, True, mode="sum")

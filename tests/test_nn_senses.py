@@ -51,6 +51,7 @@ def test_copies_files_and_types(name, dtype, tmp_path):
     assert torch.equal(fresh(*inputs), want)
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", sorted(layers()))
 def test_compile(name):
     layer, inputs = layers()[name]

@@ -136,6 +136,7 @@ def test_casts(name):
     assert layer.dense().isfinite().all()
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled(name):
     torch._dynamo.reset()

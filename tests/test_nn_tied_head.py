@@ -329,6 +329,7 @@ def test_training_moves_both(name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", [*NAMES, "dense"])
 def test_compile(name):
     torch._dynamo.reset()

@@ -211,6 +211,7 @@ def test_copies_and_checkpoints(name):
     torch.testing.assert_close(half(ids).float(), want, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "AutoDim fields"])  # its sizes depend on the ids
 def test_compiles(name):
     torch._dynamo.reset()

@@ -136,6 +136,7 @@ def result(name, args):
 
 
 # ---------------------------------------------------------------- schema, fake tensors, autograd registration
+@pytest.mark.traces
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, grad):
@@ -345,6 +346,7 @@ def parameters_grad(layer):
     return [None if p.grad is None else p.grad.to_dense() for p in layer.parameters()]
 
 
+@pytest.mark.traces
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [False, True, None])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -403,6 +405,7 @@ def test_compile_under_autocast():
         torch.testing.assert_close(out, layer(rand(3, 16)))
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_export(name):
     make, data = LAYERS[name]

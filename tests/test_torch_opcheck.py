@@ -20,6 +20,7 @@ import lutra  # noqa: E402
 from lutra.gather._update import RULES, _numbers  # noqa: E402
 from lutra.nn import _tiles  # noqa: E402
 
+pytestmark = pytest.mark.traces
 ops = torch.ops.lutra
 BAGS = torch.tensor([[0, 3, 3], [6, 1, 0]])
 FLAT, OFFSETS = torch.tensor([5, 0, 2, 2, 6]), torch.tensor([0, 2, 2])

@@ -51,11 +51,3 @@ def weighted(x: np.ndarray, books: np.ndarray, weights: np.ndarray) -> np.ndarra
                 sums = np.bincount(entries[:, j], columns[j * dsub + i], ksub)
                 books[j, used, i] = sums[used] / total[used]
     return books
-
-
-def pack_wide(entries: np.ndarray, bits: int) -> np.ndarray:
-    """(n, m) entries of up to 16 bits packed as `lutra.quant` packs those of up to 8."""
-    n, m = entries.shape
-    words = np.ascontiguousarray(entries, "<u2").view(np.uint8).reshape(n, m, 2)
-    planes = np.unpackbits(words, axis=2, bitorder="little")[:, :, :bits]
-    return np.packbits(planes.reshape(n, m * bits), axis=1, bitorder="little")

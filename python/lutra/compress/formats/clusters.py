@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from ... import _checks, address
-from ...gather import Pieces
-from ...index import kmeans
-from ._books import enough, pack_wide, train_weights
+from ... import address
+from ...index._home import HOST
+from ...index._kmeans import lloyd
+from ...index._progress import Progress
+from ._books import enough, train_weights
+from ._codes import CodesFormat, pack
 from ._least_squares import means
-from ._pieces import PiecesFormat, divisors
-from .base import Array, Data, Format, Shape, register
+from ._pieces import divisors
+from .base import Data, Shape, register
+
+ROUNDS = 12  # of k-means at most
+GAIN = 0.003  # a round that lowers the error by less is the last
+POINTS = 256  # rows for each centroid that k-means sees at most
 
 
 @register
 @dataclass(frozen=True)
-class Clusters(PiecesFormat):
+class Clusters(CodesFormat):
     """Part j of a row is one of ``2**bits`` centroids of a trained table's parts, up to 2**16 of them.
 
     The subspace embedding of arXiv 2308.08688 with codes from k-means: few wide parts, many clusters; `PQ`
@@ -40,23 +45,7 @@ class Clusters(PiecesFormat):
     name: ClassVar[str] = "clusters"
     layer: ClassVar[str] = "Clusters"
     table_name: ClassVar[str] = "centroids"
-    stored_name: ClassVar[str | None] = "codes"
-
-    def __post_init__(self) -> None:
-        _checks.integer("m", self.m, 1)
-        _checks.integer("bits", self.bits, 1, 16)
-
-    def pieces(self, shape: Shape) -> Pieces:
-        return Pieces("codes", (self.m, self.bits), shape[1] // self.m)
-
-    def arrays(self, shape: Shape) -> dict[str, Array]:
-        rows, dim = shape
-        if dim % self.m:
-            raise ValueError(f"m is {self.m}; it must divide the dimension, {dim}")
-        return {
-            "centroids": Array((self.m, 1 << self.bits, dim // self.m)),
-            "codes": Array((rows, (self.m * self.bits + 7) // 8), "uint8", False),
-        }
+    most_bits: ClassVar[int] = 16
 
     @classmethod
     def fit(cls, shape: Shape, nbytes: int, dtype: str = "float32") -> Clusters | None:
@@ -75,42 +64,39 @@ class Clusters(PiecesFormat):
     def encode(
         self, table: np.ndarray, counts: np.ndarray | None = None, seed: int = 0, progress: bool | None = None
     ) -> Data:
-        shape = self.arrays(table.shape)["centroids"].shape
-        weights, n, width = train_weights(counts, len(table)), len(table), shape[2]
-        centroids, entries = np.zeros(shape, np.float32), np.zeros((n, self.m), np.int64)
-        for j in range(self.m):
-            part = np.ascontiguousarray(table[:, j * width : (j + 1) * width])
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # few points for the centroids: the caller's choice
-                points = enough(part, shape[1], seed)
-                centroids[j] = kmeans(points, shape[1], n_iter=12, seed=seed + j, progress=progress).centroids
-            entries[:, j] = _nearest(part, centroids[j])
-            if weights is not None and n:
-                used = np.bincount(entries[:, j], minlength=shape[1]) > 0
-                centroids[j][used] = means(part, entries[:, j], shape[1], weights)[used]
+        wanted = self.arrays(table.shape)["centroids"].shape
+        weights, n, width = train_weights(counts, len(table)), len(table), wanted[2]
+        centroids, entries = np.zeros(wanted, np.float32), np.zeros((n, self.m), np.int64)
+        with Progress(self.m * ROUNDS, "clusters", progress) as bar:
+            for j in range(self.m):
+                part = np.ascontiguousarray(table[:, j * width : (j + 1) * width])
+                centroids[j] = _rounds(enough(part, self.ksub, seed), self.ksub, (seed, j), bar)
                 entries[:, j] = _nearest(part, centroids[j])
-        return {"centroids": centroids, "codes": pack_wide(entries, self.bits)}
+                if weights is not None and n:
+                    used = np.bincount(entries[:, j], minlength=self.ksub) > 0
+                    centroids[j][used] = means(part, entries[:, j], self.ksub, weights)[used]
+                    entries[:, j] = _nearest(part, centroids[j])
+        return {"centroids": centroids, "codes": pack(entries, self.bits)}
 
-    def initial(self, shape: Shape, seed: int = 0) -> Data:
-        rng = np.random.default_rng(seed)
-        entries = rng.integers(0, 1 << self.bits, (shape[0], self.m))
-        wanted = self.arrays(shape)["centroids"].shape
-        return {
-            "centroids": rng.standard_normal(wanted, dtype=np.float32),
-            "codes": pack_wide(entries, self.bits),
-        }
+    def _entries(self, x: np.ndarray, books: np.ndarray) -> np.ndarray:
+        parts = x.reshape(len(x), self.m, -1) if len(x) else np.zeros((0, self.m, books.shape[2]), np.float32)
+        return np.stack([_nearest(np.ascontiguousarray(parts[:, j]), books[j]) for j in range(self.m)], 1)
 
-    def resize(
-        self, data: Data, shape: Shape, values: np.ndarray, rows: int, seed: int = 0
-    ) -> tuple[Format, Data]:
-        """Old rows keep their codes, new ones get the nearest of the same centroids."""
-        x = values.astype(np.float32).reshape(len(values), self.m, shape[1] // self.m)
-        books = np.asarray(data["centroids"], np.float32)
-        new = [_nearest(np.ascontiguousarray(x[:, j]), books[j]) for j in range(self.m)]
-        codes = pack_wide(np.stack(new, 1), self.bits)
-        return self, {**data, "codes": np.concatenate([data["codes"][:rows], codes])}
+
+def _rounds(x: np.ndarray, k: int, seed: tuple[int, int], bar: Progress) -> np.ndarray:
+    """Centroids (k, d) by k-means, until a round gains little."""
+    rng = np.random.default_rng(seed)
+    points = x[np.sort(rng.choice(len(x), POINTS * k, replace=False))] if len(x) > POINTS * k else x
+    centroids, before, quiet = None, np.inf, Progress(1, "", False)
+    for i in range(ROUNDS):
+        centroids, errors = lloyd(HOST, points, k, 1, "random", False, rng, quiet, start=centroids)
+        if errors[0] >= (1 - GAIN) * before:
+            bar.tick(ROUNDS - i)
+            break
+        before = errors[0]
+        bar.tick()
+    assert centroids is not None
+    return centroids
 
 
 def _nearest(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:

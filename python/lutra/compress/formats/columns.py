@@ -78,8 +78,9 @@ class ColumnPruned(Format):
         rng = np.random.default_rng(seed)
         kept = np.sort(rng.permutation(dim)[: self.keep])
         others = np.setdiff1d(np.arange(dim), kept)
+        values = rng.standard_normal((shape[0], self.keep), dtype=np.float32)
         return {
-            "values": rng.standard_normal((shape[0], self.keep), dtype=np.float32),
+            "values": values * np.float32((dim / self.keep) ** 0.5),  # rows as long as dense ones
             "mean": np.zeros(dim - self.keep, np.float32),
             "place": _places(kept, others, dim),
         }

@@ -75,6 +75,27 @@ class CSR(Format):
             worth *= np.sqrt(row_weights(counts, len(table)))[:, None].astype(np.float32)
         return _pruned(table, worth, kept, self.arrays(table.shape))
 
+    def initial(self, shape: Shape, seed: int = 0) -> Data:
+        """As many entries in each row, in columns at random, with the norms that dense N(0, 1) rows have.
+
+        Encoding a random table would leave some rows empty: these could never be trained.
+        """
+        rows, dim = shape
+        kept, arrays = self.kept(shape), self.arrays(shape)
+        if not kept:
+            return _pruned(np.zeros(shape, np.float32), np.zeros(shape, np.float32), 0, arrays)
+        rng = np.random.default_rng(seed)
+        lengths = np.full(rows, kept // rows, np.int64)
+        lengths[rng.permutation(rows)[: kept % rows]] += 1
+        mixed = np.argsort(rng.random(shape, dtype=np.float32), axis=1)
+        columns = np.sort(np.where(np.arange(dim) < lengths[:, None], mixed, dim), axis=1)
+        scale = np.float32((rows * dim / kept) ** 0.5)
+        return {
+            "values": scale * rng.standard_normal(kept, dtype=np.float32),
+            "columns": columns[columns < dim].astype(arrays["columns"].dtype),
+            "indptr": np.concatenate([[0], np.cumsum(lengths)]).astype(arrays["indptr"].dtype),
+        }
+
     def rows(self, data: Data, shape: Shape, ids: np.ndarray) -> np.ndarray:
         values = data["values"].astype(np.float32)
         return reference.rows(data["indptr"], data["columns"], values, ids, shape[1])

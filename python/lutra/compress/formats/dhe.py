@@ -18,6 +18,7 @@ from .base import Array, Data, Format, Shape, _traced, check_ids, register
 #: Multiply-adds that encoding may take; between 3 and 100 passes over the table follow from it.
 _EFFORT = 5e11
 _BATCH = 1024
+_PASSES = 1
 
 
 @register
@@ -120,7 +121,7 @@ class DHE(Format):
             relative = counts / max(counts.mean(), 1e-12)
             weights = torch.from_numpy(relative.astype(np.float32)).clamp(0.01, 100)
         size = sum(v.numel() for v in data.values())
-        passes = int(min(max(_EFFORT / (3 * size * max(rows, 1)), 3), 100))
+        passes = int(min(max(_EFFORT / (3 * size * max(rows, 1)), _PASSES), 100))
         parameters = [v.requires_grad_(True) for v in data.values()]
         optimizer = torch.optim.Adam(parameters, lr=4e-3)
         steps = passes * -(-rows // _BATCH)

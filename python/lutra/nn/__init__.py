@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("lutra.nn needs torch: pip install 'lutra[torch]'") from error
 
+from ._attention import KeyValueCache
 from ._byte_words import ByteWordPooling
 from ._compressed_layers import LAYERS
 from ._embedding import Embedding
@@ -18,6 +19,7 @@ from ._embedding_bag import EmbeddingBag
 from ._hashes import HadamardProjection
 from ._host import HostEmbedding, HostEmbeddingBag
 from ._lexinvariant import LexinvariantEmbedding
+from ._memory_former import MemoryFormerBlock, MemoryFormerLM
 from ._memory_linear import MemoryLinear
 from ._senses import BackpackEmbedding, SenseDict
 from ._tied_head import TiedHead
@@ -28,7 +30,7 @@ globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of
 
 __all__ = [
     "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "HadamardProjection",
-    "HostEmbedding", "HostEmbeddingBag", "LexinvariantEmbedding",
-    "MemoryLinear", "SenseDict", "TiedHead", *LAYERS,
+    "HostEmbedding", "HostEmbeddingBag", "KeyValueCache", "LexinvariantEmbedding",
+    "MemoryFormerBlock", "MemoryFormerLM", "MemoryLinear", "SenseDict", "TiedHead", *LAYERS,
 ]  # fmt: skip
 __all__ += _TRAINING

@@ -61,13 +61,15 @@ class MemoryLinear(torch.nn.Module):
         With 'tree' the row is the leaf of a balanced tree of ``bits`` levels over the ``in_features /
         num_tables`` values of a chunk (MADDNESS). The trees are buffers (split_dims, thresholds); rows have
         weight 1, and the input gets no gradient.
+    init_std : float, default 0.02
+        Of the tables' initial values.
     device, dtype : optional
         Of the parameters; float32, float16, bfloat16 or float64 (slow: the NumPy reference computes it).
 
     Attributes
     ----------
     tables : Parameter, shape (num_tables, 2**bits, sum of out_features)
-        Initialised from N(0, 0.02), as in the published code of MemoryFormer and LookupFFN.
+        Initialised from N(0, init_std); 0.02 is that of the published code of MemoryFormer and LookupFFN.
     bias : Parameter, shape (sum of out_features,), or None
         Initialised with zeros.
     log_temperature : Parameter, shape () or (num_tables, 1)
@@ -142,6 +144,7 @@ class MemoryLinear(torch.nn.Module):
         projection: str | None = None,
         num_tables: int | None = None,
         hash: str = "sign",
+        init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -164,6 +167,7 @@ class MemoryLinear(torch.nn.Module):
         self.score = "none" if hash == "tree" else score
         self.num_tables = self._number_of_tables(num_tables, projection)
         self._temperature = _checks.positive("temperature", temperature)
+        self.init_std = _checks.positive("init_std", init_std)
         if learn_temperature not in (False, True, "layer", "table"):
             raise ValueError(
                 f"learn_temperature must be False, True, 'layer' or 'table'; got {learn_temperature!r}"
@@ -221,11 +225,11 @@ class MemoryLinear(torch.nn.Module):
             )
         return number
 
-    def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw the tables from N(0, std), zero the bias, set temperature and projection to their start."""
+    def reset_parameters(self) -> None:
+        """Draw the tables from N(0, init_std), zero the bias, start temperature and projection anew."""
         if self.quantized:
             raise TypeError("the tables are quantized; they can no longer be initialised")
-        torch.nn.init.normal_(self.tables, std=std)
+        torch.nn.init.normal_(self.tables, std=self.init_std)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
         if self.learn_temperature:

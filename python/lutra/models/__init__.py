@@ -1,0 +1,1 @@
+"""Models for Hugging Face transformers: each module needs it, and registers its classes on import."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ def levels() -> tuple[str, ...]:
     if _backend.core is None:
         return ("none",)
     return LEVELS[: LEVELS.index(_backend.core.best_simd_level()) + 1]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """torch's default generator starts every test alike: no test depends on which ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(params=levels())

@@ -304,3 +304,31 @@ def test_report(checkpoint, tmp_path):
     assert not re.search(r"<(script|link|img|image)\b", text)
     with pytest.raises(ValueError, match="is the input"):
         _html.write(path, path, formats=["low_rank"])
+
+
+def test_report_leaves_out_what_takes_too_long(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from lutra.compress import _choose, _html
+
+    encoded = []
+    attempt = _choose.attempt
+
+    def measured(job, format, seed=0):
+        """rq takes a hundredth of a second a row, low_rank none."""
+        encoded.append((format.name, len(job.table)))
+        option = attempt(job, format, seed)
+        option.seconds = len(job.table) / 100 if format.name == "rq" else 0.0
+        return option
+
+    monkeypatch.setattr(_choose, "attempt", measured)
+    monkeypatch.setattr(_html, "SAMPLE", 20)
+    path, tables = checkpoint
+    rows = len(tables["model.embed_tokens.weight"])
+    assert rows > 80
+    out = tmp_path / "report.html"
+    left_out = _html.write(path, out, formats=["low_rank", "rq"], limit=rows / 200, progress=False)
+    text = out.read_text()
+    assert left_out > 0 and text.count("left out: it would take") == left_out
+    assert ("rq", 20) in encoded and ("rq", rows) not in encoded and ("low_rank", rows) in encoded
+    assert _html.write(path, out, formats=["rq"], limit=1e9, progress=False) == 0
+    assert ("rq", rows) in encoded and "left out" not in out.read_text()

@@ -85,6 +85,10 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.html", help="Draw size against error for all formats."),
     ] = None,
+    limit: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Seconds that a format may take on a table of the report; default 30."),
+    ] = None,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--json", metavar="FILE", help="Write the table that is printed to FILE as well."),
@@ -94,7 +98,7 @@ def compress(
     from . import compress as command
 
     names = [name.strip() for name in (formats or "").split(",") if name.strip()]
-    command.run(path, output, budget, format, names, tensor or [], min_rows, seed, report, json_file)
+    command.run(path, output, budget, format, names, tensor or [], min_rows, seed, report, json_file, limit)
 
 
 @app.command()

@@ -16,10 +16,11 @@ from ..compress._report import size_text
 def run(
     path: Path, output: Path | None, budget: str | None, format: str | None, formats: list[str],
     tensors: list[str], min_rows: int, seed: int, report: Path | None, json_file: Path | None,
+    limit: float | None,
 ) -> None:  # fmt: skip
     """Compress a file, or draw the report, or both; errors are one line and exit with 1."""
     try:
-        _run(path, output, budget, format, formats, tensors, min_rows, seed, report, json_file)
+        _run(path, output, budget, format, formats, tensors, min_rows, seed, report, json_file, limit)
     except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
         fail(error)
 
@@ -27,6 +28,7 @@ def run(
 def _run(
     path: Path, output: Path | None, budget: str | None, format: str | None, formats: list[str],
     tensors: list[str], min_rows: int, seed: int, report: Path | None, json_file: Path | None,
+    limit: float | None,
 ) -> None:  # fmt: skip
     if output is None and report is None:
         raise ValueError("give an output (-o FILE), a report (--report FILE.html), or both")
@@ -38,8 +40,10 @@ def _run(
     if report is not None:
         from ..compress import _html
 
-        _html.write(path, report, progress=progress, **chosen)
+        left_out = _html.write(path, report, progress=progress, limit=limit, **chosen)
         Console().print(f"report: {escape(str(report))}")
+        if left_out:
+            Console().print(f"{left_out} entries would have taken longer than --limit and were left out")
     if output is not None:
         done = compression.compress_file(path, output, format, budget=budget, progress=progress, **chosen)
         done.show()

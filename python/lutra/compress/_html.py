@@ -6,8 +6,11 @@ import html
 import io
 import os
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from ..index import _files
 from ..index._progress import Progress
@@ -15,8 +18,12 @@ from . import _choose
 from ._choose import Job, Option
 from ._compress_file import jobs_of
 from ._report import size_text
+from .formats import Format
 
 SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
+#: Seconds that a format may take on a table, all shares together; and the rows that tell how long it would.
+LIMIT = 30.0
+SAMPLE = 1000
 _INK = "#010203"  # the SVG's ink until it becomes currentColor
 
 _STYLE = """
@@ -30,19 +37,66 @@ code { font-size: 90%; }
 """
 
 
-def measure(job: Job, formats: Any = None, seed: int = 0, bar: Any = None) -> dict[str, list[Option]]:
-    """Each format at each of `SHARES` of a table's bytes."""
+def measure(
+    job: Job, formats: Any = None, seed: int = 0, bar: Any = None, limit: float | None = None
+) -> dict[str, list[Option]]:
+    """Each format at each of `SHARES` of a table's bytes.
+
+    Where a format would take longer than ``limit`` seconds, the shares that are too much for it are left out,
+    with a note that says so. How long one takes is told by `SAMPLE` rows of the table; encoding takes time
+    in proportion to the rows, or less.
+    """
+    if limit is None:
+        limit = LIMIT
     out: dict[str, list[Option]] = {}
+    sample = _sample(job, seed)
     for cls in _choose.classes(formats):
-        seen = set()
-        for share in SHARES:
+        seen, spent, would = set(), 0.0, 0.0
+        for share in reversed(SHARES):  # the larger, the longer
             for format in _choose.fits(job, [cls], int(share * job.dense)):
-                if format.describe() not in seen:
-                    seen.add(format.describe())
-                    out.setdefault(cls.name, []).append(_choose.attempt(job, format, seed))
+                if format.describe() in seen:
+                    continue
+                seen.add(format.describe())
+                begin = time.perf_counter()
+                if spent + would <= limit:  # else a smaller one took too long already
+                    would = _would_take(job, sample, format, share, seed)
+                if spent + would > limit:
+                    nbytes = format.nbytes(job.shape, job.dtype) + job.extra
+                    note = f"left out: it would take {would:.0f} s or more"
+                    option = Option(format, nbytes, note=note)
+                else:
+                    option = _choose.attempt(job, format, seed)
+                    option.data = {}  # only its figures are drawn
+                spent += time.perf_counter() - begin
+                out.setdefault(cls.name, []).append(option)
             if bar is not None:
                 bar.tick()
     return out
+
+
+def _sample(job: Job, seed: int) -> Job | None:
+    """Some rows of a table that has far more."""
+    rows = len(job.table)
+    if rows <= 4 * SAMPLE:
+        return None
+    some = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
+    counts = None if job.counts is None else job.counts[some]
+    return Job(job.name, np.ascontiguousarray(job.table[some]), counts, job.dtype)
+
+
+def _would_take(job: Job, sample: Job | None, format: Format, share: float, seed: int) -> float:
+    """Seconds, about, for a table at a share; 0 for a small table, which is tried anyway."""
+    if sample is None:
+        return 0.0
+    # some formats are made for one number of rows: then what fits the sample at the same share
+    for some in (format, type(format).fit(sample.shape, int(share * sample.dense), sample.dtype)):
+        try:
+            tried = None if some is None else _choose.attempt(sample, some, seed)
+        except (ValueError, IndexError):
+            continue
+        if tried is not None and not tried.note:
+            return tried.seconds * len(job.table) / len(sample.table)
+    return 0.0
 
 
 def write(
@@ -54,16 +108,24 @@ def write(
     min_rows: int = 1000,
     seed: int = 0,
     progress: bool | None = None,
-) -> None:
-    """Measure all formats on the tables of a checkpoint and write the page, whole or not at all."""
+    limit: float | None = None,
+) -> int:
+    """Measure all formats on the tables of a checkpoint and write the page, whole or not at all.
+
+    ``limit`` is the time that a format may take on a table, in seconds, default `LIMIT`; what would take
+    longer is left out, and noted on the page. Returns how many entries were left out.
+    """
     _pyplot()  # before the work, not after it
     if os.path.exists(output) and os.path.samefile(path, output):
         raise ValueError(f"the report {os.fsdecode(output)!r} is the input; give another name")
     _, jobs = jobs_of(path, None if tensors is None else list(tensors), min_rows)
     kinds = _choose.classes(formats)
     with Progress(len(jobs) * len(kinds) * len(SHARES), "formats", progress) as bar:
-        results = [(job, measure(job, formats, seed, bar)) for job in jobs]
+        results = [(job, measure(job, formats, seed, bar, limit)) for job in jobs]
     _files.write_bytes(output, [page(os.path.basename(os.fsdecode(path)), results).encode()])
+    return sum(
+        o.note.startswith("left out") for _, by_name in results for each in by_name.values() for o in each
+    )
 
 
 def page(title: str, results: list[tuple[Job, dict[str, list[Option]]]]) -> str:

@@ -42,6 +42,7 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_binary(m);
   lutra::register_factors(m);
   lutra::register_fast_scan(m);
+  lutra::register_fgrams(m);
   lutra::register_gather(m);
   lutra::register_graph(m);
   lutra::register_ivf(m);

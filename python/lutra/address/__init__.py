@@ -4,6 +4,7 @@ from .._results import Neighbors
 from ._binarize import binarize
 from ._fwht import fwht
 from ._hash_features import hash_features
+from ._longest_match import Matches, longest_match
 from ._nearest import nearest
 from ._ngrams import Ngrams, Vocabulary, ngrams, token_ngrams
 from ._random_rows import random_rows
@@ -11,6 +12,6 @@ from ._sign_hash import SignHash, sign_hash
 from ._words import word_offsets
 
 __all__ = [
-    "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "fwht", "hash_features", "nearest",
-    "ngrams", "random_rows", "sign_hash", "token_ngrams", "word_offsets",
+    "Matches", "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "fwht", "hash_features",
+    "longest_match", "nearest", "ngrams", "random_rows", "sign_hash", "token_ngrams", "word_offsets",
 ]  # fmt: skip

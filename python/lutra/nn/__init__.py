@@ -21,6 +21,7 @@ from ._host import HostEmbedding, HostEmbeddingBag
 from ._lexinvariant import LexinvariantEmbedding
 from ._memory_former import MemoryFormerBlock, MemoryFormerLM
 from ._memory_linear import MemoryLinear
+from ._scone import SconeEmbedding
 from ._senses import BackpackEmbedding, SenseDict
 from ._tied_head import TiedHead
 from .training import *  # noqa: F403
@@ -32,5 +33,6 @@ __all__ = [
     "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "HadamardProjection",
     "HostEmbedding", "HostEmbeddingBag", "KeyValueCache", "LexinvariantEmbedding",
     "MemoryFormerBlock", "MemoryFormerLM", "MemoryLinear", "SenseDict", "TiedHead", *LAYERS,
+    "SconeEmbedding",
 ]  # fmt: skip
 __all__ += _TRAINING

@@ -19,6 +19,7 @@ from . import (  # noqa: F401  (registers the ops)
     fast_scan,
     gather,
     hashes,
+    longest_match,
     lookups,
     packed,
     packed_logits,

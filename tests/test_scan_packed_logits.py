@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lutra import gather, scan
+from lutra import _backend, gather, scan
 from lutra.gather._packed import KINDS
 from lutra.reference import packed as reference_packed
 from lutra.reference import scan as reference
@@ -23,16 +23,34 @@ def case(tokens, rows, dim, kind, group=None):
     return hidden, packed, decoded, rng.standard_normal(rows, dtype=np.float32)
 
 
-def close(got, hidden, decoded, bias=None, share=3e-6):
+@pytest.fixture(params=(True, False), ids=("features", "plain"))
+def features(request):
+    """With and without integer products (AVX-512 VNNI)."""
+    if _backend.core is None:
+        if not request.param:
+            pytest.skip("no compiled module")
+        yield request.param
+        return
+    _backend.core.use_features(request.param)
+    yield request.param
+    _backend.core.use_features(True)
+
+
+def close(got, hidden, decoded, bias=None, share=3e-6, unit=2.0**-24):
+    """``share`` of the sizes of the terms, and ``unit`` of a token's largest magnitude in each column."""
     want = hidden.astype(np.float64) @ decoded.T
     size = np.abs(hidden).astype(np.float64) @ np.abs(decoded).T + 1e-6
+    lost = np.abs(hidden).max(1, keepdims=True) * np.abs(decoded).sum(1) if hidden.size else 0
+    size = size + lost * (unit / share)
     if bias is not None:
         want, size = want + bias, size + np.abs(bias)
     assert got.shape == want.shape and (np.abs(got - want) <= share * size + 1e-6).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_odd_sizes(kind, simd_level):
+def test_odd_sizes(kind, simd_level, features):
+    if not features and (simd_level != "avx512" or kind not in ("int8", "int4", "int2")):
+        pytest.skip("tested with features")
     for i, dim in enumerate(SIZES):
         tokens, rows = (1, 2, 3, 5, 8, 9, 17)[i % 7], SIZES[(i * 5 + 3) % 11]
         for group in (None, 16, 48):
@@ -41,6 +59,36 @@ def test_odd_sizes(kind, simd_level):
             assert got.dtype == np.float32
             close(got, hidden, decoded)
             close(scan.packed_logits(hidden, packed, bias, kind=kind, group=group), hidden, decoded, bias)
+
+
+@pytest.mark.parametrize("kind", ("int8", "int4", "int2"))
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_integers(kind, dtype):
+    """All widths of a pass in either type; tokens with one large element; a table that needs many tiles."""
+    unit, share = (2.0**-24, 3e-7) if dtype == "float32" else (2.0**-16, 2.0**-11)
+    for tokens in (*range(1, 14), 65):
+        for rows, dim, group in ((33, 130, None), (17, 200, 64)):
+            hidden, packed, decoded, bias = case(tokens, rows, dim, kind, group)
+            hidden[:, 7] *= 100
+            hidden = hidden.astype(dtype)
+            got = scan.packed_logits(hidden, packed, bias, kind=kind, group=group)
+            close(got.astype(np.float64), hidden.astype(np.float64), decoded, bias, share, 1.01 * unit)
+            alone = scan.packed_logits(hidden[-1:], packed, bias, kind=kind, group=group)
+            assert np.array_equal(alone[0], got[-1])  # a token's bits do not depend on its neighbours
+
+
+def test_outside_integers():
+    """Tokens that no fixed point holds: tiny, zero, infinite, not a number."""
+    hidden, packed, decoded, _ = case(5, 50, 64, "int8")
+    hidden[1] *= 1e-36
+    hidden[2] = 0
+    got = scan.packed_logits(hidden, packed)
+    close(got[[0, 3, 4]], hidden[[0, 3, 4]], decoded)
+    assert (got[2] == 0).all() and np.allclose(got[1] * 1e36, hidden[1] * 1e36 @ decoded.T, rtol=1e-4)
+    hidden[3, 5] = np.inf
+    got = scan.packed_logits(hidden, packed)
+    close(got[[0, 4]], hidden[[0, 4]], decoded)
+    assert not np.isfinite(got[3]).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,8 +135,9 @@ _first: dict = {}
 
 
 def test_threads_change_nothing(threads):
-    hidden, packed, _, bias = case(3, 20000, 48, "int8")
-    got = [scan.packed_logits(hidden, packed, bias), *scan.packed_topk(hidden, packed, 9)]
+    hidden, packed, _, bias = case(13, 20000, 48, "int8")
+    half = scan.packed_logits(hidden.astype(np.float16), packed, bias)
+    got = [half, scan.packed_logits(hidden, packed, bias), *scan.packed_topk(hidden, packed, 9)]
     assert all(np.array_equal(a, b) for a, b in zip(got, _first.setdefault("got", got)))
 
 

@@ -22,6 +22,8 @@ namespace lutra {
 
 enum class Packed : int { int8 = 0, int4 = 1, int2 = 2, nf4 = 3, e4m3 = 4, e5m2 = 5 };
 
+constexpr bool packed_affine(Packed k) { return k == Packed::int8 || k == Packed::int4 || k == Packed::int2; }
+
 struct PackedTable {
   const uint8_t* data;  // (rows, row_bytes)
   int64_t rows, dim, group, row_bytes;

@@ -24,7 +24,7 @@ struct Affine {
 
 constexpr int packed_bits(Packed k) { return k == Packed::int4 || k == Packed::nf4 ? 4 : k == Packed::int2 ? 2 : 8; }
 constexpr bool packed_half_scales(Packed k) { return packed_bits(k) < 8; }
-constexpr bool packed_has_minimum(Packed k) { return k == Packed::int8 || k == Packed::int4 || k == Packed::int2; }
+constexpr bool packed_has_minimum(Packed k) { return packed_affine(k); }
 constexpr int packed_group_bytes(Packed k) { return (packed_half_scales(k) ? 2 : 4) * (packed_has_minimum(k) ? 2 : 1); }
 constexpr int64_t packed_code_bytes(Packed k, int64_t columns) { return (columns * packed_bits(k) + 7) / 8; }
 

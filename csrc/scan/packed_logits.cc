@@ -1,11 +1,14 @@
-// R rows by T tokens in registers: a vector of codes is decoded once for T tokens, a vector of hidden is loaded once
-// for R rows.
+// Two ways: int8, int4 and int2 with AVX-512 VNNI in integers (packed_digits.h); all others, and tokens that integers
+// cannot hold, R rows by T tokens in registers: a vector of codes is decoded once for T tokens, a vector of hidden is
+// loaded once for R rows.
 #include "scan/packed_logits.h"
 
+#include "common/features.h"
 #include "common/parallel.h"
 #include "common/team.h"
 #include "gather/packed_rows.h"
 #include "scan/emit.h"
+#include "scan/packed_digits.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -145,20 +148,95 @@ void pass_of(const PackedLogitsArgs& a, int64_t first, int64_t tokens, Selection
   }
 }
 
+#if defined(LUTRA_LEVEL_v4)
+template <Packed K, int D>
+bool pass_in_digits(const PackedLogitsArgs& a, int64_t first, int64_t tokens, Selections* selections, int threads) {
+  const PackedTable& p = a.table;
+  const digits::Shape shape = digits::shape_of<K>(p);
+  digits::Tokens q(tokens, D, shape);
+  if (!digits::encode<D, packed_bits(K)>(a.hidden + first * p.dim, p.dim, shape, &q)) return false;
+  const Emit e{a.bias, a.out, a.dtype, a.ldo};
+  const auto rows_of = [&](Selection* s, int64_t begin, int64_t end) {
+    digits::Tile tile(shape);
+    Buffer<float> scores(tokens * digits::kKept);
+    for (int64_t i0 = begin; i0 < end; i0 += digits::kKept) {
+      const int64_t rows = end - i0 < digits::kKept ? end - i0 : digits::kKept;
+      for (int64_t r = 0; r < rows; r += digits::kTile) {
+        digits::turn<K>(p, shape, i0 + r, &tile);
+        digits::products<D>(tile, shape, q, scores.data + r);
+      }
+      for (int64_t t = 0; t < tokens; ++t) emit(e, s, first, t, i0, rows, scores.data + t * digits::kKept);
+    }
+  };
+  if (selections) {
+    scan_blocks(p.rows, kChunk, threads,
+                [&](int slot, int64_t begin, int64_t end) { rows_of(selections->of_thread(slot), begin, end); });
+    return true;
+  }
+  team_for((p.rows + kChunk - 1) / kChunk, static_cast<double>(p.rows) * p.dim * (0.03 + 0.005 * D * tokens),
+           [&](int64_t c) { rows_of(nullptr, c * kChunk, (c + 1) * kChunk < p.rows ? (c + 1) * kChunk : p.rows); });
+  return true;
+}
+
+template <Packed K>
+bool pass_in_digits(const PackedLogitsArgs& a, int64_t first, int64_t tokens, Selections* s, int threads) {
+  // A result of 16 bits is not worth a third digit.
+  return a.k == 0 && a.dtype != DType::f32 ? pass_in_digits<K, 2>(a, first, tokens, s, threads)
+                                           : pass_in_digits<K, 3>(a, first, tokens, s, threads);
+}
+
+// Tokens of a pass in digits; 0: this table has no such way.
+int64_t digits_tokens(const PackedLogitsArgs& a) {
+  const PackedTable& p = a.table;
+  const int64_t columns = p.group < p.dim ? p.group : p.dim;
+  if (!g_features.vnni || !packed_affine(p.kind) || columns > digits::kMaxColumns || !p.dim) return 0;
+  const int64_t fit = digits::kPassBytes / (p.dim * 3) / 12 * 12;
+  return fit < 12 ? 12 : fit < digits::kPassTokens ? fit : digits::kPassTokens;
+}
+
+bool digits_of(const PackedLogitsArgs& a, int64_t first, int64_t tokens, Selections* s, int threads) {
+  switch (a.table.kind) {
+    case Packed::int8: return pass_in_digits<Packed::int8>(a, first, tokens, s, threads);
+    case Packed::int4: return pass_in_digits<Packed::int4>(a, first, tokens, s, threads);
+    default: return pass_in_digits<Packed::int2>(a, first, tokens, s, threads);
+  }
+}
+#else
+int64_t digits_tokens(const PackedLogitsArgs&) { return 0; }
+bool digits_of(const PackedLogitsArgs&, int64_t, int64_t, Selections*, int) { return false; }
+#endif
+
+// One pass over the rows for some tokens. False: not in digits.
+bool run(const PackedLogitsArgs& a, int64_t first, int64_t tokens, int threads, bool in_digits) {
+  if (!a.k) {
+    if (in_digits) return digits_of(a, first, tokens, nullptr, threads);
+    pass_of(a, first, tokens, nullptr, threads);
+    return true;
+  }
+  Selections selections(threads, tokens, a.k, a.table.rows, Metric::ip);
+  if (in_digits && !digits_of(a, first, tokens, &selections, threads)) return false;
+  if (!in_digits) pass_of(a, first, tokens, &selections, threads);
+  selections.finish(first, a.scores, a.ids, a.bad);
+  return true;
+}
+
 }  // namespace
 
 void packed_logits(const PackedLogitsArgs& a) {
   const double cost = static_cast<double>(a.table.rows) * a.table.dim * 0.03;
   const int threads = cost < 60e3 ? 1 : num_threads();
-  for (int64_t first = 0; first < a.tokens; first += kTokens) {
-    const int64_t tokens = a.tokens - first < kTokens ? a.tokens - first : kTokens;
-    if (a.k > 0) {
-      Selections selections(threads, tokens, a.k, a.table.rows, Metric::ip);
-      pass_of(a, first, tokens, &selections, threads);
-      selections.finish(first, a.scores, a.ids, a.bad);
-    } else {
-      pass_of(a, first, tokens, nullptr, threads);
-    }
+  int64_t wide = digits_tokens(a);
+  if (wide && a.k) {
+    const int64_t fit = pass_queries(a.k, a.table.rows, threads, kTokens);
+    wide = fit < wide ? fit : wide;
+  }
+  for (int64_t first = 0; first < a.tokens;) {
+    const int64_t most = wide ? wide : kTokens, left = a.tokens - first;
+    const int64_t end = first + (left < most ? left : most);
+    const bool done = wide && run(a, first, end - first, threads, true);
+    for (; !done && first < end; first += kTokens)
+      run(a, first, end - first < kTokens ? end - first : kTokens, threads, false);
+    first = end;
   }
 }
 

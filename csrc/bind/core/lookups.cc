@@ -1,4 +1,5 @@
 #include "scan/lookups.h"
+#include "common/features.h"
 
 #include "scan/packed_logits.h"
 
@@ -68,6 +69,9 @@ void register_lookups(py::module_& m) {
                        &bad};
     run(&packed_logits, a, static_cast<double>(rows) * dim);
     return bad;
+  });
+  m.def("packed_in_integers", [](int kind) {  // whether packed_logits multiplies them with AVX-512 VNNI
+    return g_level == Level::v4 && g_features.vnni && packed_affine(static_cast<Packed>(kind));
   });
 }
 

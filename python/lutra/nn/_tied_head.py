@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, scan
+from .. import _backend, _checks, scan
 from ..gather._packed import KINDS
-from ..scan._packed_logits import FUSED_FLOAT
+from ..scan._packed_logits import fused_tokens
 from . import _lookup_loss, _tiles  # noqa: F401  (registers its op)
 from ._compressed import Compressed
 from ._sampled import sampled_loss
@@ -190,9 +190,11 @@ class TiedHead(torch.nn.Linear):
             tables, codes, bits = found
             return lambda k, bias: scan.lookups_topk(tables, codes, k, bias, bits=bits)
         packed = packed_rows(layer)
-        if packed is None or hidden.shape[0] > FUSED_FLOAT:
+        if packed is None:
             return None
         codes, kind, group = packed
+        if hidden.shape[0] > fused_tokens(_backend.core, kind, False):
+            return None
         return lambda k, bias: scan.packed_topk(hidden, codes, k, bias, kind=kind, group=group)
 
     def _pad_logits(self, hidden: Tensor) -> Tensor:

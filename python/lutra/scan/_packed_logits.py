@@ -14,8 +14,9 @@ from ..reference import packed as reference_packed
 from ..reference import scan as reference
 from ._knn import _tuple, check_k
 
-#: Up to so many tokens the fused kernel is the faster (measured, docs/heads.md); beyond, tiles of rows are
-#: decoded and multiplied by torch. The first for 16-bit hidden, whose matrix product is faster.
+#: Up to so many tokens the fused kernel is the faster without integer products (measured, docs/heads.md);
+#: beyond, tiles of rows are decoded and multiplied by torch. The first for 16-bit hidden, whose matrix
+#: product is faster.
 FUSED_HALF, FUSED_FLOAT = 14, 24
 _TILE = 1024
 _NAMES = {F32: "float32", F16: "float16", BF16: "bfloat16", F64: "float32"}
@@ -46,9 +47,13 @@ def packed_logits(
 
     Notes
     -----
-    Few tokens: the packed rows are read once, decoded in registers and summed in float32. More: tiles of rows
-    are decoded and multiplied by torch's matrix product in hidden's type. Gradients (torch): to hidden and
-    bias.
+    On a CPU with AVX-512 VNNI, int8, int4 and int2 codes are multiplied as the integers that they are:
+    hidden is rounded to integers of 16 bits (float16, bfloat16) or 24 bits (float32) of each token's largest
+    magnitude, sums are exact. An element loses at most 2**-16 (2**-24) of that magnitude, less than a product
+    in the type of hidden rounds off, unless one element of a token is some 100 times larger than the rest.
+    Otherwise: few tokens: the packed rows are read once, decoded in registers and summed in float32. More:
+    tiles of rows are decoded and multiplied by torch's matrix product in hidden's type. Gradients (torch): to
+    hidden and bias.
     """
     return call("packed_logits", _packed_logits, (hidden, packed, bias), (kind, group))
 
@@ -102,6 +107,13 @@ def _run(kind, hidden, packed, bias, packed_kind, at, out, code, k=0, scores=Non
     )  # fmt: skip
 
 
+def fused_tokens(kernels: Any, packed_kind: str, half: bool) -> int:
+    """Up to how many tokens the fused kernel is the faster; ``half``: of a 16-bit torch tensor."""
+    if kernels is not None and kernels.packed_in_integers(KINDS[packed_kind]):
+        return 1 << 62
+    return FUSED_HALF if half else FUSED_FLOAT
+
+
 def _tiles(kind, hidden, packed, packed_kind, group):
     """(begin, end, rows in the type of hidden)."""
     code = kind.code(hidden)
@@ -114,9 +126,10 @@ def _tiles(kind, hidden, packed, packed_kind, group):
 def _packed_logits(kind, hidden, packed, bias=None, packed_kind="int8", group=None):
     code, at = _check(kind, hidden, packed, bias, packed_kind, group)
     tokens, rows = hidden.shape[0], packed.shape[0]
-    most = FUSED_FLOAT if code == F32 or kind.name != "torch" else FUSED_HALF
     out = kind.empty((tokens, rows), code, hidden)
-    if kind.kernels is not None and not kind.cuda and code != F64 and tokens <= most and hidden.shape[1]:
+    fused = kind.kernels is not None and not kind.cuda and code != F64 and hidden.shape[1] > 0
+    half = kind.name == "torch" and code != F32
+    if fused and tokens <= fused_tokens(kind.kernels, packed_kind, half):
         _run(kind, hidden, packed, bias, packed_kind, at, out, code)
         return out
     for begin, end, tile in _tiles(kind, hidden, packed, packed_kind, group):

@@ -129,6 +129,37 @@ def test_modules_by_name_and_predicate(model):
     assert isinstance(model.words, Compressed)
 
 
+def test_an_untied_head_by_name(model, tmp_path):
+    """``modules`` may name a linear layer: it keeps its bias, has gradients, and is loaded again."""
+    bias, want = model.tags.bias, model.tags(torch.ones(2, 16))
+    lutra.compress.convert(
+        model, {"words": "low_rank:rank=4", "tags": "int8"}, modules=["words", "tags"], inplace=True
+    )
+    head = model.tags
+    assert type(head) is lutra.nn.OutputHead and head.bias is bias and head.out_features == 5
+    assert [e.module for e in lutra.compress.report(model).tables] == ["words", "tags"]
+    torch.testing.assert_close(head(torch.ones(2, 16)), want, rtol=0, atol=0.02)
+    x = torch.ones(2, 16, requires_grad=True)
+    head(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], head.table.dense().sum(0))
+    assert torch.equal(bias.grad, torch.full((5,), 2.0))
+    assert head.weight is head.table.weight and "tags.weight" not in model.state_dict()
+    head.weight = torch.nn.Parameter(torch.zeros(5, 16))  # as tie_weights would: not taken
+    assert head.weight.shape == (5, 0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.tags(x), head(x)) and other.tags.table is not head.table
+        assert other.tags.embedding is other.tags.table
+    fresh = lutra.compress.load_into(Tagger(), model.state_dict())
+    assert type(fresh.tags) is lutra.nn.OutputHead and torch.equal(fresh.tags(x), head(x))
+    with pytest.raises(ValueError, match=r"modules names 'out', which is no embedding or untied"):
+        lutra.compress.convert(Tagger(), "int8", modules="out")
+    frozen = Tagger()
+    frozen.tags.weight.requires_grad_(False)
+    lutra.compress.convert(frozen, "low_rank", modules="tags", rank=2)
+    assert not frozen.tags.table.factor.requires_grad and frozen.tags.bias.requires_grad
+    assert type(frozen.words) is nn.Embedding
+
+
 def test_formats_by_name(model):
     lutra.compress.convert(
         model, {"words": "low_rank:rank=4", "positions": "low_rank:rank=2"}, modules=["words", "positions"]
@@ -210,7 +241,10 @@ def test_errors_leave_the_model_as_it_was(model, monkeypatch):
     refuses(ValueError, "has no parameter", "low_rank", runk=3)
     refuses(ValueError, "rank is 17; it must be at most", "low_rank", rank=17)
     refuses(
-        ValueError, "no embedding with a dense table; there are: words, positions", "low_rank", modules="x"
+        ValueError,
+        "no embedding or untied linear layer with a dense table; embeddings are: words",
+        "low_rank",
+        modules="x",
     )
     refuses(ValueError, "min_rows = 5000", "low_rank", min_rows=5000)
     refuses(ValueError, "modules is empty", "low_rank", modules=[])

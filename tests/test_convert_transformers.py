@@ -184,6 +184,50 @@ def test_resize_up_and_down_and_save(dense, family, tmp_path):
     assert layer.num_embeddings == 320 and logits(model).shape[-1] == 320
 
 
+@pytest.mark.parametrize("family, dtype", [("llama_untied", torch.bfloat16), ("neox", torch.float32)])
+def test_untied_heads(dense, family, dtype, tmp_path):
+    """head='compressed': forward, tying, resizing, saving, budgets."""
+    model, auto = dense(family, dtype)
+    lutra.compress.convert(model, "int8")
+    (reason,) = (v for k, v in lutra.compress.report(model).skipped.items() if "head" in k or "out" in k)
+    assert "head='compressed'" in reason and type(model.get_output_embeddings()) is torch.nn.Linear
+    model, like = dense(family, dtype)[0], dense(family, dtype)[0]
+    lutra.compress.convert(model, "int8", head="compressed")
+    head = model.get_output_embeddings()
+    assert isinstance(head, lutra.nn.OutputHead) and len(lutra.compress.report(model).tables) == 2
+    stand_in(like, model.get_input_embeddings())
+    like.get_output_embeddings().weight.data.copy_(head.table.dense())
+    share = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(logits(model), logits(like), rtol=share, atol=share)
+    model.tie_weights()
+    model.init_weights()
+    before = logits(model)
+    torch.testing.assert_close(before, logits(like), rtol=share, atol=share)
+    for n in (V + 17, V - 40):
+        model.resize_token_embeddings(n)
+        assert head is model.get_output_embeddings() and head.out_features == head.table.num_embeddings == n
+        after = logits(model)
+        torch.testing.assert_close(after[..., : V - 40], before[..., : V - 40])
+        model.save_pretrained(tmp_path / str(n))
+        loaded, info = auto.from_pretrained(tmp_path / str(n), dtype=dtype, output_loading_info=True)
+        assert not any(info.values()), info
+        assert isinstance(loaded.get_output_embeddings(), lutra.nn.OutputHead)
+        assert torch.equal(logits(loaded.eval()), after)
+    assert torch.equal(logits(copy.deepcopy(model)), after)
+    assert model.generate(IDS, max_new_tokens=2, pad_token_id=0).shape == (2, 14)
+
+
+def test_untied_heads_share_a_budget(dense):
+    model, _ = dense("llama_untied")
+    ids = torch.randint(0, V, (4, 32))
+    lutra.compress.convert(
+        model, budget="60%", calibration=ids, head="compressed", formats=["int8", "int4", "low_rank"]
+    )
+    report = lutra.compress.report(model)
+    assert {e.module for e in report.tables} == {"model.embed_tokens", "lm_head"}
+    assert report.after <= 0.6 * report.before and all(e.divergence is not None for e in report.tables)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama_tied", "t5"])
 def test_generate(dense, family):
     model, _ = dense(family)

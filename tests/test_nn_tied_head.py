@@ -379,3 +379,19 @@ def test_bad_input():
     few[:2] = 1
     with pytest.raises(ValueError, match="only 2 ids"):
         head.sampled_softmax(hidden(2), good, 3, distribution=few)
+
+
+def test_tables_that_are_not_weights():
+    """Tables in training, and layers without a table: an error that says what to use; shared ones resolve."""
+    from lutra.nn._shared import share
+
+    with pytest.raises(TypeError, match=r"a DPQEmbedding, .* use lutra\.nn\.MethodHead"):
+        nn.TiedHead(nn.DPQEmbedding(50, 8, m=2))
+    with pytest.raises(TypeError, match=r"a LexinvariantEmbedding, which holds no table of shape \(50, 8\)"):
+        nn.TiedHead(nn.LexinvariantEmbedding(50, 8))
+    with pytest.raises(TypeError, match=r"table must be a compressed embedding"):
+        nn.OutputHead(torch.nn.Embedding(50, 8))
+    embedding = layer("int8")
+    shared = nn.TiedHead(share(embedding))
+    assert shared.embedding is embedding
+    assert torch.equal(shared(hidden(3, SHAPE[1])), nn.TiedHead(embedding)(hidden(3, SHAPE[1])))

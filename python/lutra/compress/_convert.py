@@ -11,7 +11,7 @@ import torch
 from ..nn._compressed import Compressed
 from . import _calibrate, _choose, _layers
 from ._choose import Job, Option
-from ._find import Group, Modules, find, head_of, input_weight, select
+from ._find import Group, Modules, find, head_of, input_weight, select, untied_head
 from ._planning import encode_all, entry_of, kinds_of, within
 from ._report import Entry, Report
 from ._swap import Place, changes, is_transformers, put
@@ -35,14 +35,14 @@ def convert(
     inplace: bool = True,
     **parameters: Any,
 ) -> Any:
-    """Replace the embeddings of a torch model by compressed ones.
+    """Replace the embeddings of a torch model, and its output heads, by compressed ones.
 
     Every chosen ``nn.Embedding`` and ``nn.EmbeddingBag`` becomes the layer of `lutra.nn` that stores its
     table in a format; an ``nn.Linear`` on the same Parameter becomes `lutra.nn.TiedHead`, other embeddings
-    on it share the layer. Names, dtype, device, training mode, requires_grad and hooks stay. Models of
-    Hugging Face transformers go on working with generate, tie_weights, resize_token_embeddings,
-    save_pretrained and from_pretrained (see docs/convert.md). Either all is converted or, after any error,
-    the model is as it was.
+    on it share the layer. An untied output head is converted where ``head`` or ``modules`` asks for it.
+    Names, dtype, device, training mode, requires_grad and hooks stay. Models of Hugging Face transformers go
+    on working with generate, tie_weights, resize_token_embeddings, save_pretrained and from_pretrained (see
+    docs/convert.md). Either all is converted or, after any error, the model is as it was.
 
     Parameters
     ----------
@@ -61,14 +61,16 @@ def convert(
     counts : array of shape (rows,), or dict of name to array, optional
         How often each row is used, in the place of what calibration counts.
     modules : str, list of str or callable, optional
-        The embeddings to convert, by name, or a predicate of (name, module). Default: the input embeddings
+        The embeddings to convert, by name, or a predicate of (name, module). A name may be that of an
+        untied output layer, an ``nn.Linear``. Default: the input embeddings
         of a Hugging Face model, and all others of at least ``min_rows`` rows whose names do not say that
         they hold positions, segments or the like.
     formats : list of str, optional
         Names of the formats that a budget tries; default all but 'dhe', whose encoding trains a network.
-    head : {'auto', 'dense'}, default 'auto'
-        'auto': heads tied to a converted table become `TiedHead`. 'dense': they keep the dense table,
-        untied from now on. Heads that were untied before stay as they are in both.
+    head : {'auto', 'compressed', 'dense'}, default 'auto'
+        'auto': heads tied to a converted table become `TiedHead`, untied ones stay as they are.
+        'compressed': the untied output head of a Hugging Face model becomes `OutputHead` as well, a table by
+        its name beside the others. 'dense': tied heads keep the dense table, untied from now on.
     min_rows : int, default 1000
     seed : int, default 0
     progress : bool, optional
@@ -102,8 +104,8 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
     if format is None and budget is None:
         raise ValueError("give a format or a budget")
-    if head not in ("auto", "dense"):
-        raise ValueError(f"head must be 'auto' or 'dense', got {head!r}")
+    if head not in ("auto", "compressed", "dense"):
+        raise ValueError(f"head must be 'auto', 'compressed' or 'dense', got {head!r}")
     if not inplace:
         model = copy.deepcopy(model)
     work = _Work(model, find(model), modules, min_rows, head)
@@ -157,6 +159,13 @@ class _Work:
     def __init__(self, model: Any, groups: list[Group], modules: Modules, min_rows: int, head: str) -> None:
         self.model, self.head = model, head
         self.groups = select(model, groups, modules, min_rows)
+        own = untied_head(model)
+        if own is not None and not any(own.weight is g.weight for g in self.groups):
+            if head == "compressed":
+                self.groups.append(own)
+                own = None
+        else:
+            own = None
         self.tried: list[Entry] = []
         self.before: list[torch.Tensor] = []
         self.skipped = {
@@ -164,6 +173,10 @@ class _Work:
             for g in groups
             if not any(g is c for c in self.groups)
         }
+        if own is not None:
+            self.skipped[own.name] = (
+                f"{own.shape[0]} x {own.shape[1]}, an untied output head: head='compressed' converts it"
+            )
         for group in list(self.groups):
             try:
                 _check(group)
@@ -179,7 +192,7 @@ class _Work:
             if len(self.groups) > 1:
                 raise ValueError(f"counts must be a dict by module: there are {len(self.groups)} tables")
             counts = {self.groups[0].name: counts}
-        unknown = set(counts or {}) - {n for g in self.groups for n in g.embeddings}
+        unknown = set(counts or {}) - {n for g in self.groups for n in g.names}
         if unknown:
             raise ValueError(f"counts names {sorted(unknown)[0]!r}, which is not among the tables to convert")
         out = []
@@ -188,7 +201,7 @@ class _Work:
             bad = ~np.isfinite(table).all(1)
             if bad.any():
                 raise ValueError(f"{group.name}: row {int(bad.argmax())} of its table holds NaN or infinity")
-            given = next((counts[n] for n in group.embeddings if n in (counts or {})), None)
+            given = next((counts[n] for n in group.names if n in (counts or {})), None)
             pad = isinstance(group.module, torch.nn.Embedding) and group.module.padding_idx is not None
             dtype = str(group.weight.dtype).removeprefix("torch.")
             extra = group.shape[1] * group.weight.element_size() if pad else 0
@@ -211,6 +224,9 @@ class _Work:
         if counted:
             return
         for group, job in zip(self.groups, jobs):
+            if not group.embeddings:  # a head: all its rows, for each token
+                job.uses = max((float(np.sum(s)) for s in seen.values()), default=1.0)
+                continue
             total = sum(seen[name] for name in group.embeddings)
             job.uses = float(np.sum(total))
             if job.uses:

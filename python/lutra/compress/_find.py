@@ -28,7 +28,8 @@ class Group:
     weight : Parameter
     embeddings, heads : dict of name to module
         ``nn.Embedding``s or ``nn.EmbeddingBag``s, and ``nn.Linear``s, whose weight it is. The first
-        embedding is the one that will hold the table. A module that is at several places of the model has
+        embedding is the one that will hold the table; an untied head, which has no embeddings, holds its
+        own. A module that is at several places of the model has
         several names.
     others : list of str
         Other places of the Parameter, which `convert` cannot serve.
@@ -40,12 +41,16 @@ class Group:
     others: list[str] = field(default_factory=list)
 
     @property
+    def names(self) -> list[str]:
+        return list(self.embeddings or self.heads)
+
+    @property
     def name(self) -> str:
-        return next(iter(self.embeddings))
+        return self.names[0]
 
     @property
     def module(self) -> Any:
-        return next(iter(self.embeddings.values()))
+        return next(iter((self.embeddings or self.heads).values()))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,6 +79,28 @@ def find(model: Any) -> list[Group]:
             else:
                 group_.others.append(f"{name}.{key}" if name else key)
     return list(groups.values())
+
+
+def untied_head(model: Any, name: str | None = None) -> Group | None:
+    """A linear layer on a dense table of its own, as a group: that of a name, or what a Hugging Face model
+    names as its output embeddings. None where there is none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name is not None:
+        head = modules.get(name)
+    else:
+        head = _ask(model, "get_output_embeddings")
+    if not isinstance(head, torch.nn.Linear) or not _dense(head) or "_tied" in head.__dict__:
+        return None
+    if any(head.weight is group.weight for group in find(model)):
+        return None
+    group = Group(head.weight)
+    for path, module in modules.items():
+        if module is head:
+            group.heads[path] = module
+        else:
+            group.others += [f"{path}.{k}" for k, p in module._parameters.items() if p is head.weight]
+    return group if group.heads else None
 
 
 def _dense(module: Any) -> bool:
@@ -105,10 +132,13 @@ def select(model: Any, groups: list[Group], modules: Modules, min_rows: int) -> 
     chosen = []
     for name in names:
         if name not in by_name:
-            raise ValueError(
-                f"modules names {name!r}, which is no embedding with a dense table; there are: "
-                f"{_names(groups)}"
-            )
+            head = untied_head(model, name)
+            if head is None:
+                raise ValueError(
+                    f"modules names {name!r}, which is no embedding or untied linear layer with a dense "
+                    f"table; embeddings are: {_names(groups)}"
+                )
+            by_name |= dict.fromkeys(head.heads, head)
         if not any(by_name[name] is g for g in chosen):
             chosen.append(by_name[name])
     if not chosen:
@@ -126,11 +156,13 @@ def _small(group: Group) -> bool:
 
 def input_weight(model: Any) -> Any:
     """The weight of a Hugging Face model's input embeddings; None for other models."""
-    ask = getattr(model, "get_input_embeddings", None)
-    if ask is None:
-        return None
+    return getattr(_ask(model, "get_input_embeddings"), "weight", None)
+
+
+def _ask(model: Any, method: str) -> Any:
+    """What a method of a Hugging Face model returns; None for other models, and where it has nothing."""
     try:
-        return getattr(ask(), "weight", None)
+        return getattr(model, method)()
     except (NotImplementedError, AttributeError, TypeError):
         return None
 
@@ -142,8 +174,4 @@ def head_of(model: Any, groups: list[Group]) -> Any:
     for group in groups:
         for module in group.heads.values():
             return module
-    ask = getattr(model, "get_output_embeddings", None)
-    try:
-        return ask() if ask is not None else None
-    except (NotImplementedError, AttributeError, TypeError):
-        return None
+    return _ask(model, "get_output_embeddings")

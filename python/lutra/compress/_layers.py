@@ -11,6 +11,7 @@ import torch
 
 from ..nn._compressed import Compressed, as_tensor
 from ..nn._compressed_layers import layer_class
+from ._find import untied_head
 from ._mixed import mixed
 from ._table import to_numpy
 from .formats import Format
@@ -33,7 +34,8 @@ def plain(module: Any) -> bool:
 
 
 def build(module: Any, format: Format, data: dict[str, Any] | None, name: str) -> Any:
-    """The compressed layer in the place of a dense ``nn.Embedding`` or ``nn.EmbeddingBag``.
+    """The compressed layer in the place of a dense ``nn.Embedding`` or ``nn.EmbeddingBag``; of an
+    ``nn.Linear`` its table.
 
     ``data`` None makes one on the meta device, for what is loaded from a file.
     """
@@ -41,6 +43,10 @@ def build(module: Any, format: Format, data: dict[str, Any] | None, name: str) -
     cls: Any = layer_class(format, bag)
     layer = cls.__new__(cls)
     weight = module.weight
+    if isinstance(module, torch.nn.Linear):
+        device = "meta" if data is None else weight.device
+        layer._begin(format, data, *weight.shape, None, None, 2.0, False, False, device, weight.dtype)
+        return layer.train(module.training).requires_grad_(weight.requires_grad)
     settings = {
         "max_norm": module.max_norm, "norm_type": module.norm_type, "sparse": module.sparse,
         "scale_grad_by_freq": module.scale_grad_by_freq, "padding_idx": module.padding_idx,
@@ -171,6 +177,16 @@ def follow(model: Any, layer: Any) -> None:
             if module.bias is not None and len(module.bias) != layer.num_embeddings:
                 # The same Parameter, for others may hold it (BERT's cls.predictions.bias).
                 module.bias.data = torch.nn.functional.pad(module.bias.data, (0, grown))
+
+
+def head_of_table(model: Any, names: list[str]) -> tuple[Any, str]:
+    """The untied head, still dense, whose table has one of these names in a checkpoint, and that name."""
+    for name in names:
+        if name.endswith(".table"):
+            found = untied_head(model, name.removesuffix(".table"))
+            if found is not None:
+                return found, name
+    return None, ""
 
 
 def compressed(model: Any) -> dict[str, Compressed]:

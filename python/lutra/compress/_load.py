@@ -60,11 +60,13 @@ def load_into(model: Any, source: Any) -> Any:
         if name in existing:
             continue  # of the same format, or loading says so
         if name not in groups:
-            raise ValueError(
-                f"the checkpoint stores {name} compressed; the model has no such embedding with a "
-                "dense table "
-                f"(it has {', '.join(groups) or 'none'})"
-            )
+            head, _ = _layers.head_of_table(model, [name])
+            if head is None:
+                raise ValueError(
+                    f"the checkpoint stores {name} compressed; the model has no such embedding with a dense "
+                    f"table and no such untied head (its embeddings are {', '.join(groups) or 'none'})"
+                )
+            groups[name] = head
         if id(groups[name]) in done:
             continue  # a module at two places
         done.add(id(groups[name]))

@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
 def changes(model: Any, group: Group, layer: Any, head: str = "auto") -> list[Place]:
     """What becomes of the modules on one table whose compressed layer is built; nothing is changed yet."""
-    from ..nn import TiedHead
+    from ..nn import OutputHead, TiedHead
 
     new: dict[str, Any] = {}
     for name, module in group.embeddings.items():
@@ -36,7 +36,10 @@ def changes(model: Any, group: Group, layer: Any, head: str = "auto") -> list[Pl
     heads: dict[int, Any] = {}
     for name, module in group.heads.items():
         if id(module) not in heads:
-            if head == "dense":
+            if not group.embeddings:
+                own = OutputHead(layer, bias=module.bias).train(module.training)
+                _layers.adopt(own, module)
+            elif head == "dense":
                 own = copy.copy(module)
                 own._parameters = dict(module._parameters)
                 own.weight = torch.nn.Parameter(

@@ -16,6 +16,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..nn import OutputHead
 from ..nn._compressed import Compressed
 from ..nn._shared import _Shared
 from . import _layers
@@ -98,10 +99,21 @@ class Converted:
         super()._init_weights(like)  # type: ignore[misc]
         return like.weight.detach().numpy()
 
-    def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_resized_lm_head(
+        self, old_lm_head: Any, new_num_tokens: int | None = None, transposed: bool | None = False,
+        mean_resizing: bool = True,
+    ) -> Any:  # fmt: skip
+        if isinstance(old_lm_head, OutputHead):
+            table, rows = old_lm_head.table, new_num_tokens
+            if rows is not None and rows != table.num_embeddings:
+                _layers.resize(table, rows, self._new_rows(table, rows, mean_resizing))
+                _layers.follow(self, table)
+            return old_lm_head
         if "_tied" in old_lm_head.__dict__:  # has followed its embedding
             return old_lm_head
-        return super()._get_resized_lm_head(old_lm_head, *args, **kwargs)  # type: ignore[misc]
+        return super()._get_resized_lm_head(  # type: ignore[misc]
+            old_lm_head, new_num_tokens, transposed, mean_resizing
+        )
 
 
 def attach(model: Any) -> None:
@@ -158,10 +170,13 @@ class LutraQuantizer(HfQuantizer):
             options = [name, name.removeprefix(prefix), prefix + name]
             found = next((n for n in options if n in groups), None)
             if found is None:
-                raise ValueError(
-                    f"the checkpoint stores {name} compressed; {type(model).__name__} has no such embedding "
-                    f"(it has {', '.join(groups) or 'none'})"
-                )
+                head, found = _layers.head_of_table(model, options)
+                if head is None:
+                    raise ValueError(
+                        f"the checkpoint stores {name} compressed; {type(model).__name__} has no such "
+                        f"embedding or untied head (its embeddings are {', '.join(groups) or 'none'})"
+                    )
+                groups[found] = head
             group = groups[found]
             format = make(spec)
             layer = _layers.build(group.module, format, None, found)
@@ -251,6 +266,9 @@ def check_files(files: Iterable[str], expected: dict[str, Any]) -> list[Any]:
         return unpadded
     for name, layer in expected.items():
         start = next((k for k in shapes if f".{k}".endswith(f".{name}.format_json")), None)
+        if start is None and name.endswith(".table"):  # heads are renamed in files: GPT-NeoX's is embed_out
+            others = [k for k in shapes if k.endswith(".table.format_json")]
+            start = others[0] if len(others) == 1 else None
         prefix = name if start is None else start.removesuffix(".format_json")
         for key, value in layer.state_dict().items():
             got = shapes.get(f"{prefix}.{key}")

@@ -21,6 +21,7 @@ from ._host import HostEmbedding, HostEmbeddingBag
 from ._lexinvariant import LexinvariantEmbedding
 from ._memory_former import MemoryFormerBlock, MemoryFormerLM
 from ._memory_linear import MemoryLinear
+from ._output_head import OutputHead
 from ._scone import SconeEmbedding
 from ._senses import BackpackEmbedding, SenseDict
 from ._tied_head import TiedHead
@@ -32,7 +33,7 @@ globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of
 __all__ = [
     "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "HadamardProjection",
     "HostEmbedding", "HostEmbeddingBag", "KeyValueCache", "LexinvariantEmbedding",
-    "MemoryFormerBlock", "MemoryFormerLM", "MemoryLinear", "SenseDict", "TiedHead", *LAYERS,
-    "SconeEmbedding",
+    "MemoryFormerBlock", "MemoryFormerLM", "MemoryLinear", "OutputHead", "SconeEmbedding",
+    "SenseDict", "TiedHead", *LAYERS,
 ]  # fmt: skip
 __all__ += _TRAINING

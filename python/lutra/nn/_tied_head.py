@@ -15,6 +15,7 @@ from ..scan._packed_logits import fused_tokens
 from . import _lookup_loss, _tiles  # noqa: F401  (registers its op)
 from ._compressed import Compressed
 from ._sampled import sampled_loss
+from ._shared import _Shared
 from ._top import topk_of_logits, topk_of_scan, topk_of_tiles
 
 
@@ -29,7 +30,7 @@ class TiedHead(torch.nn.Linear):
     Parameters
     ----------
     embedding : lutra.nn.*Embedding or torch.nn.Embedding
-        Its table has shape (out_features, in_features).
+        Its table has shape (out_features, in_features). Tables in training have `MethodHead`.
     bias : None, True or Parameter of shape (num_embeddings,), optional
         True makes one of zeros, of the embedding's dtype.
 
@@ -63,6 +64,7 @@ class TiedHead(torch.nn.Linear):
                 "embedding must be a torch.nn.Embedding or one of lutra.nn's, got "
                 f"{type(embedding).__qualname__}"
             )
+        embedding = _table_of(embedding)
         torch.nn.Module.__init__(self)  # not Linear's: that one allocates the dense table
         # In a tuple, so that the embedding is no submodule of the head: its tensors are in the state_dict
         # once.
@@ -329,6 +331,27 @@ class TiedHead(torch.nn.Linear):
             remove_accidental_hits, generator,
         )  # fmt: skip
         return reduce(loss, used, targets.shape, reduction)
+
+
+def _table_of(embedding: Any) -> Any:
+    """The layer that has the table of an embedding; TypeError where none has one to multiply by."""
+    from .training import MethodEmbedding
+
+    name = type(embedding).__qualname__
+    if isinstance(embedding, _Shared):
+        return embedding.embedding
+    if isinstance(embedding, MethodEmbedding):
+        raise TypeError(
+            f"embedding is a {name}, a table in training whose weight is not its rows: use "
+            "lutra.nn.MethodHead(embedding), which lutra.nn.finish makes a TiedHead"
+        )
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    if not isinstance(embedding, Compressed) and tuple(embedding.weight.shape) != shape:
+        raise TypeError(
+            f"embedding is a {name}, which holds no table of shape {shape} to multiply by; use a dense "
+            "embedding or one in a format of lutra.compress"
+        )
+    return embedding
 
 
 def _text_of(layer: Any) -> tuple[Any, str]:

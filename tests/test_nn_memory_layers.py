@@ -258,7 +258,7 @@ def test_quantized_tables():
         want = cat(layer(x)).detach()
         small = copy.deepcopy(layer)
         assert small.quantize_() is small and small.quantize_() is small
-        assert small.tables.dtype == torch.uint8 and "quantized" in repr(small)
+        assert small.tables.dtype == torch.int8 and "quantized" in repr(small)
         assert "tables" not in dict(small.named_parameters())
         got = small(x)
         assert isinstance(got, tuple)
@@ -268,7 +268,7 @@ def test_quantized_tables():
         fresh.load_state_dict(small.state_dict())
         assert torch.equal(cat(fresh(x)), cat(got))
         assert small.to(torch.bfloat16).scale.dtype == torch.float32
-        assert small.to(torch.bfloat16).tables.dtype == torch.uint8
+        assert small.to(torch.bfloat16).tables.dtype == torch.int8
     with pytest.raises(TypeError, match="quantized"):
         small.reset_parameters()
 

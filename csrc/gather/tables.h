@@ -1,12 +1,15 @@
 // One row out of each of several tables, weighted and summed: the second half of a MemoryFormer layer.
 //
-//   tables (n_tables, entries, dim) contiguous, f32 / f16 / bf16; codes (tokens, n_tables) i32 in [0, entries);
-//   weights (tokens, n_tables) f32 or nullptr (1); bias (dim,) of the tables' type, or nullptr.
+//   tables (n_tables, entries, dim) contiguous, f32 / f16 / bf16, or i8 codes with scale and minimum (n_tables,
+//   entries) f32: row = minimum + scale * code; codes (tokens, n_tables) i32 in [0, entries);
+//   weights (tokens, n_tables) f32 or nullptr (1); bias (dim,) of type out_dtype, or nullptr.
 //   out[t] = bias + sum_k weights[t, k] * tables[k, codes[t, k]]      accumulated in f32, k in increasing order
-//   out (tokens, dim) of the tables' type.
+//   out (tokens, dim) of type out_dtype: f32, f16 or bf16.
+//   i8: sum of (weights * scale) * code, and at the end the sum of weights * minimum, both in that order.
 //
-// Few tokens: one pass over the rows, limited by random reads. Many tokens: a slab of columns of one table is
-// used for a block of tokens while it lies in the cache, so that each table is read about once per block.
+// Few tokens (tables_rows.h): one pass over the rows, limited by random reads. Many tokens (tables_slabs.h): a slab of
+// columns of one table is used for a block of tokens while it lies in the cache, so that each table is read about once
+// per block. Both sum in one order: a token's result does not depend on the others.
 //
 // Gradients: grad_tables[k, c] = sum over t with codes[t, k] == c, in the order of t, of weights[t, k] grad_out[t]
 // (written whole; each table is one thread's work, so it is deterministic); grad_weights[t, k] =
@@ -29,11 +32,14 @@ struct TablesArgs {
   int64_t tokens;
   void* out;
   int64_t* bad;
+  DType out_dtype;
+  const float* scale;  // i8 only
+  const float* minimum;
 };
 
 struct TablesBackwardArgs {
   const void* tables;
-  DType dtype;  // of tables, grad_out and grad_tables
+  DType dtype;
   int64_t n_tables, entries, dim;
   const int32_t* codes;
   const float* weights;
@@ -42,6 +48,9 @@ struct TablesBackwardArgs {
   void* grad_tables;
   float* grad_weights;
   int64_t* bad;
+  DType grad_dtype;    // of grad_out and grad_tables; the tables' where these are not i8
+  const float* scale;  // i8 only, which have no grad_tables
+  const float* minimum;
 };
 
 }  // namespace lutra

@@ -4,6 +4,7 @@
 #include "gather/rows.h"
 #include "gather/tables.h"
 #include "gather/tables_codes.h"
+#include "gather/tables_rows.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -85,8 +86,8 @@ void weight_block(const TablesBackwardArgs& a, int64_t t0, int64_t t1) {
   for (int64_t c0 = 0; c0 < a.dim; c0 += kWide) {
     const int64_t n = a.dim - c0 < kWide ? a.dim - c0 : kWide;
     for (int64_t t = t0; t < t1; ++t) {
-      const auto* g = static_cast<const type*>(a.grad_out) + t * a.dim + c0;
-      for (int64_t c = 0; c < n; ++c) piece[(t - t0) * kWide + c] = T::get(g + c);
+      const auto* g = static_cast<const char*>(a.grad_out) + (t * a.dim + c0) * size_of(a.grad_dtype);
+      widen_row(a.grad_dtype, g, n, piece.data + (t - t0) * kWide);
     }
     for (int64_t k = 0; k < a.n_tables; ++k) {
       const auto* table = static_cast<const type*>(a.tables) + k * a.entries * a.dim + c0;
@@ -96,7 +97,14 @@ void weight_block(const TablesBackwardArgs& a, int64_t t0, int64_t t1) {
           const auto* p = reinterpret_cast<const char*>(table + a.codes[i + 8 * a.n_tables] * a.dim);
           for (int64_t c = 0; c < n * static_cast<int64_t>(sizeof(type)); c += 64) prefetch_far(p + c);
         }
-        a.grad_weights[i] += dot<T>(piece.data + (t - t0) * kWide, table + a.codes[i] * a.dim, n);
+        float product = dot<T>(piece.data + (t - t0) * kWide, table + a.codes[i] * a.dim, n);
+        if (is_code<T>::value) {
+          const int64_t row = k * a.entries + a.codes[i];
+          float sum = 0;
+          for (int64_t c = 0; c < n; ++c) sum += piece[(t - t0) * kWide + c];
+          product = product * a.scale[row] + a.minimum[row] * sum;
+        }
+        a.grad_weights[i] += product;
       }
     }
   }
@@ -104,12 +112,13 @@ void weight_block(const TablesBackwardArgs& a, int64_t t0, int64_t t1) {
 
 template <class T>
 void backward(const TablesBackwardArgs& a) {
+  typedef typename result_of<T>::type G;
   const double work = static_cast<double>(a.n_tables) * static_cast<double>(a.dim) * 0.1;
   if (a.grad_tables) {
     const int64_t slabs = (a.dim + kColumns - 1) / kColumns;
     team_for(slabs, work * static_cast<double>(a.tokens + a.entries), [&](int64_t i) {
       const int64_t c0 = i * kColumns;
-      table_slab<T>(a, c0, a.dim - c0 < kColumns ? a.dim - c0 : kColumns);
+      table_slab<G>(a, c0, a.dim - c0 < kColumns ? a.dim - c0 : kColumns);
     });
   }
   if (a.grad_weights) {
@@ -127,6 +136,7 @@ void tables_backward(const TablesBackwardArgs& a) {
   switch (a.dtype) {
     case DType::f16: return backward<F16>(a);
     case DType::bf16: return backward<BF16>(a);
+    case DType::i8: return backward<I8>(a);
     default: return backward<F32>(a);
   }
 }

@@ -67,8 +67,20 @@ py::object quick_tables(py::handle tables_, py::handle codes, py::handle weights
   py::object result = c.ndim == 1   ? call.make(t.dtype, {dim}, &out)
                       : c.ndim == 2 ? call.make(t.dtype, {n0, dim}, &out)
                                     : call.make(t.dtype, {n0, n1, dim}, &out);
-  TablesArgs a{t.data, t.dtype, n_tables, entries, dim, static_cast<int32_t*>(c.data), static_cast<float*>(w.data),
-               b.data, n0 * n1, out,      &bad};
+  TablesArgs a{t.data,
+               t.dtype,
+               n_tables,
+               entries,
+               dim,
+               static_cast<int32_t*>(c.data),
+               static_cast<float*>(w.data),
+               b.data,
+               n0 * n1,
+               out,
+               &bad,
+               t.dtype,
+               nullptr,
+               nullptr};
   run(&tables, a, n0 * n1 * n_tables * dim * 0.1);
   if (bad != -1) return py::none();
   return result;
@@ -77,7 +89,7 @@ py::object quick_tables(py::handle tables_, py::handle codes, py::handle weights
 }  // namespace
 
 py::object quick_memory_linear(py::handle x, py::handle tables, py::handle bias, py::handle bits, py::handle score,
-                               py::handle temperature);
+                               py::handle temperature, py::handle scale, py::handle minimum);
 
 void register_gather(py::module_& m) {
   m.def("quick_memory_linear", &quick_memory_linear);
@@ -168,9 +180,10 @@ void register_gather(py::module_& m) {
     return bad;
   });
   m.def("tables", [](Ptr tables_, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Ptr codes, Ptr weights,
-                     Ptr bias, int64_t tokens, Ptr out) {
+                     Ptr bias, int64_t tokens, Ptr out, int out_dtype, Ptr scale, Ptr minimum) {
     int64_t bad = -1;
-    const auto t = static_cast<DType>(dtype);
+    const auto t = static_cast<DType>(dtype), out_t = static_cast<DType>(out_dtype);
+    const int64_t rows = t == DType::i8 ? n_tables * entries : 0;
     TablesArgs a{tables_.raw(n_tables * entries * dim, t),
                  t,
                  n_tables,
@@ -178,10 +191,13 @@ void register_gather(py::module_& m) {
                  dim,
                  codes.as<int32_t>(tokens * n_tables),
                  weights.as<float>(weights.p ? tokens * n_tables : 0),
-                 bias.raw(bias.p ? dim : 0, t),
+                 bias.raw(bias.p ? dim : 0, out_t),
                  tokens,
-                 out.raw(tokens * dim, t),
-                 &bad};
+                 out.raw(tokens * dim, out_t),
+                 &bad,
+                 out_t,
+                 scale.as<float>(rows),
+                 minimum.as<float>(rows)};
     run(&tables, a, tokens * n_tables * dim * 0.1);
     return bad;
   });
@@ -207,25 +223,30 @@ void register_gather(py::module_& m) {
     run(&senses, a, static_cast<double>(n) * (dim + 1) * 0.2);
     return py::make_tuple(bad[0], bad[1]);
   });
-  m.def("tables_backward", [](Ptr tables_, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Ptr codes,
-                              Ptr weights, int64_t tokens, Ptr grad_out, Ptr grad_tables, Ptr grad_weights) {
-    int64_t bad = -1;
-    const auto t = static_cast<DType>(dtype);
-    TablesBackwardArgs a{tables_.raw(n_tables * entries * dim, t),
-                         t,
-                         n_tables,
-                         entries,
-                         dim,
-                         codes.as<int32_t>(tokens * n_tables),
-                         weights.as<float>(weights.p ? tokens * n_tables : 0),
-                         tokens,
-                         grad_out.raw(tokens * dim, t),
-                         grad_tables.raw(grad_tables.p ? n_tables * entries * dim : 0, t),
-                         grad_weights.as<float>(grad_weights.p ? tokens * n_tables : 0),
-                         &bad};
-    run(&tables_backward, a, n_tables * (entries + tokens) * dim * 0.1);
-    return bad;
-  });
+  m.def("tables_backward",
+        [](Ptr tables_, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Ptr codes, Ptr weights,
+           int64_t tokens, Ptr grad_out, Ptr grad_tables, Ptr grad_weights, int grad_dtype, Ptr scale, Ptr minimum) {
+          int64_t bad = -1;
+          const auto t = static_cast<DType>(dtype), gt = static_cast<DType>(grad_dtype);
+          const int64_t rows = t == DType::i8 ? n_tables * entries : 0;
+          TablesBackwardArgs a{tables_.raw(n_tables * entries * dim, t),
+                               t,
+                               n_tables,
+                               entries,
+                               dim,
+                               codes.as<int32_t>(tokens * n_tables),
+                               weights.as<float>(weights.p ? tokens * n_tables : 0),
+                               tokens,
+                               grad_out.raw(tokens * dim, gt),
+                               grad_tables.raw(grad_tables.p ? n_tables * entries * dim : 0, gt),
+                               grad_weights.as<float>(grad_weights.p ? tokens * n_tables : 0),
+                               &bad,
+                               gt,
+                               scale.as<float>(rows),
+                               minimum.as<float>(rows)};
+          run(&tables_backward, a, n_tables * (entries + tokens) * dim * 0.1);
+          return bad;
+        });
 }
 
 }  // namespace lutra

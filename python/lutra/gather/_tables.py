@@ -8,30 +8,35 @@ from typing import Any
 from numpy import ndarray
 
 from .. import _checks
-from .._arrays import F32, F64, FLOATS, I32, NUMPY, call, eager, quick
+from .._arrays import F32, F64, FLOATS, I8, I32, NUMPY, call, eager, quick
 from ..reference import gather as reference
 
 _EMPTY = (0,)
 _quick = quick("tables")
 
 
-def tables(tables: Any, codes: Any, weights: Any = None, bias: Any = None) -> Any:
+def tables(
+    tables: Any, codes: Any, weights: Any = None, bias: Any = None, scale: Any = None, minimum: Any = None
+) -> Any:
     """Sum one row of each table: ``bias + sum_k weights[..., k] * tables[k, codes[..., k]]``.
 
     With `lutra.address.sign_hash` this is the layer of MemoryFormer (`lutra.nn.MemoryLinear`).
 
     Parameters
     ----------
-    tables : array, shape (n_tables, entries, dim), float32, float16, bfloat16 or float64
+    tables : array, shape (n_tables, entries, dim), float32, float16, bfloat16, float64 or int8
     codes : array, shape (..., n_tables), int32
         The entry of each table, in [0, entries).
     weights : array, shape (..., n_tables), floating point, optional
         Used as float32 (float64 with float64 tables); 1 where not given.
-    bias : array, shape (dim,), the type of tables, optional
+    bias : array, shape (dim,), the type of tables (any of the floating types for int8 ones), optional
+    scale, minimum : array, shape (n_tables, entries), float32
+        For int8 tables only, as `lutra.gather.quantize_rows` gives them for each row: the row is
+        ``minimum + scale * code``.
 
     Returns
     -------
-    out : array, shape (..., dim), the type of tables
+    out : array, shape (..., dim), the type of tables; of int8 ones the type of bias, or else float32
         Accumulated in float32 (float64), k in increasing order.
 
     Raises
@@ -45,7 +50,7 @@ def tables(tables: Any, codes: Any, weights: Any = None, bias: Any = None) -> An
     Notes
     -----
     Cost: ``n_tables`` random reads of a row per token; with many tokens the tables are read once in slabs
-    that stay in the cache. Gradients (torch): to tables, weights and bias, deterministic.
+    that stay in the cache. Gradients (torch): to tables (not to int8 ones), weights and bias, deterministic.
 
     References
     ----------
@@ -60,30 +65,38 @@ def tables(tables: Any, codes: Any, weights: Any = None, bias: Any = None) -> An
     array([[6., 8.]], dtype=float32)
     """
     if type(tables) is ndarray or eager(tables):
-        result = _quick(tables, codes, weights, bias)
+        result = _quick(tables, codes, weights, bias) if scale is None and minimum is None else None
         if result is not None:
             return result
-    return call("tables", _tables, (tables, codes, weights, bias), ())
+    return call("tables", _tables, (tables, codes, weights, bias, scale, minimum), ())
 
 
-def _same(kind, tables, name, codes, weights=None, bias=None, grad=None):
+def _same(kind, tables, name, codes, weights=None, bias=None, grad=None, scale=None, minimum=None):
     """All arrays are of one library and on one device (cheap where microseconds count)."""
     if kind is NUMPY:
-        for a in (codes, weights, bias, grad):
+        for a in (codes, weights, bias, grad, scale, minimum):
             if a is not None and type(a) is not ndarray:
                 break
         else:
             return
     elif kind.name == "torch" and not kind.cuda:
         try:
-            for a in (codes, weights, bias, grad):
+            for a in (codes, weights, bias, grad, scale, minimum):
                 if a is not None and not a.is_cpu:
                     break
             else:
                 return
         except AttributeError:
             pass
-    for a, other in (("codes", codes), ("weights", weights), ("bias", bias), ("grad", grad)):
+    named = {
+        "codes": codes,
+        "weights": weights,
+        "bias": bias,
+        "grad": grad,
+        "scale": scale,
+        "minimum": minimum,
+    }
+    for a, other in named.items():
         if other is not None:
             _checks.same_kind(kind, other, a, tables, name)
 
@@ -119,20 +132,66 @@ def _explain(kind, codes, entries):
     raise IndexError("codes changed while the kernel ran")
 
 
-def _tables(kind, tables, codes, weights=None, bias=None):
-    _same(kind, tables, "tables", codes, weights, bias)
+def _check_rows(kind, tables, scale, minimum):
+    """The dtype code of tables; scale and minimum are there for int8 tables, and only for them."""
     code = kind.code(tables)
-    if code not in FLOATS:
-        code = _checks.dtype(kind, tables, "tables", (*FLOATS, F64))
+    if code not in (*FLOATS, F64, I8):
+        _checks.dtype(kind, tables, "tables", (*FLOATS, F64, I8))
+    if code != I8:
+        if scale is not None or minimum is not None:
+            raise ValueError("scale and minimum are for int8 tables; tables has another dtype")
+        return code
+    for name, a in (("scale", scale), ("minimum", minimum)):
+        if a is None:
+            raise ValueError(f"int8 tables need {name}, one number for each row: quantize_rows gives it")
+        _checks.dtype(kind, a, name, (F32,))
+        if tuple(a.shape) != tuple(tables.shape[:2]):
+            raise ValueError(
+                f"{name} has shape {tuple(a.shape)}; it must be {tuple(tables.shape[:2])}: a number a row"
+            )
+    return code
+
+
+def _result_code(kind, code, bias):
+    """The dtype code of a result: that of the tables; for int8 ones of the bias, or else float32."""
+    if bias is None:
+        return F32 if code == I8 else code
+    return _checks.dtype(kind, bias, "bias", FLOATS if code == I8 else (code,))
+
+
+def _rows_of(tables, k, codes, scale, minimum):
+    """Rows of int8 table k (torch tensors), in float32."""
+    rows = codes[..., k].long()
+    return tables[k, rows].float() * scale[k, rows, None] + minimum[k, rows, None]
+
+
+def _composed(kind, tables, codes, weights, bias, scale, minimum, shape):
+    """int8 tables on CUDA, a table at a time."""
+    if kind.name != "torch":
+        raise TypeError("tables has no int8 kernel on CUDA; torch tensors are composed of torch's operations")
+    out = kind.empty(shape, F32, tables)
+    out[...] = 0 if bias is None else bias.float()
+    for k in range(tables.shape[0]):
+        rows = _rows_of(tables, k, codes, scale, minimum)
+        out += rows if weights is None else rows * weights[..., k, None].float()
+    return out if bias is None else out.to(bias.dtype)
+
+
+def _tables(kind, tables, codes, weights=None, bias=None, scale=None, minimum=None, result=None):
+    _same(kind, tables, "tables", codes, weights, bias, scale=scale, minimum=minimum)
+    code = _check_rows(kind, tables, scale, minimum)
     if kind.code(codes) != I32:
         _checks.dtype(kind, codes, "codes", (I32,))
     shape = _check(tables, codes, weights, bias)
-    if bias is not None and kind.code(bias) != code:
-        _checks.dtype(kind, bias, "bias", (code,))
+    result = _result_code(kind, code, bias) if result is None or bias is not None else result
+    if code == I8 and result == F64:
+        return kind.cast(_tables(kind, tables, codes, weights, None, scale, minimum, F32), F64)
     codes = kind.dense(codes)
     n_tables, entries, dim = tables.shape
     if weights is not None:
         weights = _floats(kind, weights, F64 if code == F64 else F32)
+    if kind.cuda and code == I8:
+        return kind.cast(_composed(kind, tables, codes, weights, bias, scale, minimum, shape), result)
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "tables")
         flat = (prod(shape[:-1]), n_tables)
@@ -141,36 +200,57 @@ def _tables(kind, tables, codes, weights=None, bias=None):
             kind.to_numpy(codes).reshape(flat),
             None if weights is None else kind.to_numpy(weights).reshape(flat),
             None if bias is None else kind.to_numpy(bias),
+            None if scale is None else kind.to_numpy(scale),
+            None if minimum is None else kind.to_numpy(minimum),
         )
-        return kind.from_numpy(out.reshape(shape), code, tables)
+        return kind.from_numpy(out.reshape(shape), result, tables)
     tables = kind.dense(tables)
     if bias is not None:
         bias = kind.dense(bias)
-    out = kind.empty(shape, code, tables)
+    if scale is not None:
+        scale, minimum = kind.dense(scale), kind.dense(minimum)
+    out = kind.empty(shape, result, tables)
     ptr = kind.ptr
     bad = kind.kernels.tables(
         ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights),
-        None if bias is None else ptr(bias), prod(shape[:-1]), ptr(out), *kind.launch(tables),
+        None if bias is None else ptr(bias), prod(shape[:-1]), ptr(out), result,
+        None if scale is None else ptr(scale), None if scale is None else ptr(minimum), *kind.launch(tables),
     )  # fmt: skip
     if bad != -1 and not kind.cuda:
         _explain(kind, codes, entries)
     return out
 
 
-def _tables_backward(kind, grad, tables, codes, weights=None, need_tables=True, need_weights=True):
-    """Gradients of tables and weights (float32, or float64 for float64 tables); empty where not needed."""
-    _same(kind, grad, "grad", codes, weights, tables)
-    code = _checks.dtype(kind, tables, "tables", (*FLOATS, F64))
-    _checks.dtype(kind, grad, "grad", (code,))
+def _tables_backward(
+    kind, grad, tables, codes, weights=None, need_tables=True, need_weights=True, scale=None, minimum=None
+):
+    """Gradients of tables and weights (float32, or float64 for float64 tables); empty where not needed.
+
+    int8 tables have no gradient; grad may then be of any floating type.
+    """
+    _same(kind, grad, "grad", codes, weights, tables, scale=scale, minimum=minimum)
+    code = _check_rows(kind, tables, scale, minimum)
+    if code == I8 and kind.code(grad) == F64:
+        grad = kind.cast(grad, F32)
+    grad_code = _checks.dtype(kind, grad, "grad", FLOATS if code == I8 else (code,))
     _checks.dtype(kind, codes, "codes", (I32,))
     shape = _check(tables, codes, weights)
     if tuple(grad.shape) != tuple(shape):
         raise ValueError(f"grad has shape {tuple(grad.shape)}; it must be {tuple(shape)}")
+    if code == I8 and need_tables:
+        raise TypeError("int8 tables have no gradient")
     n_tables, entries, dim = tables.shape
     tokens = prod(shape[:-1])
     codes, grad = kind.dense(codes), kind.dense(grad)
     wide = F64 if code == F64 else F32
     weights = _floats(kind, weights, wide)
+    if kind.cuda and code == I8:
+        to_weights = kind.empty(tuple(codes.shape), F32, tables)
+        for k in range(n_tables if need_weights else 0):
+            to_weights[..., k] = (_rows_of(tables, k, codes, scale, minimum) * grad.float()).sum(-1)
+        return kind.empty(_EMPTY, F32, tables), to_weights if need_weights else kind.empty(
+            _EMPTY, F32, tables
+        )
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "tables_backward")
         to_tables, to_weights = reference.tables_backward(
@@ -180,21 +260,28 @@ def _tables_backward(kind, grad, tables, codes, weights=None, need_tables=True, 
             None if weights is None else kind.to_numpy(weights).reshape(tokens, n_tables),
             need_tables,
             need_weights,
+            None if scale is None else kind.to_numpy(scale),
+            None if minimum is None else kind.to_numpy(minimum),
         )
         return (
-            kind.from_numpy(to_tables, code, tables) if need_tables else kind.empty(_EMPTY, code, tables),
+            kind.from_numpy(to_tables, code, tables)
+            if need_tables
+            else kind.empty(_EMPTY, grad_code, tables),
             kind.from_numpy(to_weights.reshape(tuple(codes.shape)), wide, tables)
             if need_weights
             else kind.empty(_EMPTY, wide, tables),
         )
     tables = kind.dense(tables)
-    to_tables = kind.empty((n_tables, entries, dim) if need_tables else _EMPTY, code, tables)
+    if scale is not None:
+        scale, minimum = kind.dense(scale), kind.dense(minimum)
+    to_tables = kind.empty((n_tables, entries, dim) if need_tables else _EMPTY, grad_code, tables)
     to_weights = kind.empty(tuple(codes.shape) if need_weights else _EMPTY, F32, tables)
     ptr = kind.ptr
     scratch = kind.scratch("tables_backward", tables, tokens, n_tables, dim)
     bad = kind.kernels.tables_backward(
         ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights),
         tokens, ptr(grad), ptr(to_tables) if need_tables else None, ptr(to_weights) if need_weights else None,
+        grad_code, None if scale is None else ptr(scale), None if scale is None else ptr(minimum),
         *kind.launch(tables, scratch),
     )  # fmt: skip
     if bad != -1 and not kind.cuda:

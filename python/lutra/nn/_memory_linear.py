@@ -12,7 +12,7 @@ from .. import _checks
 from .._arrays import eager, quick, torch_kind, type_name
 from ..address import sign_hash
 from ..address._sign_hash import SCORES
-from ..gather import bag, quantize_rows
+from ..gather import quantize_rows
 from ..gather import tables as gather_tables
 from ..torch_ops import ops, plain
 from ._hashes import make_projection, tree_codes
@@ -255,7 +255,7 @@ class MemoryLinear(torch.nn.Module):
         """Hash and look-up in one call: fixed temperature, a score, tables of a floating-point type."""
         tables, bias = self.tables, self.bias
         if eager(x) and not torch.is_autocast_enabled("cpu"):
-            out = _quick(x, tables, bias, self.bits, self.score, self._temperature)
+            out = _quick(x, tables, bias, self.bits, self.score, self._temperature, None, None)
             if out is not None:
                 return out
         if x.dtype is not tables.dtype:
@@ -295,19 +295,16 @@ class MemoryLinear(torch.nn.Module):
                 return self._sum_rows(x)
         elif not self.quantized:
             x = self._of_one_precision(x, self.tables)
+        elif eager(x) and self.score in SCORES and not (self.learn_temperature or _autocasts("cpu")):
+            arguments = x, self.tables, self.bias, self.bits, self.score, self._temperature
+            out = _quick(*arguments, self.scale, self.minimum)
+            if out is not None:
+                return out
         codes, weights = self._hash(x)
         if not self.quantized:
             out = gather_tables(self.tables, codes, weights, self.bias)
         else:
-            entries, width = self.tables.shape[1:]
-            first = torch.arange(self.num_tables, dtype=torch.int32, device=x.device) * entries
-            flat = (-1, self.num_tables)
-            out = bag(
-                self.tables.view(-1, width), (codes + first).reshape(flat), None, weights.reshape(flat),
-                scale=self.scale.view(-1), minimum=self.minimum.view(-1),
-            ).reshape(*codes.shape[:-1], width)  # fmt: skip
-            if self.bias is not None:
-                out = out.to(self.bias.dtype) + self.bias
+            out = gather_tables(self.tables, codes, weights, self.bias, self.scale, self.minimum)
         return _autocast(out, x.device.type)
 
     def _hash(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,13 +331,13 @@ class MemoryLinear(torch.nn.Module):
         """Store the tables in 8 bits for inference, in place: a quarter of float32's memory and traffic.
 
         Each row gets a scale and a minimum of its own (`lutra.gather.quantize_rows`), 8 bytes beside its
-        ``out_features``; ``tables`` becomes a uint8 buffer and takes no gradient any more. To load such a
+        ``out_features``; ``tables`` becomes an int8 buffer and takes no gradient any more. To load such a
         checkpoint, call this on a layer of the same arguments first. Returns the layer.
         """
         if self.quantized:
             return self
         tables, width = self.tables.detach(), self.tables.shape[2]
-        codes, scale, minimum = quantize_rows(tables.reshape(-1, width).float())
+        codes, scale, minimum = quantize_rows(tables.reshape(-1, width).float(), "int8")
         del self.tables
         self.register_buffer("tables", codes.view(tables.shape))
         self.register_buffer("scale", scale.view(tables.shape[:2]))

@@ -10,11 +10,11 @@ from math import prod
 
 import torch
 
-from .._arrays import F32, FLOATS, I32
+from .._arrays import F32, FLOATS, I8, I32
 from ..address._sign_hash import _sign_hash, _sign_hash_backward, _sign_hash_shape
-from ..gather._bag import _bag_backward
+from ..gather._bag import _bag_backward, _bag_backward_rows
 from ..gather._spread import worth_spreading
-from ..gather._tables import _tables, _tables_backward
+from ..gather._tables import _check_rows, _result_code, _tables, _tables_backward
 from ..torch_ops.library import gradient, register
 
 ops = torch.ops.lutra
@@ -35,23 +35,36 @@ def _apart(kind, x, other):
     return not other.is_cuda or other.device != x.device if kind.cuda else not other.is_cpu
 
 
-def memory_linear(kind, x, tables, bias=None, bits=8, score="prob", temperature=1.0):
-    """(out, codes, weights) of a `lutra.nn.MemoryLinear`."""
+def memory_linear(
+    kind, x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None, sparse=False
+):
+    """(out, codes, weights) of a `lutra.nn.MemoryLinear`.
+
+    int8 tables come with ``scale`` and ``minimum`` (see `lutra.gather.tables`); their out has the type of the
+    bias, or else of x. ``sparse``: the gradient of the tables is a sparse tensor of the touched rows.
+    """
     score_code, shape = _shape(x, tables, bits, score, temperature)
-    x_code, code, kernels = kind.code(x), kind.code(tables), kind.kernels
-    if kernels is None or x_code not in FLOATS or code not in FLOATS or _apart(kind, x, tables):
-        codes, weights = _sign_hash(kind, x, bits, score, temperature)
-        return _tables(kind, tables, codes, weights, bias), codes, weights
-    chunks, entries, dim = tables.shape
+    x_code, kernels = kind.code(x), kind.kernels
+    code = _check_rows(kind, tables, scale, minimum)
+    result = code if code != I8 else x_code
     if bias is not None:
         if bias.shape != tables.shape[2:] or _apart(kind, x, bias):
             raise ValueError(
-                f"bias has shape {tuple(bias.shape)} on {bias.device}; it must be ({dim},) on {x.device}"
+                f"bias has shape {tuple(bias.shape)} on {bias.device}; it must be ({tables.shape[2]},) on "
+                f"{x.device}"
             )
-        bias = kind.dense(kind.cast(bias, code) if kind.code(bias) != code else bias)
+        if code != I8 and kind.code(bias) != code:
+            bias = kind.cast(bias, code)
+        result = _result_code(kind, code, bias)
+    served = x_code in FLOATS and result in FLOATS and not (kind.cuda and code == I8)
+    if kernels is None or not served or _apart(kind, x, tables):
+        codes, weights = _sign_hash(kind, x, bits, score, temperature)
+        return _tables(kind, tables, codes, weights, bias, scale, minimum, result), codes, weights
+    chunks, entries, dim = tables.shape
     x, tables = kind.dense(x), kind.dense(tables)
+    bias, scale, minimum = (None if a is None else kind.dense(a) for a in (bias, scale, minimum))
     codes, weights = kind.empty(shape, I32, x), kind.empty(shape, F32, x)
-    out = kind.empty((*shape[:-1], dim), code, x)
+    out = kind.empty((*shape[:-1], dim), result, x)
     tokens, ptr, launch = prod(shape[:-1]), kind.ptr, kind.launch(x)
     at_codes, at_weights = ptr(codes), ptr(weights)
     kernels.sign_hash(
@@ -59,12 +72,31 @@ def memory_linear(kind, x, tables, bias=None, bits=8, score="prob", temperature=
     )
     kernels.tables(
         ptr(tables), code, chunks, entries, dim, at_codes, at_weights, None if bias is None else ptr(bias),
-        tokens, ptr(out), *launch,
+        tokens, ptr(out), result, None if scale is None else ptr(scale),
+        None if minimum is None else ptr(minimum), *launch,
     )  # fmt: skip
     return out, codes, weights
 
 
-def _backward_op(kind, grad, x, tables, codes, weights, bits, score, temperature, need_x, need_tables):
+def _to_rows(kind, grad, codes, weights, entries):
+    """The touched rows of all tables (increasing), as one table, and their gradients."""
+    tokens, n_tables = prod(codes.shape[:-1]), codes.shape[-1]
+    first = torch.arange(n_tables, dtype=torch.int64, device=codes.device) * entries
+    ids = codes.reshape(tokens, n_tables) + first
+    return _bag_backward_rows(
+        kind, grad.reshape(tokens, grad.shape[-1]), ids, None, weights.reshape(tokens, n_tables), None,
+        n_tables * entries,
+    )  # fmt: skip
+
+
+def _rows_op(kind, grad, codes, weights, entries):
+    return _to_rows(kind, grad, codes, weights, entries)
+
+
+def _backward_op(
+    kind, grad, x, tables, codes, weights, bits, score, temperature, need_x, need_tables, scale=None,
+    minimum=None,
+):  # fmt: skip
     """Gradients of x and of the tables; empty where not needed."""
     n_tables, entries, dim = tables.shape
     code, tokens = kind.code(tables), prod(codes.shape[:-1])
@@ -83,58 +115,95 @@ def _backward_op(kind, grad, x, tables, codes, weights, bits, score, temperature
         ).view(n_tables, entries, dim)
         _, to_weights = _tables_backward(kind, grad, tables, codes, weights, False, need_x)
     else:
-        to_tables, to_weights = _tables_backward(kind, grad, tables, codes, weights, need_tables, need_x)
+        to_tables, to_weights = _tables_backward(
+            kind, grad, tables, codes, weights, need_tables, need_x, scale, minimum
+        )
     if not need_x:
         return x.new_empty(0), to_tables
     to_x = _sign_hash_backward(kind, to_weights.to(weights.dtype), x, bits, score, temperature)
     return to_x, to_tables
 
 
-def _fake(x, tables, bias=None, bits=8, score="prob", temperature=1.0):
+def _fake(
+    x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None, sparse=False
+):
     _, shape = _shape(x, tables, bits, score, temperature)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = tables.dtype
+    if dtype == torch.int8:
+        dtype = x.dtype if bias is None else bias.dtype
     return (
-        tables.new_empty((*shape[:-1], tables.shape[2])),
+        tables.new_empty((*shape[:-1], tables.shape[2]), dtype=dtype),
         x.new_empty(shape, dtype=torch.int32),
         x.new_empty(shape, dtype=wide),
     )
 
 
-def _backward_fake(grad, x, tables, codes, weights, bits, score, temperature, need_x, need_tables):
-    return x.new_empty(x.shape if need_x else 0), tables.new_empty(tables.shape if need_tables else 0)
+def _backward_fake(
+    grad, x, tables, codes, weights, bits, score, temperature, need_x, need_tables, scale=None, minimum=None
+):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        grad.new_empty(tables.shape if need_tables else 0),
+    )
+
+
+def _rows_fake(grad, codes, weights, entries):
+    n = torch.library.get_ctx().new_dynamic_size()
+    return grad.new_empty(n, dtype=torch.int64), grad.new_empty((n, grad.shape[-1]))
 
 
 def _setup(ctx, inputs, output):
-    x, tables, bias, *ctx.options = inputs
+    x, tables, bias, *options, scale, minimum, ctx.sparse = inputs
     _, codes, weights = output
+    ctx.options = options
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(codes, weights)
-    ctx.save_for_backward(x, tables, codes, weights)
+    ctx.save_for_backward(x, tables, codes, weights, scale, minimum)
 
 
 def _backward(ctx, grad, _codes, _weights):
-    x, tables, codes, weights = ctx.saved_tensors
+    x, tables, codes, weights, scale, minimum = ctx.saved_tensors
     need_x, need_tables, need_bias = ctx.needs_input_grad[:3]
+    if any(ctx.needs_input_grad[6:8]):
+        raise NotImplementedError("scale and minimum of int8 tables have no gradient")
     to_x = to_tables = to_bias = None
+    if need_tables and ctx.sparse:
+        entries = tables.shape[1]
+        rows, values = ops.memory_rows(grad, codes, weights, entries)
+        places = torch.stack([rows // entries, rows % entries])
+        to_tables = torch.sparse_coo_tensor(
+            places, values, tables.shape, check_invariants=False, is_coalesced=True
+        )
+        need_tables = False
     if need_x or need_tables:
-        a, b = ops.memory_linear_backward(grad, x, tables, codes, weights, *ctx.options, need_x, need_tables)
-        to_x, to_tables = a if need_x else None, b if need_tables else None
+        a, b = ops.memory_linear_backward(
+            grad, x, tables, codes, weights, *ctx.options, need_x, need_tables, scale, minimum
+        )
+        to_x, to_tables = a if need_x else None, b if need_tables else to_tables
     if need_bias:
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
-    return to_x, to_tables, to_bias, None, None, None
+    return to_x, to_tables, to_bias, None, None, None, None, None, None
 
 
 register(
     'memory_linear(Tensor x, Tensor tables, Tensor? bias=None, int bits=8, str score="prob", '
-    "float temperature=1.0) -> (Tensor, Tensor, Tensor)",
+    "float temperature=1.0, Tensor? scale=None, Tensor? minimum=None, bool sparse=False) "
+    "-> (Tensor, Tensor, Tensor)",
     memory_linear,
     _fake,
 )
 register(
     "memory_linear_backward(Tensor grad, Tensor x, Tensor tables, Tensor codes, Tensor weights, int bits, "
-    "str score, float temperature, bool need_x, bool need_tables) -> (Tensor, Tensor)",
+    "str score, float temperature, bool need_x, bool need_tables, Tensor? scale=None, Tensor? minimum=None) "
+    "-> (Tensor, Tensor)",
     _backward_op,
     _backward_fake,
+)
+register(
+    "memory_rows(Tensor grad, Tensor codes, Tensor weights, int entries) -> (Tensor, Tensor)",
+    _rows_op,
+    _rows_fake,
 )
 gradient("memory_linear", _backward, _setup)

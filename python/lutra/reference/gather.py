@@ -161,7 +161,14 @@ def _check_codes(codes, entries):
         )
 
 
-def tables(tables, codes, weights=None, bias=None):
+def _table_rows(tables, k, codes, scale, minimum):
+    """Rows of table k, in float32 (float64)."""
+    if scale is None:
+        return _rows(tables[k], codes)
+    return _rows(tables[k], codes, scale[k], minimum[k])
+
+
+def tables(tables, codes, weights=None, bias=None, scale=None, minimum=None):
     """One row of each table, weighted and summed; see `lutra.gather.tables`. codes (tokens, n_tables)."""
     n_tables, entries, dim = tables.shape
     _check_codes(codes, entries)
@@ -170,12 +177,16 @@ def tables(tables, codes, weights=None, bias=None):
     if bias is not None:
         out += bias.astype(wide)
     for k in range(n_tables):  # a table at a time: the rows of all together may not fit into memory
-        rows = tables[k, codes[:, k]].astype(wide)
+        rows = _table_rows(tables, k, codes[:, k], scale, minimum)
         out += rows if weights is None else rows * weights[:, k, None].astype(wide)
-    return out.astype(tables.dtype, copy=False)
+    if scale is None:
+        return out.astype(tables.dtype, copy=False)
+    return out if bias is None else out.astype(bias.dtype, copy=False)
 
 
-def tables_backward(grad, tables, codes, weights=None, need_tables=True, need_weights=True):
+def tables_backward(
+    grad, tables, codes, weights=None, need_tables=True, need_weights=True, scale=None, minimum=None
+):
     """Gradients of the tables and of the weights (None where not needed)."""
     n_tables, entries, _ = tables.shape
     _check_codes(codes, entries)
@@ -189,7 +200,7 @@ def tables_backward(grad, tables, codes, weights=None, need_tables=True, need_we
             np.add.at(total, codes[:, k], g if weights is None else g * weights[:, k, None].astype(wide))
             grad_tables[k] = total
         if grad_weights is not None:
-            grad_weights[:, k] = (tables[k, codes[:, k]].astype(wide) * g).sum(1)
+            grad_weights[:, k] = (_table_rows(tables, k, codes[:, k], scale, minimum) * g).sum(1)
     return grad_tables, grad_weights
 
 

@@ -110,45 +110,50 @@ gradient("bag", _bag_backward, _bag_setup)
 
 
 # ---------------------------------------------------------------- tables
-def _tables_fake(tables_, codes, weights=None, bias=None):
-    return tables_.new_empty(tables._check(tables_, codes, weights, bias))
+def _tables_fake(tables_, codes, weights=None, bias=None, scale=None, minimum=None):
+    packed = tables_.dtype == torch.int8
+    dtype = tables_.dtype if not packed else torch.float32 if bias is None else bias.dtype
+    return tables_.new_empty(tables._check(tables_, codes, weights, bias), dtype=dtype)
 
 
-def _tables_backward_fake(grad, tables_, codes, weights, need_tables, need_weights):
+def _tables_backward_fake(grad, tables_, codes, weights, need_tables, need_weights, scale=None, minimum=None):
     return (
-        tables_.new_empty(tables_.shape if need_tables else (0,)),
+        grad.new_empty(tables_.shape if need_tables else (0,)),
         grad.new_empty(codes.shape if need_weights else (0,), dtype=_wide(tables_)),
     )
 
 
 def _tables_setup(ctx, inputs, output):
-    tables_, codes, weights, bias = inputs
+    tables_, codes, weights, bias, scale, minimum = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(tables_, codes, weights)
+    ctx.save_for_backward(tables_, codes, weights, scale, minimum)
 
 
 def _tables_backward(ctx, grad):
-    tables_, codes, weights = ctx.saved_tensors
+    tables_, codes, weights, scale, minimum = ctx.saved_tensors
     to_tables = to_weights = to_bias = None
     need_tables, need_weights = _needs(ctx, 0), _needs(ctx, 2)
+    if _needs(ctx, 4) or _needs(ctx, 5):
+        raise NotImplementedError("scale and minimum of int8 tables have no gradient")
     if need_tables or need_weights:
-        a, b = ops.tables_backward(grad, tables_, codes, weights, need_tables, need_weights)
+        a, b = ops.tables_backward(grad, tables_, codes, weights, need_tables, need_weights, scale, minimum)
         to_tables = a if need_tables else None
         to_weights = b.to(weights.dtype) if need_weights else None
     if _needs(ctx, 3):
         flat = grad.reshape(-1, grad.shape[-1])
         to_bias = flat.sum(0, dtype=_wide(flat)).to(ctx.bias_dtype)
-    return to_tables, None, to_weights, to_bias
+    return to_tables, None, to_weights, to_bias, None, None
 
 
 register(
-    "tables(Tensor tables, Tensor codes, Tensor? weights=None, Tensor? bias=None) -> Tensor",
+    "tables(Tensor tables, Tensor codes, Tensor? weights=None, Tensor? bias=None, Tensor? scale=None, "
+    "Tensor? minimum=None) -> Tensor",
     tables._tables,
     _tables_fake,
 )
 register(
     "tables_backward(Tensor grad, Tensor tables, Tensor codes, Tensor? weights, bool need_tables, "
-    "bool need_weights) -> (Tensor, Tensor)",
+    "bool need_weights, Tensor? scale=None, Tensor? minimum=None) -> (Tensor, Tensor)",
     tables._tables_backward,
     _tables_backward_fake,
 )

@@ -149,7 +149,8 @@ def test_refine(name, refine, soar):
         pytest.importorskip("ml_dtypes")
     x, q = vectors(3000), vectors(15, seed=1)
     for metric in METRICS:
-        index = trained(IVF(D, 20, quantizers()[name], metric, refine=refine, nprobe=20, soar=soar), x)
+        index = IVF(D, 20, quantizers()[name], metric, refine=refine, nprobe=20, soar=soar)
+        trained(index, x[:1000])
         index.add(x)
         index.refine_factor = 30
         want = flat(index.reconstruct(np.arange(3000)), metric).search(q, 10)
@@ -336,7 +337,7 @@ def test_codes_take_their_bytes(quantizer):
     """Less than a tenth more, without what the quantizer itself takes."""
     x = vectors(2000, 128)
     index = Codes(quantizer, "ip" if isinstance(quantizer, RotatedSQ) else "l2")
-    trained(index, x).add(x)
+    trained(index, x[:300]).add(x)
     index.compact()
     own = sum(a.nbytes for a in quantizer._tensors().values())
     assert index.nbytes - own <= 1.10 * 2000 * quantizer.code_size

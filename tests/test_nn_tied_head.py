@@ -330,7 +330,9 @@ def test_training_moves_both(name):
 
 
 @pytest.mark.traces
-@pytest.mark.parametrize("name", [*NAMES, "dense"])
+@pytest.mark.parametrize(
+    "name", ["dense", "pq", "int4", "low_rank", "tt"]
+)  # each way; formats are in the ops
 def test_compile(name):
     torch._dynamo.reset()
     head = nn.TiedHead(layer(name, padding_idx=2), bias=True)

@@ -123,6 +123,10 @@ def samples(name, dtype=torch.float32, grad=True):
 NAMES = sorted(all_samples())
 
 
+def takes_gradients(name):
+    return any(isinstance(a, torch.Tensor) and a.requires_grad for args in samples(name) for a in args)
+
+
 #: Ops with a gradient, and their differentiable results.
 DIFFERENTIABLE = {
     "sign_hash": 1, "bag": 0, "tables": 0, "memory_linear": 0, "embedding": 0, "knn": 0, "nearest": 0,
@@ -137,9 +141,10 @@ def result(name, args):
 
 # ---------------------------------------------------------------- schema, fake tensors, autograd registration
 @pytest.mark.traces
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, grad):
+@pytest.mark.parametrize(
+    "grad, name", [(g, n) for n in NAMES for g in (False, True)[: 1 + takes_gradients(n)]]
+)
+def test_opcheck(grad, name):
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     integers = name in ("sign_hash", "memory_linear", "knn", "nearest", "rescore", "pq")
     # aot_dispatch sums the results and differentiates the sum; where one is of integers, torch cannot; the
@@ -348,10 +353,12 @@ def parameters_grad(layer):
 
 @pytest.mark.traces
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dynamic", [False, True, None])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", list(LAYERS))
-def test_compile_fullgraph(name, backend, dynamic):
+# None: the first size is compiled for itself, the second as any size
+@pytest.mark.parametrize(
+    "name, dynamic", [(n, None) for n in LAYERS] + [("MemoryLinear", d) for d in (False, True)]
+)
+def test_compile_fullgraph(name, dynamic, backend):
     torch.manual_seed(0)
     make, data = LAYERS[name]
     layer = make()
@@ -377,7 +384,7 @@ def test_compile_the_sparse_look_up_above_its_threshold(monkeypatch, sparse):
     from lutra.nn import _embedding
 
     monkeypatch.setattr(_embedding, "ENOUGH_IDS", 0)
-    test_compile_fullgraph("Embedding sparse", "aot_eager", None)
+    test_compile_fullgraph("Embedding sparse", None, "aot_eager")
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -76,8 +76,8 @@ def _parts(queries, database, metric, name, mask):
     """Scores of some queries at a time with the rows of ``mask``: the first query's number, the scores."""
     rows = np.arange(len(database)) if mask is None else np.flatnonzero(mask)
     x = _wide(database if mask is None else database[rows])
-    # the broadcast holds step * n * d values
-    step = max(1, 2**24 // max(1, len(x) * queries.shape[1]))
+    # the broadcast holds step * n * d values, which had better stay in the cache
+    step = max(1, 2**18 // max(1, len(x) * queries.shape[1]))
     for i in range(0, len(queries), step):
         scores = pairwise(queries[i : i + step], x, metric)
         _no_nan(scores, rows[None], name, metric)

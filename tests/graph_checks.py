@@ -8,6 +8,15 @@ import lutra
 from lutra import _backend
 from lutra.index import load
 
+_made: dict = {}
+
+
+def once(key, make):
+    """What the reference makes is the same at every SIMD level, and slow: it is made for the first one."""
+    if key not in _made:
+        _made[key] = make()
+    return _made[key]
+
 
 def same_links(a, b):
     """Two graphs are the same, link for link."""

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from graph_checks import (
+    once,
     same_links,
     survives_a_round_trip,
     survives_damage,
@@ -65,20 +66,27 @@ def test_graph_is_the_references(simd_level, monkeypatch, metric, d, m, bits, re
     """Link for link, and the same is found with the same scores."""
     x, quantizer = grids(100, d, d), grid_pq(d, m, bits, reach)
     remove = np.arange(0, 100, 3)
-    graphs = [
-        grown(kernels, monkeypatch, x, metric, quantizer, remove=remove)
-        for kernels in (_backend.core, reference.graph)
-    ]
+    case = ("codes", metric, d, m, bits, reach)
+    graphs = (
+        grown(_backend.core, monkeypatch, x, metric, quantizer, remove=remove),
+        once(case, lambda: grown(reference.graph, monkeypatch, x, metric, quantizer, remove=remove)),
+    )
     same_links(*graphs)
     q = grids(9, d, 1)
     n = len(x) - len(remove)
     keep, allowed = two_thirds(n)
     kept = vectors(n, d)
     for bits_, count, rows in ((None, n, None), (keep, allowed, None), (None, n, kept)):
-        results = []
-        for graph, kernels in zip(graphs, (_backend.core, reference.graph)):
-            monkeypatch.setattr("lutra.index._graph._kernels", lambda kernels=kernels: kernels)
-            results.append(graph.search(q, 5, 7, bits_, count, rows, 7, metric))
+
+        def search(graph, kernels, given=(bits_, count, rows)):
+            monkeypatch.setattr("lutra.index._graph._kernels", lambda: kernels)
+            return graph.search(q, 5, 7, *given, 7, metric)
+
+        which = (*case, bits_ is None, rows is None)
+        results = [
+            search(graphs[0], _backend.core),
+            once(which, lambda search=search: search(graphs[1], reference.graph)),
+        ]
         np.testing.assert_array_equal(results[0][1], results[1][1])
         if rows is None:
             np.testing.assert_array_equal(results[0][0], results[1][0])

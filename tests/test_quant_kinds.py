@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lutra import quant
+from lutra import _backend, quant
 from lutra.quant import rotated
 from lutra.quant._rotation import random_rotation
 
@@ -82,7 +82,7 @@ def test_opq_beats_pq_and_turns():
 
 
 def test_rq_beams_and_stages():
-    x = skewed(3000, 16)
+    x = skewed(3000 if _backend.core is not None else 600, 16)
     errors = [mean_error(quant.RQ(16, m, 4, beam=5).train(x), x) for m in (1, 2, 4, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < 0.1 * errors[0]

@@ -50,3 +50,13 @@ def test_every_kernel_source_has_its_contract():
 def test_readme_has_no_open_figures():
     for name in ("README.md", "docs/design.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         assert "TODO" not in text(name), name
+
+
+def test_what_is_left_where_nothing_is_compiled():
+    """Each value of each parameter, not each combination."""
+    from conftest import covering
+
+    cases = [{("size", i), ("dtype", j)} for i in range(5) for j in range(3)]
+    chosen = [cases[i] for i in covering(cases)]
+    assert len(chosen) == 5 and set().union(*chosen) == set().union(*cases)
+    assert covering([{("size", i)} for i in range(4)]) == [0, 1, 2, 3]

@@ -1,8 +1,9 @@
 """Compressed tables: what each format keeps, how fast it is, and how a model trains with it.
 
 ``python benchmarks/bench_tables.py`` runs everything (about three quarters of an hour on two cores), ``--only
-quality`` a section, ``--quick`` all of it on small tables, ``--formats pq int4`` some formats. ``--json
-FILE`` keeps the rows, ``--plot FOLDER`` draws size against error.
+quality`` a section, ``--quick`` all of it on small tables, ``--formats pq int4`` some formats (of ``--only
+methods``: some methods). ``--json FILE`` keeps the rows in the place of those it held of the same formats and
+sections, ``--plot FOLDER`` draws size against error.
 
 ``pytest benchmarks/bench_tables.py`` runs the quick form, whose figures are asserted, and the cases of
 `lutra.bench.cases_tables`.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from real_data import data_folder
-from tables import quality, speed, training
+from tables import quality, recipes, speed, training
 
 import lutra
 
@@ -32,7 +33,7 @@ def sections(quick: bool, names: list[str] | None):
         "known": (lambda: quality.known_points(table), quality.line),
         "speed": (lambda: speed.rows(quick, names), speed.line),
         "training": (lambda: training.rows(folder, quick, names), training.line),
-        "methods": (lambda: training.method_rows(folder, quick), training.line),
+        "methods": (lambda: recipes.rows(folder, quick, names), training.line),
     }
 
 
@@ -98,13 +99,23 @@ def main() -> None:
             print(line(row), flush=True)
     if options.json:
         before = json.loads(options.json.read_text()) if options.json.exists() else {}
+        if options.formats:
+            kept = {name: merged(before.get(name, []), rows) for name, rows in kept.items()}
         about = {
             "machine": platform.processor() or platform.machine(), "simd": lutra.simd_level(),
             "threads": lutra.get_num_threads(), "date": time.strftime("%Y-%m-%d"), "quick": options.quick,
         }  # fmt: skip
+        if "note" in before.get("about", {}):
+            about["note"] = before["about"]["note"]
         options.json.write_text(json.dumps({**before, "about": about, **kept}, indent=1) + "\n")
     if options.plot and kept.get("quality"):
         quality.plot(kept["quality"], options.plot / "tables_quality.svg")
+
+
+def merged(before: list[dict], rows: list[dict]) -> list[dict]:
+    """Rows measured before, but of the formats that were measured anew."""
+    anew = {row["format"] for row in rows}
+    return [row for row in before if row["format"] not in anew] + rows
 
 
 if __name__ == "__main__":

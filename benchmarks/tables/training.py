@@ -1,7 +1,7 @@
 """A small model of text with each format, from scratch and converted.
 
 The next byte of tinyshakespeare from the 1- to 6-grams before it: each n-gram has a row in a hashed table of
-50,000 x 32, the rows of a position are summed by an EmbeddingBag, and two dense layers give the 65 logits.
+20,000 x 32, the rows of a position are summed by an EmbeddingBag, and two dense layers give the 65 logits.
 Nearly all parameters lie in the table. The n-grams are hashed backwards from the position here:
 `lutra.address.token_ngrams` goes through a text by their starts.
 """
@@ -19,7 +19,10 @@ from lutra.compress import FORMATS
 
 from .quality import about
 
-ROWS, DIM, ORDER = 50_000, 32, 6
+ROWS, DIM, ORDER = 20_000, 32, 6
+LR = 3e-3
+#: Of the rows that a table begins with: the head expects sums of six about this long.
+SPREAD = 0.1
 
 
 def corpus(folder: Path | None, quick: bool) -> tuple[np.ndarray, int]:
@@ -60,29 +63,45 @@ class Trainer:
         self.x, self.y = torch.from_numpy(ids), torch.from_numpy(tokens[1:])
         self.cut = cut
         self.counts = np.bincount(ids[:cut].reshape(-1), minlength=self.rows)
-        self.steps = 150 if quick else 1500
-        self.batch = 256 if quick else 1024
+        self.steps = 150 if quick else 1200
+        self.batch = 256 if quick else 512
 
-    def head(self, gain: float = 1.0):
-        """The dense layers; ``gain`` scales rows that begin about N(0, 1) down to what they expect."""
+    def head(self, spread: float = SPREAD):
+        """The dense layers, for rows that begin about N(0, ``spread``**2)."""
         torch = self.torch
         torch.manual_seed(1)
-        first = torch.nn.Linear(DIM, 128)
-        with torch.no_grad():
-            first.weight.mul_(gain)
-        return torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Linear(128, self.symbols))
+        layers = [torch.nn.Linear(DIM, 128), torch.nn.ReLU(), torch.nn.Linear(128, self.symbols)]
+        return torch.nn.Sequential(Scale(SPREAD / spread), *layers)
 
-    def train(self, bag, head, steps: int, lr: float = 3e-3) -> float:
-        """Train both; the loss on the last tenth, nats a byte."""
+    def first(self, spread: float = SPREAD):
+        """A dense table to begin with."""
+        return spread * self.torch.randn(self.rows, DIM, generator=self.torch.Generator().manual_seed(3))
+
+    def train(
+        self, bag, head, steps: int, lr: float = LR, spread: float = SPREAD,
+        rates: dict[str, float] | None = None, optimizer: Any = None,
+    ) -> float:  # fmt: skip
+        """Train both; the loss on the last tenth, nats a byte.
+
+        ``spread``: of the rows as they begin. Steps of Adam are as long as the learning rate, so rows that
+        begin ten times as long need ten times the rate. ``rates``: of parameters of the table, by name.
+        """
         import lutra.nn
 
         torch = self.torch
         generator = torch.Generator().manual_seed(2)
-        parameters = [p for p in (*bag.parameters(), *head.parameters()) if p.requires_grad and p.numel()]
-        optimizer = torch.optim.Adam(parameters, lr=lr)
+        groups = [{"params": list(head.parameters()), "lr": lr}]
+        for name, p in bag.named_parameters():
+            if p.requires_grad and (p.numel() or optimizer is not None):
+                groups.append({"params": [p], "lr": (rates or {}).get(name, lr * spread / SPREAD)})
+        optimizer = (optimizer or torch.optim.Adam)(groups)
+        if hasattr(bag, "packed"):
+            optimizer.attach(bag)
+        first = [group["lr"] for group in optimizer.param_groups]
+        bag.train()
         for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+            for group, rate in zip(optimizer.param_groups, first):
+                group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
             pick = torch.randint(self.cut, (self.batch,), generator=generator)
             loss = torch.nn.functional.cross_entropy(head(bag(self.x[pick])), self.y[pick])
             loss = loss + lutra.nn.regularization(bag)
@@ -92,11 +111,24 @@ class Trainer:
             lutra.nn.step_schedules(bag)
         return self.loss(bag, head)
 
-    def loss(self, bag, head) -> float:
+    def loss(self, bag, head, part: slice | None = None) -> float:
+        """The loss in eval mode; of the last tenth, or of a part of the training text."""
         torch = self.torch
+        part = slice(self.cut, None) if part is None else part
+        bag.eval()
         with torch.no_grad():
-            logits = head(bag(self.x[self.cut :]))
-            return float(torch.nn.functional.cross_entropy(logits, self.y[self.cut :]))
+            return float(torch.nn.functional.cross_entropy(head(bag(self.x[part])), self.y[part]))
+
+
+def Scale(factor: float):
+    """The layer that multiplies by a number."""
+    import torch
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x):
+            return x * factor
+
+    return Scaled()
 
 
 def rows(
@@ -111,10 +143,10 @@ def rows(
     import lutra.nn
 
     trainer = Trainer(folder, quick)
-    torch.manual_seed(0)
-    dense, head = lutra.nn.EmbeddingBag(trainer.rows, DIM, mode="sum"), trainer.head()
-    with torch.no_grad():
-        dense.weight.mul_(0.1)
+    dense, head = (
+        lutra.nn.EmbeddingBag(trainer.rows, DIM, mode="sum", _weight=trainer.first()),
+        trainer.head(),
+    )
     began = time.perf_counter()
     best = trainer.train(dense, head, trainer.steps)
     yield {"format": "dense", "share": 1.0, "scratch": best, "seconds": time.perf_counter() - began}
@@ -144,45 +176,7 @@ def rows(
         if any(p.requires_grad and p.numel() for p in made.parameters()):
             torch.manual_seed(0)
             fresh = layer(trainer.rows, DIM, mode="sum", format=found)
-            row["scratch"] = trainer.train(fresh, trainer.head(0.1), trainer.steps)
-        row["seconds"] = time.perf_counter() - began
-        yield row
-
-
-#: Training methods and what they are given here. PEP, VTrans, AutoSrh, AutoDim and OptEmbed need settings of
-#: their own to come to a size: docs/training-methods.md has runs of them.
-METHODS: dict[str, dict[str, Any]] = {
-    "DPQ": {"m": 8, "k": 256}, "MGQE": {"m": 8, "k": 256}, "QLAE": {"levels": 4}, "DeepLight": {"rate": 0.8},
-    "Adapt": {}, "CAFE": {}, "CCE": {},
-}  # fmt: skip
-
-
-def method_rows(folder: Path | None, quick: bool, names: list[str] | None = None) -> Iterator[dict]:
-    """For each training method: the loss with the method on, and with the table as it is stored
-    afterwards."""
-    import torch
-
-    import lutra.nn
-
-    trainer = Trainer(folder, quick)
-    for name in names or METHODS:
-        layer = getattr(lutra.nn, "AdaptEmbeddingBag" if name == "Adapt" else f"{name}EmbeddingBag")
-        torch.manual_seed(0)
-        began = time.perf_counter()
-        bag = layer(trainer.rows, DIM, mode="sum", **METHODS[name])
-        with torch.no_grad():
-            for p in bag.parameters():
-                if p.dim() == 2 and p.shape[1] == DIM:
-                    p.mul_(0.1)
-        head = trainer.head()
-        row: dict[str, Any] = {"format": name, "scratch": trainer.train(bag, head, trainer.steps)}
-        if name == "DeepLight":
-            bag.prune(METHODS[name]["rate"])
-        holder = torch.nn.Sequential(bag)
-        lutra.nn.finish(holder)
-        stored: Any = holder[0]
-        row["converted"] = trainer.loss(stored, head)
-        row["share"] = stored.nbytes / (trainer.rows * DIM * 4)
+            row["scratch"] = trainer.train(fresh, trainer.head(1.0), trainer.steps, spread=1.0)
         row["seconds"] = time.perf_counter() - began
         yield row
 

@@ -15,6 +15,7 @@ refused.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,7 +36,51 @@ class Compressed(torch.nn.Module):
     embedding_dim: int
     padding_idx: int | None
 
+    #: Settings of torch's layer with their defaults: what `from_table` takes.
+    _defaults: ClassVar[dict[str, Any]]
+    #: Sets everything up: format, data, rows, dim, the settings, device, dtype.
+    _begin: Callable[..., None]
+
     # ---------------------------------------------------------------- building
+    @classmethod
+    def from_table(cls, table: Table, *, dtype: Any = None, device: Any = None, **settings: Any) -> Any:
+        """A layer from a `lutra.compress.Table`.
+
+        Parameters
+        ----------
+        table : Table
+        dtype, device : optional
+        **settings
+            As in the constructor: padding_idx, sparse, mode, ...
+
+        Raises
+        ------
+        TypeError
+            A setting that the layer does not have.
+        ValueError
+            A table in another format.
+        """
+        unknown = sorted(set(settings) - set(cls._defaults))
+        if unknown:
+            raise TypeError(f"from_table has no setting {unknown[0]!r}; there are {sorted(cls._defaults)}")
+        given = {**cls._defaults, **settings}
+        layer = cls.__new__(cls)
+        layer._begin(
+            table.format,
+            table.data,
+            *table.shape,
+            device=device,
+            dtype=dtype,
+            **given,
+            **cls._taken(table, given),
+        )
+        return layer
+
+    @classmethod
+    def _taken(cls, table: Table, settings: dict[str, Any]) -> dict[str, Any]:
+        """What `_begin` takes of a table besides its data."""
+        return {}
+
     def _build(self, format: Format, data: dict[str, Any] | None, device: Any, dtype: Any) -> None:
         """Register the arrays: of ``data`` (NumPy or torch), or fresh ones."""
         self.format = format

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..compress._table import Table
 from ..compress.formats.base import Format, make
 from ..gather import bag
 from ._common import ScaleByFrequency, check_bags
@@ -28,6 +27,11 @@ class CompressedEmbeddingBag(Compressed, torch.nn.EmbeddingBag):
     **parameters
         Of the format, see `lutra.compress.formats`.
     """
+
+    _defaults: ClassVar[dict[str, Any]] = {
+        "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "mode": "mean", "sparse": False,
+        "include_last_offset": False, "padding_idx": None,
+    }  # fmt: skip
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, max_norm: float | None = None, norm_type: float = 2.0,
@@ -87,25 +91,6 @@ class CompressedEmbeddingBag(Compressed, torch.nn.EmbeddingBag):
             embedding.padding_idx, **options,
         )  # fmt: skip
         return layer.train(embedding.training)
-
-    @classmethod
-    def from_table(
-        cls, table: Table, *, dtype: Any = None, device: Any = None, **settings: Any
-    ) -> CompressedEmbeddingBag:
-        """A layer from a `lutra.compress.Table`; ``settings`` as in the constructor (mode, padding_idx,
-        ...)."""
-        layer = cls.__new__(cls)
-        defaults = {
-            "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "mode": "mean", "sparse": False,
-            "include_last_offset": False, "padding_idx": None,
-        }  # fmt: skip
-        unknown = set(settings) - set(defaults)
-        if unknown:
-            raise TypeError(f"from_table has no setting {sorted(unknown)[0]!r}; there are {sorted(defaults)}")
-        rows, dim = table.shape
-        given = {**defaults, **settings}
-        layer._begin(table.format, table.data, rows, dim, device=device, dtype=dtype, **given)
-        return layer
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None

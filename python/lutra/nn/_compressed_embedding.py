@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,10 @@ class CompressedEmbedding(Compressed, torch.nn.Embedding):
     Begins with random rows about N(0, 1), as torch's layer does, with torch's generator. `from_pretrained`,
     `from_embedding` and `from_table` take rows over.
     """
+
+    _defaults: ClassVar[dict[str, Any]] = {
+        "padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False,
+    }  # fmt: skip
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None,
@@ -117,27 +121,9 @@ class CompressedEmbedding(Compressed, torch.nn.Embedding):
         return layer.train(embedding.training)
 
     @classmethod
-    def from_table(
-        cls, table: Table, *, dtype: Any = None, device: Any = None, **settings: Any
-    ) -> CompressedEmbedding:
-        """A layer from a `lutra.compress.Table`; ``settings`` as in the constructor (padding_idx, sparse,
-        ...)."""
-        layer = cls.__new__(cls)
-        defaults = {
-            "padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse":
-            False,
-        }  # fmt: skip
-        unknown = set(settings) - set(defaults)
-        if unknown:
-            raise TypeError(f"from_table has no setting {sorted(unknown)[0]!r}; there are {sorted(defaults)}")
-        given = {**defaults, **settings}
-        pad = padded_row(given["padding_idx"], table.shape[0])
-        row = None if pad is None else _row(table, pad)
-        rows, dim = table.shape
-        layer._begin(
-            table.format, table.data, rows, dim, device=device, dtype=dtype, padding_row=row, **given
-        )  # fmt: skip
-        return layer
+    def _taken(cls, table: Table, settings: dict[str, Any]) -> dict[str, Any]:
+        pad = padded_row(settings["padding_idx"], table.shape[0])
+        return {"padding_row": None if pad is None else _row(table, pad)}
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows, shape (\\*input.shape, embedding_dim). Ids int32 or int64."""

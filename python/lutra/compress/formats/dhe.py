@@ -15,10 +15,9 @@ from ...reference import hashes
 from ._bags import at_least_one, bag_counts, same_padding
 from .base import Array, Data, Format, Shape, _traced, check_ids, register
 
-#: Multiply-adds that encoding may take; between 3 and 100 passes over the table follow from it.
-_EFFORT = 5e11
+#: Multiply-adds that encoding may take; between 1 and 100 passes over the table follow from it.
+_EFFORT = 1e11
 _BATCH = 1024
-_PASSES = 1
 
 
 @register
@@ -30,9 +29,10 @@ class DHE(Format):
     2021. The memory does not depend on the number of rows; a look-up costs the whole network: 2 k width + ...
     multiply-adds a row, thousands of times those of any table. It is meant to be trained from the start.
 
-    Encoding a dense table fits the network with some passes of Adam (torch needed). Expect little of it: rows
-    that have no pattern in their ids have to be learned by heart, and the relative error stays near that of
-    the mean row unless the network is about as large as the table. Counts weigh the rows.
+    Encoding a dense table fits the network with some passes of Adam (torch needed), at least one, and its
+    last layer by least squares in the end. Expect little of it: rows that have no pattern in their ids have
+    to be learned by heart, and the relative error stays near that of the mean row unless the network is about
+    as large as the table. Counts weigh the rows.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class DHE(Format):
             relative = counts / max(counts.mean(), 1e-12)
             weights = torch.from_numpy(relative.astype(np.float32)).clamp(0.01, 100)
         size = sum(v.numel() for v in data.values())
-        passes = int(min(max(_EFFORT / (3 * size * max(rows, 1)), _PASSES), 100))
+        passes = int(min(max(_EFFORT / (3 * size * max(rows, 1)), 1), 100))
         parameters = [v.requires_grad_(True) for v in data.values()]
         optimizer = torch.optim.Adam(parameters, lr=4e-3)
         steps = passes * -(-rows // _BATCH)
@@ -138,7 +138,27 @@ class DHE(Format):
                     optimizer.step()
                     schedule.step()
                     bar.tick()
-        return {k: v.detach().numpy() for k, v in data.items()}
+        found = {k: v.detach() for k, v in data.items()}
+        if rows:
+            self._solve_last(found, goal, weights)
+        return {k: v.numpy() for k, v in found.items()}
+
+    def _solve_last(self, data: dict[str, Any], goal: Any, weights: Any) -> None:
+        """The last layer by (weighted) ridge regression of the rows on what the layers before give."""
+        import torch
+
+        gram = torch.zeros(self.width + 1, self.width + 1, dtype=torch.float64)
+        right = torch.zeros(self.width + 1, goal.shape[1], dtype=torch.float64)
+        for ids in torch.arange(len(goal)).split(4 * _BATCH):
+            x = self._hidden(data, self._features(ids))
+            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+            scaled = x if weights is None else x * weights[ids, None]
+            gram += (scaled.T @ x).double()
+            right += (scaled.T @ goal[ids]).double()
+        ridge = 1e-4 * gram.diagonal().mean()
+        solved = torch.linalg.solve(gram + ridge * torch.eye(self.width + 1, dtype=torch.float64), right)
+        data[f"weight_{self.depth}"] = solved[:-1].float().contiguous()
+        data[f"bias_{self.depth}"] = solved[-1].float().contiguous()
 
     # ---------------------------------------------------------------- rows
     def rows(self, data: Data, shape: Shape, ids: np.ndarray) -> np.ndarray:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._arrays import torch_kind
 from ...compress.formats.base import check_ids
-from ...gather import bag
-from ...gather._spread import worth_spreading
-from .._common import ScaleByFrequency, check_bags, has_kernel
-from .._embedding import ENOUGH_IDS, Embedding
+from .._common import ScaleByFrequency, check_bags
+from .._embedding import Embedding
 from .._embedding_bag import EmbeddingBag
-from ._stored import Stored
+from ._scaffold import Method, entries_of, matrix_shape, reduce_bags, take
 
 if TYPE_CHECKING:
     from ...compress import Table
@@ -92,11 +88,11 @@ def step_schedules(model: torch.nn.Module) -> None:
     model : Module
     """
     for module in model.modules():
-        if isinstance(module, (TrainingMethod, Stored)):
+        if isinstance(module, Method):
             module.step()
 
 
-class TrainingMethod(Regularized):
+class TrainingMethod(Method, Regularized):
     """A table ``weight`` (num_embeddings, embedding_dim) and a transform of the rows that are looked up.
 
     A method implements ``_method`` (its parameters), ``_transform`` and ``_table``. All of `regularization`,
@@ -112,13 +108,8 @@ class TrainingMethod(Regularized):
     scale_grad_by_freq: bool
     sparse: bool
 
-    #: Names of the method's parameters as given, for repr.
-    _given: dict[str, Any]
-
     # ---------------------------------------------------------------- to implement
-    #: Checks the method's parameters (all by name) and creates its arrays; ``weight`` is there already.
-    _method: Callable[..., None]
-
+    # besides `_method`; ``weight`` is there already when it runs
     def _transform(self, raw: Tensor, ids: Tensor, training: bool) -> Tensor:
         """Rows ``raw`` = weight[ids] (n, dim) as the method gives them out."""
         raise NotImplementedError
@@ -128,9 +119,6 @@ class TrainingMethod(Regularized):
         raise NotImplementedError
 
     # ---------------------------------------------------------------- the interface
-    def step(self) -> None:
-        """Advance the method's schedule by one step of the optimizer; nothing, for a method without one."""
-
     @torch.no_grad()
     def table(self) -> Tensor:
         """The dense table as eval mode gives it, (num_embeddings, embedding_dim), without gradient."""
@@ -211,14 +199,9 @@ class TrainingMethod(Regularized):
         if table.requires_grad and torch.is_grad_enabled():
             if self.scale_grad_by_freq:
                 table = ScaleByFrequency.apply(table, ids, self.sparse)
-            if has_kernel(table):
-                n, (rows, dim) = ids.numel(), table.shape
-                if self.sparse:
-                    pays = n >= ENOUGH_IDS
-                else:
-                    pays = worth_spreading(torch_kind(table.is_cuda), n, rows, dim * table.dtype.itemsize)
-                if pays:
-                    return torch.ops.lutra.embedding(table, ids, padding_idx, self.sparse)
+            rows = take(table, ids, padding_idx, self.sparse)
+            if rows is not None:
+                return rows
             if not self.sparse and padding_idx is None:  # its gradient has less fixed cost than embedding's
                 return table.index_select(0, ids)
         return F.embedding(ids, table, padding_idx, sparse=self.sparse)
@@ -237,28 +220,6 @@ class TrainingMethod(Regularized):
         return ", ".join([super().extra_repr(), *own])
 
 
-def _describe(cls: type) -> None:
-    """The signature and the docstring of a layer: torch's arguments and the method's."""
-    base = inspect.signature(cls.__init__)  # type: ignore[misc]
-    own = [p for p in list(base.parameters.values())[1:] if p.kind is not p.VAR_KEYWORD]
-    method = list(inspect.signature(cls._method).parameters.values())[1:]  # type: ignore[attr-defined]
-    cls.__signature__ = inspect.Signature([*own, *method])  # type: ignore[attr-defined]
-    if not cls.__dict__.get("__doc__"):
-        theirs = "Embedding" + "Bag" * issubclass(cls, torch.nn.EmbeddingBag)
-        first = f"``torch.nn.{theirs}``: its arguments, then by name those of a training method."
-        text = next(b.__doc__ or "" for b in cls.__mro__[1:] if issubclass(b, TrainingMethod))
-        cls.__doc__ = f"{first}\n\n    {text}"
-
-
-def _refuse_unknown(cls: type, method: dict[str, Any]) -> None:
-    known = list(inspect.signature(cls._method).parameters)[1:]  # type: ignore[attr-defined]
-    for name in method:
-        if name not in known:
-            raise TypeError(
-                f"{cls.__name__} got an unknown argument {name!r}; its method has {', '.join(known)}"
-            )
-
-
 class MethodEmbedding(TrainingMethod, Embedding):
     """``torch.nn.Embedding`` with a training method; the base class of `lutra.nn`'s.
 
@@ -271,16 +232,12 @@ class MethodEmbedding(TrainingMethod, Embedding):
         sparse: bool = False, _weight: Tensor | None = None, _freeze: bool = False, device: Any = None,
         dtype: Any = None, **method: Any,
     ) -> None:  # fmt: skip
-        _refuse_unknown(type(self), method)
+        self._refuse_unknown(method)
         super().__init__(
             num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
             _weight, _freeze, device, dtype,
         )  # fmt: skip
         self._begin(method)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _describe(cls)
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows, shape (\\*input.shape, embedding_dim).
@@ -300,7 +257,7 @@ class MethodEmbedding(TrainingMethod, Embedding):
         sparse: bool = False, **method: Any,
     ) -> Any:  # fmt: skip
         """A layer from a dense table, as ``nn.Embedding.from_pretrained``; ``freeze`` the table."""
-        rows, dim = _matrix(embeddings)
+        rows, dim = matrix_shape(embeddings)
         return cls(
             rows, dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, embeddings, freeze,
             **method,
@@ -320,16 +277,12 @@ class MethodEmbeddingBag(TrainingMethod, EmbeddingBag):
         _weight: Tensor | None = None, include_last_offset: bool = False, padding_idx: int | None = None,
         device: Any = None, dtype: Any = None, **method: Any,
     ) -> None:  # fmt: skip
-        _refuse_unknown(type(self), method)
+        self._refuse_unknown(method)
         super().__init__(
             num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, _weight,
             include_last_offset, padding_idx, device, dtype,
         )  # fmt: skip
         self._begin(method)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _describe(cls)
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -337,25 +290,9 @@ class MethodEmbeddingBag(TrainingMethod, EmbeddingBag):
         """Bags of rows, (bags, embedding_dim); arguments and errors as `lutra.nn.EmbeddingBag`."""
         check_bags(self, input, offsets, per_sample_weights)
         ids = check_ids(input, self.num_embeddings)
-        flat = ids.reshape(-1)
-        rows, entries, pad = self._rows(flat), torch.arange(flat.numel(), device=flat.device), None
-        if self.padding_idx is not None:  # entries of it point at a row behind the others, which is left out
-            pad = flat.numel()
-            entries = torch.where(flat == self.padding_idx, pad, entries)
-            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        entries = entries.reshape(ids.shape)
+        rows, entries, pad = entries_of(self._rows(ids.reshape(-1)), ids, self.padding_idx)
         last = self.include_last_offset and offsets is not None
-        if not has_kernel(rows):
-            if offsets is not None:
-                offsets = offsets.long()
-            return F.embedding_bag(
-                entries, rows, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
-                include_last_offset=last, padding_idx=pad,
-            )  # fmt: skip
-        return bag(
-            rows, entries, offsets, per_sample_weights, mode=self.mode, padding_idx=pad,
-            include_last_offset=last,
-        )  # fmt: skip
+        return reduce_bags(rows, entries, offsets, per_sample_weights, self.mode, pad, last)
 
     @classmethod
     def from_pretrained(
@@ -364,16 +301,10 @@ class MethodEmbeddingBag(TrainingMethod, EmbeddingBag):
         include_last_offset: bool = False, padding_idx: int | None = None, **method: Any,
     ) -> Any:  # fmt: skip
         """A layer from a dense table, as ``nn.EmbeddingBag.from_pretrained``; ``freeze`` the table."""
-        rows, dim = _matrix(embeddings)
+        rows, dim = matrix_shape(embeddings)
         layer = cls(
             rows, dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, embeddings,
             include_last_offset, padding_idx, **method,
         )  # fmt: skip
         layer.weight.requires_grad_(not freeze)
         return layer
-
-
-def _matrix(embeddings: Tensor) -> tuple[int, int]:
-    if embeddings.dim() != 2:
-        raise ValueError(f"embeddings must be 2-d, (rows, dim); got shape {tuple(embeddings.shape)}")
-    return embeddings.shape[0], embeddings.shape[1]

@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import _checks
 from ...gather import bag_packed, pack_rows, unpack_rows
 from ...gather._packed import row_layout
-from ._stored import Stored, reduce_bags
+from ._scaffold import entries_of, reduce_bags
+from ._stored import Stored
 
 if TYPE_CHECKING:
     from ...compress import Table
@@ -119,13 +120,7 @@ class Packed(Stored):
 
     def _entries(self, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """The rows of a call, its ids as numbers of these rows, and which of them is the padding."""
-        flat = ids.reshape(-1)
-        rows, entries, pad = self._values(flat), torch.arange(len(flat), device=flat.device), None
-        if self.padding_idx is not None:
-            pad = len(flat)
-            entries = torch.where(flat == self.padding_idx, pad, entries)
-            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        return rows, entries.reshape(ids.shape), pad
+        return entries_of(self._values(ids.reshape(-1)), ids, self.padding_idx)
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._arrays import torch_kind
 from ...compress.formats.base import check_ids
-from ...gather import bag
-from ...gather._spread import worth_spreading
-from .._common import check_bags, has_kernel
+from .._common import check_bags
 from .._compressed import padded_row
-from .._embedding import ENOUGH_IDS
+from ._scaffold import Method, entries_of, matrix_shape, reduce_bags, take
 
 _MASK = (1 << 64) - 1
 
@@ -38,7 +33,7 @@ def hashed(ids: Tensor, seed: int, size: int) -> Tensor:
     return down(x ^ down(x, 31), 1) % size
 
 
-class Stored(torch.nn.Module):
+class Stored(Method, torch.nn.Module):
     """A layer of ``num_embeddings`` rows that are made from fewer bytes.
 
     ``weight`` is a Parameter of shape (num_embeddings, 0), for code that looks at an embedding's dtype,
@@ -54,10 +49,6 @@ class Stored(torch.nn.Module):
     norm_type: float
     scale_grad_by_freq: bool
     sparse: bool
-    _given: dict[str, Any]
-
-    #: Checks the method's parameters (all by name) and creates its arrays.
-    _method: Callable[..., None]
 
     def _fill(self, dense: Tensor) -> None:
         """Take the rows of a dense table (rows, dim) over, as well as it goes."""
@@ -67,21 +58,12 @@ class Stored(torch.nn.Module):
         """Valid ids (n,) to (n, dim), with gradients."""
         raise NotImplementedError
 
-    def step(self) -> None:
-        """Advance the method's schedule by one step of the optimizer; nothing, for a method without one."""
-
     # ---------------------------------------------------------------- building
     def _begin(
         self, rows: int, dim: int, padding_idx: int | None, max_norm: float | None, norm_type: float,
         scale_grad_by_freq: bool, sparse: bool, device: Any, dtype: Any, method: dict[str, Any],
     ) -> None:  # fmt: skip
-        known = list(inspect.signature(type(self)._method).parameters)[1:]
-        for name in method:
-            if name not in known:
-                raise TypeError(
-                    f"{type(self).__name__} got an unknown argument {name!r}; "
-                    f"its method has {', '.join(known)}"
-                )
+        self._refuse_unknown(method)
         if scale_grad_by_freq:
             raise ValueError(f"{type(self).__name__} has no scale_grad_by_freq")
         torch.nn.Module.__init__(self)
@@ -156,15 +138,8 @@ class Stored(torch.nn.Module):
     # ---------------------------------------------------------------- computing
     def _take(self, table: Tensor, index: Tensor, padding: int | None = None) -> Tensor:
         """Rows of a parameter, with gradients that cost what they touch (see `lutra.nn.Embedding`)."""
-        if table.requires_grad and torch.is_grad_enabled() and has_kernel(table):
-            n, (rows, dim) = index.numel(), table.shape
-            if self.sparse:
-                pays = n >= ENOUGH_IDS
-            else:
-                pays = worth_spreading(torch_kind(table.is_cuda), n, rows, dim * table.dtype.itemsize)
-            if pays:
-                return torch.ops.lutra.embedding(table, index, padding, self.sparse)
-        return F.embedding(index, table, padding, sparse=self.sparse)
+        rows = take(table, index, padding, self.sparse)
+        return F.embedding(index, table, padding, sparse=self.sparse) if rows is None else rows
 
     def _forward(self, ids: Tensor) -> Tensor:
         ids = check_ids(ids, self.num_embeddings)
@@ -184,32 +159,11 @@ class Stored(torch.nn.Module):
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool
     ) -> Tensor:
         """Bags of valid ids: rows, then `lutra.gather.bag`."""
-        flat = ids.reshape(-1)
-        rows, entries, pad = self._rows(flat), torch.arange(flat.numel(), device=flat.device), None
+        rows = self._rows(ids.reshape(-1))
         if self.max_norm is not None:
             rows = self._limited(rows)
-        if self.padding_idx is not None:
-            pad = flat.numel()
-            entries = torch.where(flat == self.padding_idx, pad, entries)
-            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        return reduce_bags(rows, entries.reshape(ids.shape), offsets, weights, mode, pad, last)
-
-
-def reduce_bags(
-    table: Tensor, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str,
-    padding: int | None, last: bool, sparse: bool = False,
-) -> Tensor:  # fmt: skip
-    """`lutra.gather.bag`, or torch's where lutra has no kernel."""
-    if has_kernel(table):
-        return bag(
-            table, ids, offsets, weights, mode=mode, padding_idx=padding, include_last_offset=last,
-            sparse_grad=sparse,
-        )  # fmt: skip
-    offsets = offsets if offsets is None else offsets.long()
-    return F.embedding_bag(
-        ids, table, offsets, mode=mode, per_sample_weights=weights, include_last_offset=last,
-        padding_idx=padding, sparse=sparse,
-    )  # fmt: skip
+        rows, entries, pad = entries_of(rows, ids, self.padding_idx)
+        return reduce_bags(rows, entries, offsets, weights, mode, pad, last)
 
 
 class StoredEmbedding(Stored, torch.nn.Embedding):
@@ -224,10 +178,6 @@ class StoredEmbedding(Stored, torch.nn.Embedding):
             num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
             device, dtype, method,
         )  # fmt: skip
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _describe(cls)
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows, shape (\\*input.shape, embedding_dim).
@@ -246,7 +196,7 @@ class StoredEmbedding(Stored, torch.nn.Embedding):
         sparse: bool = False, **method: Any,
     ) -> Any:  # fmt: skip
         """A layer that begins as near a dense table (rows, dim) as the method can."""
-        rows, dim = _matrix(embeddings)
+        rows, dim = matrix_shape(embeddings)
         layer = cls(
             rows, dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, embeddings.device,
             embeddings.dtype, **method,
@@ -269,10 +219,6 @@ class StoredEmbeddingBag(Stored, torch.nn.EmbeddingBag):
         )  # fmt: skip
         self.mode, self.include_last_offset = mode, include_last_offset
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _describe(cls)
-
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
@@ -291,18 +237,12 @@ class StoredEmbeddingBag(Stored, torch.nn.EmbeddingBag):
         include_last_offset: bool = False, padding_idx: int | None = None, **method: Any,
     ) -> Any:  # fmt: skip
         """A layer that begins as near a dense table (rows, dim) as the method can."""
-        rows, dim = _matrix(embeddings)
+        rows, dim = matrix_shape(embeddings)
         layer = cls(
             rows, dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset,
             padding_idx, embeddings.device, embeddings.dtype, **method,
         )  # fmt: skip
         return _filled(layer, embeddings, freeze)
-
-
-def _matrix(embeddings: Tensor) -> tuple[int, int]:
-    if embeddings.dim() != 2:
-        raise ValueError(f"embeddings must be 2-d, (rows, dim); got shape {tuple(embeddings.shape)}")
-    return embeddings.shape[0], embeddings.shape[1]
 
 
 def _filled(layer: Any, embeddings: Tensor, freeze: bool) -> Any:
@@ -311,19 +251,6 @@ def _filled(layer: Any, embeddings: Tensor, freeze: bool) -> Any:
     if freeze:
         layer.requires_grad_(False)
     return layer
-
-
-def _describe(cls: type) -> None:
-    """The signature and the docstring of a layer: torch's arguments and the method's."""
-    base = inspect.signature(cls.__init__)  # type: ignore[misc]
-    own = [p for p in list(base.parameters.values())[1:] if p.kind is not p.VAR_KEYWORD]
-    method = list(inspect.signature(cls._method).parameters.values())[1:]  # type: ignore[attr-defined]
-    cls.__signature__ = inspect.Signature([*own, *method])  # type: ignore[attr-defined]
-    if not cls.__dict__.get("__doc__"):
-        theirs = "Embedding" + "Bag" * issubclass(cls, torch.nn.EmbeddingBag)
-        first = f"``torch.nn.{theirs}``: its arguments, then by name those of a training method."
-        text = next(b.__doc__ or "" for b in cls.__mro__[1:] if issubclass(b, Stored))
-        cls.__doc__ = f"{first}\n\n    {text}"
 
 
 class Remapped(Stored):

@@ -3,7 +3,8 @@
 ``python benchmarks/bench_tables.py`` runs everything (about three quarters of an hour on two cores), ``--only
 quality`` a section, ``--quick`` all of it on small tables, ``--formats pq int4`` some formats (of ``--only
 methods``: some methods). ``--json FILE`` keeps the rows in the place of those it held of the same formats and
-sections, ``--plot FOLDER`` draws size against error.
+sections, ``--plot FOLDER`` draws size against error (with ``--only`` and nothing after it: of the rows in
+``FILE``).
 
 ``pytest benchmarks/bench_tables.py`` runs the quick form, whose figures are asserted, and the cases of
 `lutra.bench.cases_tables`.
@@ -82,7 +83,7 @@ def test_training():
 # ---------------------------------------------------------------- all of it
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=["quality", "known", "speed", "training", "methods"])
+    parser.add_argument("--only", nargs="*", choices=["quality", "known", "speed", "training", "methods"])
     parser.add_argument("--formats", nargs="+", help="some formats")
     parser.add_argument("--quick", action="store_true", help="small tables")
     parser.add_argument("--json", type=Path, help="add to this file (sections measured anew are replaced)")
@@ -97,8 +98,10 @@ def main() -> None:
         for row in rows():
             kept[name].append(row)
             print(line(row), flush=True)
-    if options.json:
-        before = json.loads(options.json.read_text()) if options.json.exists() else {}
+    before = {}
+    if options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+    if options.json and kept:
         if options.formats:
             kept = {name: merged(before.get(name, []), rows) for name, rows in kept.items()}
         about = {
@@ -108,8 +111,9 @@ def main() -> None:
         if "note" in before.get("about", {}):
             about["note"] = before["about"]["note"]
         options.json.write_text(json.dumps({**before, "about": about, **kept}, indent=1) + "\n")
-    if options.plot and kept.get("quality"):
-        quality.plot(kept["quality"], options.plot / "tables_quality.svg")
+    table = kept.get("quality") or before.get("quality")
+    if options.plot and table:
+        quality.plot(table, options.plot / "tables_quality.svg")
 
 
 def merged(before: list[dict], rows: list[dict]) -> list[dict]:

@@ -123,7 +123,7 @@ def optembed(trainer: Trainer):
 RECIPES: dict[str, Callable] = {
     "DPQ": plain("DPQ", m=8, k=256), "MGQE": plain("MGQE", m=8, k=256), "QLAE": plain("QLAE", levels=4),
     "DeepLight": deeplight, "PEP": pep,
-    "VTrans": plain("VTrans", rates={"log_var": 10 * LR}, kl=1e-3), "AutoSrh": autosrh, "AutoDim": autodim,
+    "VTrans": plain("VTrans", rates={"log_var": 10 * LR}, kl=0.03), "AutoSrh": autosrh, "AutoDim": autodim,
     "OptEmbed": optembed, "LPT, 8 bits": packed("LPT", 8), "LPT, 4 bits": packed("LPT", 4),
     "ALPT, 8 bits": packed("ALPT", 8), "ALPT, 4 bits": packed("ALPT", 4),
     "AdaptEmb": shared("Adapt"), "CAFE": shared("CAFE"), "CCE": shared("CCE"),

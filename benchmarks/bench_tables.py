@@ -13,6 +13,7 @@ sections, ``--plot FOLDER`` draws size against error (with ``--only`` and nothin
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -28,10 +29,10 @@ import lutra
 
 def sections(quick: bool, names: list[str] | None):
     folder = data_folder()
-    table = quality.real_table(folder, quick)
+    table = functools.cache(lambda: quality.real_table(folder, quick))  # not read where it is not needed
     return {
-        "quality": (lambda: quality.rows(table, names), quality.line),
-        "known": (lambda: quality.known_points(table), quality.line),
+        "quality": (lambda: quality.rows(table(), names), quality.line),
+        "known": (lambda: quality.known_points(table()), quality.line),
         "speed": (lambda: speed.rows(quick, names), speed.line),
         "training": (lambda: training.rows(folder, quick, names), training.line),
         "methods": (lambda: recipes.rows(folder, quick, names), training.line),

@@ -620,3 +620,33 @@ def test_bad_arguments():
         lutra.gather.bag_grad(grad, IDS, rows=5, mode="max")
     with pytest.raises(ValueError, match=r"grad has shape \(2, 3\); it must be \(bags, dim\) with 1 bags"):
         lutra.gather.bag_grad(grad, IDS[:1], rows=5)
+
+
+def test_gradients_in_memory_of_freed_ones():
+    """Pages are used again only once their gradient is dead, and whatever it was left with is overwritten."""
+    n, dim = 200_000, 7
+    kept = []
+    for seed in range(4):
+        ids = torch.randint(0, n, (1000, 20), generator=torch.Generator().manual_seed(seed))
+        grad = lutra.gather.bag_grad(torch.ones(1000, dim), ids, rows=n)
+        counts = torch.bincount(ids.reshape(-1), minlength=n).float()
+        assert torch.equal(grad, counts[:, None].expand(n, dim))
+        kept.append((grad[1:].numpy() if seed % 2 else grad.view(-1), counts))
+        for view, wanted in kept:  # views keep the pages
+            assert view.sum() == dim * (wanted.sum() if len(view) == n * dim else wanted[1:].sum())
+        if seed == 2:
+            kept[0][0].fill_(3.0)
+            del kept[0]
+
+
+def test_gradients_in_memory_of_freed_ones_numpy():
+    n, dim = 200_000, 7
+    ids = np.random.default_rng(0).integers(0, n, (1000, 20))
+    first = lutra.gather.bag_grad(np.ones((1000, dim), np.float32), ids, rows=n)
+    part = first[5:]
+    del first
+    second = lutra.gather.bag_grad(np.full((1000, dim), 2, np.float32), ids, rows=n)
+    np.testing.assert_array_equal(second[5:], 2 * part)
+    del part
+    third = lutra.gather.bag_grad(np.full((1000, dim), 3, np.float32), ids, rows=n)
+    np.testing.assert_array_equal(2 * third, 3 * second)

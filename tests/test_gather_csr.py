@@ -132,12 +132,31 @@ def test_a_large_gradient_is_zero_where_nothing_was_touched():
     assert values.nbytes > 1 << 22 and torch.equal(values.grad, want)
 
 
+@pytest.mark.parametrize("entries", [2, 30_000])
+def test_memory_of_freed_gradients(entries):
+    """A gradient that gets the pages of one that was freed is zero where nothing was touched, too."""
+    values, indptr, columns = make(40_000, 64, density=0.5, columns="uint8")
+    values.requires_grad_()
+    for seed in range(3):
+        ids = torch.randint(0, 40_000, (1, entries), generator=torch.Generator().manual_seed(seed))
+        lutra.gather.bag_csr(values, indptr, columns, ids, dim=64).sum().backward()
+        counts = torch.bincount(ids[0], minlength=40_000).float()
+        want = counts.repeat_interleave(torch.as_tensor(indptr).diff().long())
+        assert torch.equal(values.grad[: len(want)], want)
+        values.grad.fill_(7.0)  # what an optimizer may leave behind
+        values.grad = None
+
+
 def test_operator():
     values, indptr, columns = make(11, 16)
     ids = torch.randint(0, 11, (4, 3))
     values.requires_grad_()
     arguments = (values, indptr, columns, ids, None, None, 16, "sum", None, False)
     torch.library.opcheck(torch.ops.lutra.bag_csr.default, arguments)
+    grad, rest = torch.rand(4, 16), (indptr, columns, ids, None)
+    torch.library.opcheck(torch.ops.lutra.bag_csr_backward.default, (grad, *rest, None, "sum", None, False))
+    given = (grad, values.detach(), *rest, None, False)
+    torch.library.opcheck(torch.ops.lutra.bag_csr_weight_grad.default, given)
 
 
 def test_non_contiguous():

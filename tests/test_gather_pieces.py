@@ -15,6 +15,8 @@ needs_kernel = pytest.mark.skipif(_backend.core is None, reason="torch's own ops
 
 torch = pytest.importorskip("torch")
 
+import lutra.torch_ops  # noqa: E402  (operators are called by themselves)
+
 SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 97)
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 ROWS = 60
@@ -398,3 +400,15 @@ def test_errors():
         bag_pieces(table, ids, **{**ok, "pieces": Pieces("nonsense", (3, 8), 4)})
     with pytest.raises(ValueError, match="numbers of pieces"):
         bag_pieces(table, ids, **{**ok, "pieces": Pieces("codes", (3,), 4)})
+
+
+@needs_kernel
+def test_operators_of_gradients():
+    pieces, stored = source("codes", 4, 3, 8)
+    table, ids = table_for(pieces), torch.randint(0, ROWS, (5, 4))
+    of = (pieces.kind, list(pieces.numbers), 4, "concat", ROWS)
+    stored = torch.from_numpy(stored)
+    given = (torch.rand(5, 12), ids, None, None, stored, None, None, *of, "sum", None, False)
+    torch.library.opcheck(torch.ops.lutra.bag_pieces_backward.default, given)
+    given = (torch.rand(5, 12), table, ids, None, stored, *of, None, False)
+    torch.library.opcheck(torch.ops.lutra.piece_dots.default, given)

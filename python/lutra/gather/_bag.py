@@ -9,7 +9,7 @@ from numpy import ndarray
 from .. import _checks
 from .._arrays import BF16, F16, F32, F64, FLOATS, I8, I32, I64, NAMES, NUMPY, U8, call, eager, quick
 from ..reference import gather as reference
-from ._spread import spread, worth_spreading
+from . import _spread
 
 _tuple = tuple.__new__
 _quick = quick("bag")
@@ -435,17 +435,20 @@ def _backward(
     bad = kind.kernels.bag_sort(*where, *plan, ptr(workspace), bytes_needed, *kind.launch(grad))
     if bad != -1 and not kind.cuda:
         _explain(kind, ids, offsets, rows, include_last_offset)
-    few = not sparse and worth_spreading(kind, n_ids, rows, dim * grad.dtype.itemsize)
+    few = not sparse and _spread.few_pages(kind, n_ids, rows, dim * grad.dtype.itemsize)
     sparse = sparse or few
-    height = int(count[0]) if sparse else rows  # on CUDA this waits for the device, as any sparse result must
-    result = kind.empty((height, dim), code, grad)
+    if sparse:  # on CUDA this waits for the device, as any sparse result must
+        height = int(count[0])
+        result = kind.empty((height, dim), code, grad)
+    else:
+        result = _spread.empty(kind, (rows, dim), code, grad)
     scratch = kind.scratch("bag_backward", grad, n_ids, dim)
     kind.kernels.bag_backward(
         *where, dim, *plan, ptr(grad), code, _ptr(kind, weights), _ptr(kind, argmax), not sparse, ptr(result),
         *kind.launch(grad, scratch),
     )  # fmt: skip
     if few:
-        return spread(kind, touched[:height], result, rows)
+        return _spread.spread(kind, touched[:height], result, rows)
     return (touched[:height], result) if sparse else result
 
 

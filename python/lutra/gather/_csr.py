@@ -7,7 +7,7 @@ from typing import Any
 from .. import _checks
 from .._arrays import F32, F64, FLOATS, I32, I64, call
 from ..reference import csr as reference
-from . import _bag, _plan
+from . import _bag, _plan, _spread
 
 _BAD = -(2**63)  # kBadCsr
 _COLUMNS = {"uint8": 1, "int16": 2, "int32": 4}
@@ -180,7 +180,11 @@ def _bag_csr_backward(
         return kind.from_numpy(result, code, grad)
     plan = _plan.sort_ids(kind, ids, id_code, offsets, bags, length, padding, mode, rows, include_last_offset)
     n_ids = ids.shape[0] if offsets is not None else bags * length
-    out = _plan.zeros(kind, (columns.shape[0],), code, grad, n_ids)
+    nnz, size = columns.shape[0], grad.dtype.itemsize
+    few = _spread.few_pages(kind, n_ids, rows, nnz * size // max(rows, 1))
+    out = (_spread.zeros if few else _spread.empty)(kind, (nnz,), code, grad)
+    if not few:  # the kernel writes the values of touched rows
+        out[...] = 0
     ptr, optional = kind.ptr, _bag._ptr
     bad = kind.kernels.bag_csr_backward(
         n_ids, bags, *_table(kind, grad, indptr, columns, dim), ptr(plan.order), ptr(plan.starts),

@@ -9,8 +9,8 @@ from .. import _checks
 from .._arrays import F32, F64, FLOATS, I32, I64, NAMES, U8, call, is_torch, kind_of
 from ..reference import gather as reference_bag
 from ..reference import pieces as reference
-from . import _bag
-from ._spread import spread, worth_spreading
+from . import _bag, _spread
+from ._plan import leave_out
 
 #: Ids are at most so many where addresses are computed from them.
 MOST_ROWS = 1 << 31
@@ -312,14 +312,9 @@ def _by_reference(pieces, given, rows, mode, padding_idx, include_last_offset):
 
 def _reduce(function, parts, ids, offsets, weights, mode, padding_idx, rows, include_last_offset):
     """Bags of decoded rows ``parts``, one per entry, by ``function``."""
-    import numpy as np
-
-    entries, pad = np.arange(ids.size), None
-    if padding_idx is not None:  # entries of padding point at a row behind the others
-        pad = ids.size
-        entries = np.where(ids.reshape(-1) == padding_idx % max(rows, 1), pad, entries)
-        parts = np.concatenate([parts, np.zeros_like(parts, shape=(1, parts.shape[1]))])
-    offsets = None if offsets is None else offsets.astype(np.int64)
+    pad = None if padding_idx is None else padding_idx % max(rows, 1)
+    parts, entries, pad = leave_out(parts, ids.reshape(-1), pad)
+    offsets = None if offsets is None else offsets.astype("int64")
     return function(
         parts, entries.reshape(ids.shape), offsets, weights, mode=mode, padding_idx=pad,
         include_last_offset=include_last_offset,
@@ -351,7 +346,7 @@ def _pieces_backward(
         _MODES[mode], *_source(kind, pieces, rows, stored),
     )  # fmt: skip
     if combine == "concat" and source in ("codes", "digits"):
-        out = kind.empty((pieces.table_rows, width), code, grad)
+        out = _spread.empty(kind, (pieces.table_rows, width), code, grad)
         bad = kind.kernels.pieces_backward(
             *where, width, kind.ptr(grad), code, _bag._ptr(kind, weights), kind.ptr(out)
         )
@@ -389,7 +384,7 @@ def _sum_sorted(kind, grad, pieces, at, factors, n, offsets, include_last_offset
     kind.kernels.bag_sort(*where, rows + 1, *plan, ptr(workspace), size)
     if pieces.kind == "robe" or pieces.combine == "product":
         robe = pieces.kind == "robe"
-        out = kind.empty((rows, 1 if robe else pieces.width), code, grad)
+        out = _spread.empty(kind, (rows, 1 if robe else pieces.width), code, grad)
         kind.kernels.piece_sums(
             KINDS[pieces.kind], m, pieces.width, rows, pieces.dim, n, ptr(at), ptr(order), ptr(starts),
             ptr(touched), ptr(bag_of), ptr(count), _bag._ptr(kind, factors),
@@ -397,13 +392,13 @@ def _sum_sorted(kind, grad, pieces, at, factors, n, offsets, include_last_offset
         )  # fmt: skip
         return out
     dim = pieces.width
-    few = worth_spreading(kind, n, rows, dim * grad.dtype.itemsize)
+    few = _spread.few_pages(kind, n, rows, dim * grad.dtype.itemsize)
     height = int(count[0]) if few else rows
-    out = kind.empty((height, dim), code, grad)
+    out = kind.empty((height, dim), code, grad) if few else _spread.empty(kind, (rows, dim), code, grad)
     kind.kernels.bag_backward(
         *where, rows, dim, *plan, ptr(grad), code, _bag._ptr(kind, factors), None, not few, ptr(out)
     )
-    return spread(kind, touched[:height], out, rows) if few else out
+    return _spread.spread(kind, touched[:height], out, rows) if few else out
 
 
 def _piece_dots(
@@ -495,19 +490,14 @@ def compose_rows(pieces: Pieces, table: Any, ids: Any, stored: Any = None, piece
 def _compose(
     table, ids, offsets, weights, stored, piece_weights, pieces, rows, mode, padding_idx, include_last_offset
 ):
-    import torch
-
-    from ..compress.formats.base import _leave_out, check_ids
+    from ..compress.formats.base import check_ids
 
     _checks.choice("mode", mode, _MODES)
     _check(kind_of(table, "table"), table, stored, piece_weights, pieces, rows)
     flat_ids = check_ids(ids.reshape(-1), rows)
     parts = compose_rows(pieces, table, flat_ids, stored, piece_weights)
-    n, pad = len(flat_ids), None
-    entries = torch.arange(n, device=ids.device)
-    if padding_idx is not None:
-        pad = _bag._padding(padding_idx, rows)
-        entries, parts, pad = _leave_out(parts, flat_ids, entries, pad, n)
+    pad = None if padding_idx is None else _bag._padding(padding_idx, rows)
+    parts, entries, pad = leave_out(parts, flat_ids, pad)
     return _bag.bag(
         parts, entries.reshape(ids.shape), offsets, weights, mode=mode, padding_idx=pad,
         include_last_offset=include_last_offset,

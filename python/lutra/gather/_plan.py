@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .._arrays import F32, I32, I64, NUMPY, U8, Kind
-from . import _spread
+import numpy as np
+
+from .._arrays import F32, I32, I64, U8, Kind, is_torch
 from ._bag import MODES, _explain
 
 
@@ -23,9 +24,9 @@ class Plan(NamedTuple):
 
 def sort_ids(
     kind: Kind, ids: Any, id_code: int, offsets: Any, bags: int, length: int, padding: int, mode: str,
-    rows: int, include_last_offset: bool,
+    rows: int, include_last_offset: bool, explain: Callable[[], None] | None = None,
 ) -> Plan:  # fmt: skip
-    """Sort contiguous ids by row (CPU); IndexError for what is out of range."""
+    """Sort contiguous ids by row (CPU); IndexError for what is out of range, by ``explain`` where given."""
     n_ids = ids.shape[0] if offsets is not None else bags * length
     order, touched = kind.empty((n_ids,), I64, ids), kind.empty((n_ids,), I64, ids)
     starts, count = kind.empty((n_ids + 1,), I64, ids), kind.empty((1,), I64, ids)
@@ -39,22 +40,27 @@ def sort_ids(
         None if bag_scale is None else ptr(bag_scale), ptr(count), ptr(workspace), size,
     )  # fmt: skip
     if bad != -1:
+        if explain is not None:
+            explain()
         _explain(kind, ids, offsets, rows, include_last_offset)
     return Plan(order, starts, touched, bag_of, bag_scale, count)
 
 
-def zeros(kind: Kind, shape: tuple[int, ...], code: int, like: Any, entries: int) -> Any:
-    """Zeros of which ``entries`` places will be written (see `_spread`): the other pages cost nothing."""
-    itemsize = kind.empty((0,), code, like).dtype.itemsize
-    size = prod(shape) * itemsize
-    if _spread._PRIVATE is None or size < _spread._WORTH:
-        out = kind.empty(shape, code, like)
-        out[...] = 0
-        return out
-    pages = _spread.fresh_pages(size, entries)
-    dtype = kind.empty((0,), code, like).dtype
-    if kind is NUMPY:
-        import numpy as np
+def leave_out(rows: Any, ids: Any, pad: int | None) -> tuple[Any, Any, int | None]:
+    """(rows, entries, padding_idx) for a bag of ``rows``, one of each of the flat ``ids``.
 
-        return np.frombuffer(pages, dtype=dtype).reshape(shape)
-    return kind.torch.frombuffer(pages, dtype=dtype).view(shape)  # type: ignore[attr-defined]
+    Entries of ``pad`` point at a row of zeros behind the others, which is the padding then.
+    """
+    n = ids.shape[0]
+    if is_torch(rows):
+        import torch
+
+        entries = torch.arange(n, device=ids.device)
+        if pad is None:
+            return rows, entries, None
+        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), torch.where(ids == pad, n, entries), n
+    entries = np.arange(n)
+    if pad is None:
+        return rows, entries, None
+    zeros = np.zeros_like(rows, shape=(1, rows.shape[1]))
+    return np.concatenate([rows, zeros]), np.where(ids == pad, n, entries), n

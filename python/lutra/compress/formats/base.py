@@ -155,15 +155,14 @@ class Format(ABC):
     ) -> Any:
         """`lutra.gather.bag` of this table. The default decodes each entry and reduces."""
         from ... import gather
+        from ...gather._plan import leave_out
 
         flat = ids.reshape(-1)
         rows = self.gather(data, shape, flat, sparse)
-        n = flat.shape[0]
-        entries = _arange(n, ids)
-        pad = None
-        if padding_idx is not None:
-            pad = _checks.integer("padding_idx", padding_idx, -shape[0], shape[0] - 1)
-            entries, rows, pad = _leave_out(rows, flat, entries, pad % shape[0], n)
+        pad = padding_idx
+        if pad is not None:
+            pad = _checks.integer("padding_idx", pad, -shape[0], shape[0] - 1) % shape[0]
+        rows, entries, pad = leave_out(rows, flat, pad)
         return gather.bag(
             rows, entries.reshape(ids.shape), offsets, weights, mode=mode, padding_idx=pad,
             include_last_offset=include_last_offset,
@@ -264,19 +263,6 @@ def _arange(n: int, like: Any) -> Any:
 
         return torch.arange(n, device=like.device)
     return np.arange(n)
-
-
-def _leave_out(rows: Any, flat: Any, entries: Any, pad: int, n: int) -> tuple[Any, Any, int]:
-    """Entries equal to ``pad`` point at a row of zeros behind the others, which is the padding then."""
-    if is_torch(rows):
-        import torch
-
-        return torch.where(flat == pad, n, entries), torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), n
-    return (
-        np.where(flat == pad, n, entries),
-        np.concatenate([rows, np.zeros_like(rows[:1], shape=(1, rows.shape[1]))]),
-        n,
-    )
 
 
 # ---------------------------------------------------------------- registry

@@ -12,10 +12,9 @@
 // per block. Both sum in one order: a token's result does not depend on the others.
 //
 // Gradients: grad_tables[k, c] = sum over t with codes[t, k] == c, in the order of t, of weights[t, k] grad_out[t]
-// (written whole; each table is one thread's work, so it is deterministic); grad_weights[t, k] =
-// <grad_out[t], tables[k, codes[t, k]]>. Either may be nullptr. The bias' gradient is a plain column sum, left
-// to the caller.
-// *bad: position in codes of the first code outside [0, entries), or -1.
+// (written whole, or with `zeroed` in touched rows only; each table is one thread's work, so it is deterministic);
+// grad_weights[t, k] = <grad_out[t], tables[k, codes[t, k]]>. Either may be nullptr. The bias' gradient is a plain
+// column sum, left to the caller. *bad: position in codes of the first code outside [0, entries), or -1.
 #pragma once
 #include "common/levels.h"
 #include "common/types.h"
@@ -51,6 +50,7 @@ struct TablesBackwardArgs {
   DType grad_dtype;    // of grad_out and grad_tables; the tables' where these are not i8
   const float* scale;  // i8 only, which have no grad_tables
   const float* minimum;
+  bool zeroed;  // grad_tables is zero already
 };
 
 }  // namespace lutra

@@ -223,30 +223,31 @@ void register_gather(py::module_& m) {
     run(&senses, a, static_cast<double>(n) * (dim + 1) * 0.2);
     return py::make_tuple(bad[0], bad[1]);
   });
-  m.def("tables_backward",
-        [](Ptr tables_, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Ptr codes, Ptr weights,
-           int64_t tokens, Ptr grad_out, Ptr grad_tables, Ptr grad_weights, int grad_dtype, Ptr scale, Ptr minimum) {
-          int64_t bad = -1;
-          const auto t = static_cast<DType>(dtype), gt = static_cast<DType>(grad_dtype);
-          const int64_t rows = t == DType::i8 ? n_tables * entries : 0;
-          TablesBackwardArgs a{tables_.raw(n_tables * entries * dim, t),
-                               t,
-                               n_tables,
-                               entries,
-                               dim,
-                               codes.as<int32_t>(tokens * n_tables),
-                               weights.as<float>(weights.p ? tokens * n_tables : 0),
-                               tokens,
-                               grad_out.raw(tokens * dim, gt),
-                               grad_tables.raw(grad_tables.p ? n_tables * entries * dim : 0, gt),
-                               grad_weights.as<float>(grad_weights.p ? tokens * n_tables : 0),
-                               &bad,
-                               gt,
-                               scale.as<float>(rows),
-                               minimum.as<float>(rows)};
-          run(&tables_backward, a, n_tables * (entries + tokens) * dim * 0.1);
-          return bad;
-        });
+  m.def("tables_backward", [](Ptr tables_, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Ptr codes,
+                              Ptr weights, int64_t tokens, Ptr grad_out, Ptr grad_tables, Ptr grad_weights,
+                              int grad_dtype, Ptr scale, Ptr minimum, bool zeroed) {
+    int64_t bad = -1;
+    const auto t = static_cast<DType>(dtype), gt = static_cast<DType>(grad_dtype);
+    const int64_t rows = t == DType::i8 ? n_tables * entries : 0;
+    TablesBackwardArgs a{tables_.raw(n_tables * entries * dim, t),
+                         t,
+                         n_tables,
+                         entries,
+                         dim,
+                         codes.as<int32_t>(tokens * n_tables),
+                         weights.as<float>(weights.p ? tokens * n_tables : 0),
+                         tokens,
+                         grad_out.raw(tokens * dim, gt),
+                         grad_tables.raw(grad_tables.p ? n_tables * entries * dim : 0, gt),
+                         grad_weights.as<float>(grad_weights.p ? tokens * n_tables : 0),
+                         &bad,
+                         gt,
+                         scale.as<float>(rows),
+                         minimum.as<float>(rows),
+                         zeroed};
+    run(&tables_backward, a, n_tables * (entries + tokens) * dim * 0.1);
+    return bad;
+  });
 }
 
 }  // namespace lutra

@@ -123,7 +123,7 @@ void register_gather(py::module_& m) {
   m.def("tables_backward",
         [](Address tables, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Address codes, Address weights,
            int64_t tokens, Address grad_out, Address grad_tables, Address grad_weights, int grad_dtype, Address scale,
-           Address minimum, Address workspace, int device, Address stream) {
+           Address minimum, bool zeroed, Address workspace, int device, Address stream) {
           TablesBackwardArgs a{tables.p,
                                static_cast<DType>(dtype),
                                n_tables,
@@ -138,7 +138,8 @@ void register_gather(py::module_& m) {
                                nullptr,
                                static_cast<DType>(grad_dtype),
                                scale.as<float>(),
-                               minimum.as<float>()};
+                               minimum.as<float>(),
+                               zeroed};
           cuda::tables_backward(a, Launch{device, stream.p, workspace.p});
           return -1;
         });

@@ -10,6 +10,8 @@ from numpy import ndarray
 from .. import _checks
 from .._arrays import F32, F64, FLOATS, I8, I32, NUMPY, call, eager, quick
 from ..reference import gather as reference
+from ._plan import zeros
+from ._spread import worth_spreading
 
 _EMPTY = (0,)
 _quick = quick("tables")
@@ -274,14 +276,20 @@ def _tables_backward(
     tables = kind.dense(tables)
     if scale is not None:
         scale, minimum = kind.dense(scale), kind.dense(minimum)
-    to_tables = kind.empty((n_tables, entries, dim) if need_tables else _EMPTY, grad_code, tables)
+    # Few tokens touch few rows: the others lie on fresh pages of the system, which are zero and cost nothing.
+    spread = need_tables and worth_spreading(kind, tokens, entries, n_tables * dim * tables.dtype.itemsize)
+    whole = (n_tables, entries, dim) if need_tables else _EMPTY
+    if spread:
+        to_tables = zeros(kind, whole, grad_code, tables, tokens * n_tables)
+    else:
+        to_tables = kind.empty(whole, grad_code, tables)
     to_weights = kind.empty(tuple(codes.shape) if need_weights else _EMPTY, F32, tables)
     ptr = kind.ptr
     scratch = kind.scratch("tables_backward", tables, tokens, n_tables, dim)
     bad = kind.kernels.tables_backward(
         ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights),
         tokens, ptr(grad), ptr(to_tables) if need_tables else None, ptr(to_weights) if need_weights else None,
-        grad_code, None if scale is None else ptr(scale), None if scale is None else ptr(minimum),
+        grad_code, None if scale is None else ptr(scale), None if scale is None else ptr(minimum), spread,
         *kind.launch(tables, scratch),
     )  # fmt: skip
     if bad != -1 and not kind.cuda:

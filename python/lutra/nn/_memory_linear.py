@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..gather import quantize_rows
 from ..gather import tables as gather_tables
 from ..torch_ops import ops, plain
 from ._hashes import make_projection, tree_codes
-from ._memory_ops import memory_linear
+from ._memory_ops import TouchedRows, memory_linear
 
 _quick = quick("memory_linear")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -63,6 +64,10 @@ class MemoryLinear(torch.nn.Module):
         weight 1, and the input gets no gradient.
     init_std : float, default 0.02
         Of the tables' initial values.
+    sparse : bool, default False
+        The gradient of the tables is a sparse tensor (2 sparse dimensions) of the rows that a call touched,
+        for optimizers that take these (those of `lutra.optim`, ``torch.optim.SparseAdam``, ``SGD``): with few
+        tokens a step costs what it touches. `lutra.optim`'s ``attach`` makes no gradient at all.
     device, dtype : optional
         Of the parameters; float32, float16, bfloat16 or float64 (slow: the NumPy reference computes it).
 
@@ -94,7 +99,8 @@ class MemoryLinear(torch.nn.Module):
 
     Cost at one token: ``num_tables`` rows are read instead of ``in_features``, without a projection 1 / bits
     of a dense layer's memory traffic and arithmetic, for ``2**bits / bits`` times its parameters. Gradients
-    go to the tables (dense), the bias and, through the weights, the input and the temperature. With
+    go to the tables (dense unless ``sparse``), the bias and, through the weights, the input and the
+    temperature. With
     ``w = S**s * p``, S the sum of a chunk's magnitudes, p the product of the sigmoids, s = 0 (prob) or 1
     (scaled), w is homogeneous of degree s in (z, t), so ``t dw/dt = s w - sum_i z_i dw/dz_i``; it is computed
     as ``t**s w(z / t, 1)``.
@@ -117,7 +123,13 @@ class MemoryLinear(torch.nn.Module):
     torch.Size([5, 32])
     """
 
-    __constants__ = ("bits", "in_features", "score")
+    __constants__ = ("bits", "in_features", "score", "sparse")
+
+    #: Set by `lutra.optim`'s ``attach``.
+    _attachment: Any = None
+    _attached_name = "tables"
+    #: Layers that were pickled before there was such an argument have none.
+    sparse: bool = False
 
     in_features: int
     out_features: int | tuple[int, ...]
@@ -145,6 +157,7 @@ class MemoryLinear(torch.nn.Module):
         num_tables: int | None = None,
         hash: str = "sign",
         init_std: float = 0.02,
+        sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -168,6 +181,7 @@ class MemoryLinear(torch.nn.Module):
         self.num_tables = self._number_of_tables(num_tables, projection)
         self._temperature = _checks.positive("temperature", temperature)
         self.init_std = _checks.positive("init_std", init_std)
+        self.sparse = bool(sparse)
         if learn_temperature not in (False, True, "layer", "table"):
             raise ValueError(
                 f"learn_temperature must be False, True, 'layer' or 'table'; got {learn_temperature!r}"
@@ -245,6 +259,8 @@ class MemoryLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output, shape (..., out_features), or a tuple of them, for ``x`` of (..., in_features)."""
         ordinary = not (self.learn_temperature or self.quantized or self.score == "none")
+        if self._attachment is not None or self.sparse:
+            ordinary = ordinary and not (self.tables.requires_grad and torch.is_grad_enabled())
         if ordinary and self.projection is None:
             out = self._sum_rows(x)
         else:
@@ -302,10 +318,20 @@ class MemoryLinear(torch.nn.Module):
                 return out
         codes, weights = self._hash(x)
         if not self.quantized:
-            out = gather_tables(self.tables, codes, weights, self.bias)
+            out = self._gather(codes, weights)
         else:
             out = gather_tables(self.tables, codes, weights, self.bias, self.scale, self.minimum)
         return _autocast(out, x.device.type)
+
+    def _gather(self, codes: Tensor, weights: Tensor) -> Tensor:
+        tables = self.tables
+        if tables.requires_grad and torch.is_grad_enabled():
+            if self._attachment is not None:
+                take = self._attachment.take_tables(self)
+                return TouchedRows.apply(tables, take, codes, weights, self.bias)
+            if self.sparse:
+                return TouchedRows.apply(tables, None, codes, weights, self.bias)
+        return gather_tables(tables, codes, weights, self.bias)
 
     def _hash(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and weights of what is to be hashed."""
@@ -369,6 +395,8 @@ class MemoryLinear(torch.nn.Module):
             text += f", num_tables={self.num_tables}"
         if self.hash == "tree":
             text += ", hash='tree'"
+        if self.sparse:
+            text += ", sparse=True"
         return text + (", quantized" if self.quantized else "")
 
 

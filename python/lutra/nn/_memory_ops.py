@@ -10,11 +10,11 @@ from math import prod
 
 import torch
 
-from .._arrays import F32, FLOATS, I8, I32
+from .._arrays import F32, FLOATS, I8, I32, torch_kind
 from ..address._sign_hash import _sign_hash, _sign_hash_backward, _sign_hash_shape
-from ..gather._bag import _bag_backward, _bag_backward_rows
-from ..gather._spread import worth_spreading
+from ..gather._bag import _bag_backward_rows
 from ..gather._tables import _check_rows, _result_code, _tables, _tables_backward
+from ..gather._tables_update import _flat
 from ..torch_ops.library import gradient, register
 
 ops = torch.ops.lutra
@@ -36,12 +36,12 @@ def _apart(kind, x, other):
 
 
 def memory_linear(
-    kind, x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None, sparse=False
+    kind, x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None
 ):
     """(out, codes, weights) of a `lutra.nn.MemoryLinear`.
 
     int8 tables come with ``scale`` and ``minimum`` (see `lutra.gather.tables`); their out has the type of the
-    bias, or else of x. ``sparse``: the gradient of the tables is a sparse tensor of the touched rows.
+    bias, or else of x.
     """
     score_code, shape = _shape(x, tables, bits, score, temperature)
     x_code, kernels = kind.code(x), kind.kernels
@@ -78,55 +78,21 @@ def memory_linear(
     return out, codes, weights
 
 
-def _to_rows(kind, grad, codes, weights, entries):
-    """The touched rows of all tables (increasing), as one table, and their gradients."""
-    tokens, n_tables = prod(codes.shape[:-1]), codes.shape[-1]
-    first = torch.arange(n_tables, dtype=torch.int64, device=codes.device) * entries
-    ids = codes.reshape(tokens, n_tables) + first
-    return _bag_backward_rows(
-        kind, grad.reshape(tokens, grad.shape[-1]), ids, None, weights.reshape(tokens, n_tables), None,
-        n_tables * entries,
-    )  # fmt: skip
-
-
-def _rows_op(kind, grad, codes, weights, entries):
-    return _to_rows(kind, grad, codes, weights, entries)
-
-
 def _backward_op(
     kind, grad, x, tables, codes, weights, bits, score, temperature, need_x, need_tables, scale=None,
     minimum=None,
 ):  # fmt: skip
     """Gradients of x and of the tables; empty where not needed."""
-    n_tables, entries, dim = tables.shape
-    code, tokens = kind.code(tables), prod(codes.shape[:-1])
-    few = need_tables and kind.kernels is not None and code in FLOATS
-    if few and worth_spreading(kind, tokens, entries, n_tables * dim * tables.dtype.itemsize):
-        # Few tokens touch few rows: sum those as a bag over all tables, and leave the rest alone.
-        ids = codes.reshape(tokens, n_tables) + torch.arange(n_tables, dtype=torch.int64) * entries
-        to_tables = _bag_backward(
-            kind,
-            grad.reshape(tokens, dim),
-            ids,
-            None,
-            weights.reshape(tokens, n_tables),
-            None,
-            n_tables * entries,
-        ).view(n_tables, entries, dim)
-        _, to_weights = _tables_backward(kind, grad, tables, codes, weights, False, need_x)
-    else:
-        to_tables, to_weights = _tables_backward(
-            kind, grad, tables, codes, weights, need_tables, need_x, scale, minimum
-        )
+    to_tables, to_weights = _tables_backward(
+        kind, grad, tables, codes, weights, need_tables, need_x, scale, minimum
+    )
     if not need_x:
         return x.new_empty(0), to_tables
     to_x = _sign_hash_backward(kind, to_weights.to(weights.dtype), x, bits, score, temperature)
     return to_x, to_tables
 
 
-def _fake(
-    x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None, sparse=False
-):
+def _fake(x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None):
     _, shape = _shape(x, tables, bits, score, temperature)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtype = tables.dtype
@@ -148,13 +114,8 @@ def _backward_fake(
     )
 
 
-def _rows_fake(grad, codes, weights, entries):
-    n = torch.library.get_ctx().new_dynamic_size()
-    return grad.new_empty(n, dtype=torch.int64), grad.new_empty((n, grad.shape[-1]))
-
-
 def _setup(ctx, inputs, output):
-    x, tables, bias, *options, scale, minimum, ctx.sparse = inputs
+    x, tables, bias, *options, scale, minimum = inputs
     _, codes, weights = output
     ctx.options = options
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -168,28 +129,20 @@ def _backward(ctx, grad, _codes, _weights):
     if any(ctx.needs_input_grad[6:8]):
         raise NotImplementedError("scale and minimum of int8 tables have no gradient")
     to_x = to_tables = to_bias = None
-    if need_tables and ctx.sparse:
-        entries = tables.shape[1]
-        rows, values = ops.memory_rows(grad, codes, weights, entries)
-        places = torch.stack([rows // entries, rows % entries])
-        to_tables = torch.sparse_coo_tensor(
-            places, values, tables.shape, check_invariants=False, is_coalesced=True
-        )
-        need_tables = False
     if need_x or need_tables:
         a, b = ops.memory_linear_backward(
             grad, x, tables, codes, weights, *ctx.options, need_x, need_tables, scale, minimum
         )
-        to_x, to_tables = a if need_x else None, b if need_tables else to_tables
+        to_x, to_tables = a if need_x else None, b if need_tables else None
     if need_bias:
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
-    return to_x, to_tables, to_bias, None, None, None, None, None, None
+    return to_x, to_tables, to_bias, None, None, None, None, None
 
 
 register(
     'memory_linear(Tensor x, Tensor tables, Tensor? bias=None, int bits=8, str score="prob", '
-    "float temperature=1.0, Tensor? scale=None, Tensor? minimum=None, bool sparse=False) "
+    "float temperature=1.0, Tensor? scale=None, Tensor? minimum=None) "
     "-> (Tensor, Tensor, Tensor)",
     memory_linear,
     _fake,
@@ -201,9 +154,47 @@ register(
     _backward_op,
     _backward_fake,
 )
-register(
-    "memory_rows(Tensor grad, Tensor codes, Tensor weights, int entries) -> (Tensor, Tensor)",
-    _rows_op,
-    _rows_fake,
-)
 gradient("memory_linear", _backward, _setup)
+
+
+class TouchedRows(torch.autograd.Function):
+    """`lutra.gather.tables` whose tables get no dense gradient.
+
+    ``take(grad, codes, weights)`` is handed what the gradient is made of; where it is None, the gradient is a
+    sparse tensor of the touched rows.
+    """
+
+    @staticmethod
+    def forward(ctx, tables, take, codes, weights, bias):
+        ctx.take, ctx.bias_dtype = take, None if bias is None else bias.dtype
+        ctx.save_for_backward(tables, codes, weights)
+        return _tables(torch_kind(tables.is_cuda), tables, codes, weights, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        tables, codes, weights = ctx.saved_tensors
+        kind, n_tables = torch_kind(grad.is_cuda), tables.shape[0]
+        to_tables = to_weights = to_bias = None
+        if ctx.needs_input_grad[3]:
+            to_weights = _tables_backward(kind, grad, tables, codes, weights, False, True)[1]
+            to_weights = to_weights.to(weights.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[4]:
+            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            to_bias = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[0]:
+            codes, weights = codes.reshape(-1, n_tables), weights.detach().reshape(-1, n_tables)
+            if ctx.take is None:
+                to_tables = _touched(kind, tables, flat, codes, weights)
+            else:
+                ctx.take(flat, codes, weights)
+        return to_tables, None, None, to_weights, to_bias
+
+
+def _touched(kind, tables, grad, codes, weights):
+    entries = tables.shape[1]
+    _, ids, weights = _flat(kind, tables, codes, weights)
+    rows, values = _bag_backward_rows(kind, grad, ids, None, weights, None, tables.shape[0] * entries)
+    places = torch.stack([rows // entries, rows % entries])
+    return torch.sparse_coo_tensor(places, values, tables.shape, check_invariants=False, is_coalesced=True)

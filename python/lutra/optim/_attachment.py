@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -44,6 +45,27 @@ class Call(NamedTuple):
         )  # fmt: skip
 
 
+class TableCall(NamedTuple):
+    """The gradient of a MemoryLinear's call: grad (tokens, dim), codes and weights (tokens, n_tables)."""
+
+    grad: Tensor
+    codes: Tensor
+    weights: Tensor
+    versions: tuple[int, int]
+
+    def check(self) -> None:
+        if (self.grad._version, self.codes._version) != self.versions:
+            raise RuntimeError(
+                "the codes (or the gradient) of an attached layer were modified in place between backward "
+                "and step; the update needs them: clone them, or attach with when='backward'"
+            )
+
+
+def table_of(layer: Any) -> torch.nn.Parameter:
+    """The parameter that is attached."""
+    return getattr(layer, getattr(layer, "_attached_name", "weight"))
+
+
 class Attachment:
     """One weight whose gradients go straight to an optimizer.
 
@@ -54,7 +76,7 @@ class Attachment:
         self.optimizer, self.weight, self.when = optimizer, weight, when
         self.owner = owner  # a layer whose table is not its weight (nn.training's packed ones)
         self.layers: WeakSet[torch.nn.Module] = WeakSet()
-        self.pending: list[Call] = []
+        self.pending: list[Call] | list[TableCall] = []
         self.used = False  # when='backward': this step has seen its update
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -64,7 +86,7 @@ class Attachment:
         return type(None), ()
 
     def check(self, layer: torch.nn.Module) -> None:
-        if layer.weight is not self.weight:
+        if table_of(layer) is not self.weight:
             raise RuntimeError(
                 f"the weight of this {type(layer).__name__} is not the one that was attached (it was "
                 "replaced, or this is a replica): detach the layer, and attach it again"
@@ -89,10 +111,19 @@ class Attachment:
         self.check(layer)
         return _Stored.apply(layer.weight, self, layer, ids, offsets, weights, mode, last)
 
-    def take(self, call: Call) -> None:
+    def take_tables(self, layer: torch.nn.Module) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """What the gradient of a MemoryLinear is handed to."""
+        self.check(layer)
+
+        def take(grad: Tensor, codes: Tensor, weights: Tensor) -> None:
+            self.take(TableCall(grad, codes, weights, (grad._version, codes._version)))
+
+        return take
+
+    def take(self, call: Call | TableCall) -> None:
         """A backward pass has come to the layer."""
         if self.when == "step":
-            self.pending.append(call)
+            self.pending.append(call)  # type: ignore[arg-type]
             return
         if self.used:
             raise RuntimeError(
@@ -102,6 +133,14 @@ class Attachment:
             )
         self.optimizer._update_attached(self.weight, [call])
         self.used = True
+
+
+def merge_tables(calls: list[TableCall]) -> TableCall:
+    """Several calls of one layer as one of all their tokens."""
+    if len(calls) == 1:
+        return calls[0]
+    grad, codes, weights = (torch.cat(parts) for parts in list(zip(*calls))[:3])
+    return calls[0]._replace(grad=grad, codes=codes, weights=weights)
 
 
 def merge(calls: list[Call]) -> Call | None:

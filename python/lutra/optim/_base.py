@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import _checks
 from .._arrays import torch_kind
+from ..gather._tables_update import _tables_square, _update_tables
 from ..gather._update import STATES, Step, _update_bags, _update_rows
 from ..torch_ops.row_update import random_bits, round_bfloat16, step, step_rows
-from ._attachment import WHEN, Attachment, Call, merge
+from ._attachment import WHEN, Attachment, Call, TableCall, merge, merge_tables, table_of
 
 #: Values of packed rows that are decoded, updated and encoded at a time.
 _VALUES = 1 << 18
@@ -102,7 +103,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state stays float32 where parameters are float16 or bfloat16."""
-        super().load_state_dict(state_dict)
+        attached = self._attached
+        super().load_state_dict(state_dict)  # by way of __setstate__
+        self._attached = attached
         saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         mine = chain.from_iterable(g["params"] for g in self.param_groups)
         for key, p in zip(saved, mine):  # torch has cast it to the parameter's type
@@ -127,15 +130,16 @@ class RowOptimizer(torch.optim.Optimizer):
     def attach(self, *layers: torch.nn.Module, when: str = "step") -> None:
         """Fuse backward and update of embedding layers: the gradient of their table is never made.
 
-        From now on the layers keep their ``weight.grad`` None. What a backward pass leaves is the gradient of
-        the layer's result; one kernel sorts the ids, sums each touched row's gradient and updates the row and
-        its state in place.
+        From now on the layers keep their ``weight.grad`` (``tables.grad``) None. What a backward pass leaves
+        is the gradient of the layer's result; one kernel sorts the ids, sums each touched row's gradient and
+        updates the row and its state in place.
 
         Parameters
         ----------
-        *layers : lutra.nn.Embedding, EmbeddingBag, or a layer that trains packed (LPTEmbedding,
+        *layers : lutra.nn.Embedding, EmbeddingBag, MemoryLinear, or a layer that trains packed (LPTEmbedding,
         ALPTEmbedding)
-            Whose weight is a parameter of this optimizer.
+            Whose weight (tables) is a parameter of this optimizer. Of any other module, such as a whole
+            model, all layers of these kinds within it whose weight is a parameter of this optimizer.
         when : {'step', 'backward'}, default 'step'
             'step': the kernel runs in `step`. Results are those without `attach`: gradients accumulate over
             backward passes, `zero_grad` forgets them. 'backward': it runs in the backward pass, so that
@@ -146,7 +150,7 @@ class RowOptimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError
-            Another kind of layer.
+            Another kind of layer, with none of these in it.
         ValueError
             The weight is not in this optimizer, or attached to another one; a layer with
             ``scale_grad_by_freq``; a weight with hooks, which would not be called.
@@ -158,26 +162,20 @@ class RowOptimizer(torch.optim.Optimizer):
         (a tied head, a penalty on the table) makes `step` a RuntimeError. Deep copies and pickles of the
         layers are ordinary ones. ``sparse`` has no meaning while attached.
         """
-        from ..nn import Embedding, EmbeddingBag
-
         _checks.choice("when", when, dict.fromkeys(WHEN, 0))
         known = {p for g in self.param_groups for p in g["params"]}
+        layers = _attachable(layers, known)
         for layer in layers:
-            if not (_own_forward(layer, Embedding, EmbeddingBag) or hasattr(layer, "_write")):
-                raise TypeError(
-                    "a layer must be a lutra.nn.Embedding, EmbeddingBag, or one that trains packed "
-                    f"(LPTEmbedding, ALPTEmbedding, their bags); got {type(layer).__qualname__}"
-                )
-            if layer.weight not in known:
+            if table_of(layer) not in known:
                 raise ValueError("the layer's weight is not a parameter of this optimizer")
             old = layer._attachment
             if old is not None and old.optimizer is not self:
                 raise ValueError("the layer is attached to another optimizer: detach it there first")
-            if layer.scale_grad_by_freq:
+            if getattr(layer, "scale_grad_by_freq", False):
                 raise ValueError("a layer with scale_grad_by_freq cannot be attached")
-            if layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks:
+            if table_of(layer)._backward_hooks or table_of(layer)._post_accumulate_grad_hooks:
                 raise ValueError("the layer's weight has hooks, which would never be called")
-            shared = self._attached.get(layer.weight)
+            shared = self._attached.get(table_of(layer))
             if shared is not None and hasattr(layer, "_write") and shared.owner is not layer:
                 raise ValueError(
                     "the layer's weight is attached for another layer: packed tables cannot share it"
@@ -185,7 +183,7 @@ class RowOptimizer(torch.optim.Optimizer):
             if shared is not None and shared.when != when:
                 raise ValueError(f"the layer's weight is attached already, with when={shared.when!r}")
         for layer in layers:
-            weight = layer.weight
+            weight = table_of(layer)
             attachment = self._attached.get(weight)
             if attachment is None:
                 attachment = self._attached[weight] = Attachment(
@@ -193,6 +191,53 @@ class RowOptimizer(torch.optim.Optimizer):
                 )
             layer._attachment = attachment
             attachment.layers.add(layer)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` of this optimizer's parameters, attached MemoryLinears too.
+
+        Parameters
+        ----------
+        max_norm : float
+            Of the 2-norm of all gradients together, dense, sparse, or not yet made.
+
+        Returns
+        -------
+        Tensor
+            The norm before.
+
+        Raises
+        ------
+        ValueError
+            Gradients of an attached embedding are among them, or of a layer attached with when='backward',
+            which are used before they could be clipped.
+        """
+        max_norm = _checks.positive("max_norm", max_norm)
+        total = torch.zeros((), dtype=torch.float64)
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for i, grad in enumerate(grads):
+            if grad.is_sparse:
+                grads[i] = grad = grad.coalesce()._values() if not grad.is_coalesced() else grad._values()
+            total += grad.detach().double().square().sum().to(total.device)
+        for p, attachment in self._attached.items():
+            if attachment.when == "backward" or any(not isinstance(c, TableCall) for c in attachment.pending):
+                raise ValueError(
+                    "clip_grad_norm_ counts attached MemoryLinear layers (when='step'); detach the others"
+                )
+            if attachment.pending:
+                call = merge_tables(attachment.pending)  # type: ignore[arg-type]
+                attachment.pending = [call]
+                square = _tables_square(torch_kind(p.is_cuda), p.detach(), *call[:3])
+                total += square.to(total.device)
+        norm = total.sqrt()
+        factor = float(max_norm / (norm + 1e-6))
+        if factor < 1:
+            for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
+                p.grad.mul_(factor)
+            for attachment in self._attached.values():
+                calls = [c._replace(grad=c.grad * factor) for c in attachment.pending]
+                attachment.pending = [c._replace(versions=(0, c.versions[1])) for c in calls]
+        return norm.float()
 
     def detach(self, *layers: torch.nn.Module) -> None:
         """Make attached layers ordinary ones again.
@@ -226,23 +271,29 @@ class RowOptimizer(torch.optim.Optimizer):
                 )
             for call in self._attached[p].pending:
                 call.check()
-        elif p.grad is not None and p.grad.is_sparse and p.grad.sparse_dim() != 1:
+        elif p.grad is not None and p.grad.is_sparse and not 1 <= p.grad.sparse_dim() < max(2, p.dim()):
             raise ValueError(
-                f"a sparse gradient has {p.grad.sparse_dim()} sparse dimensions; it must have 1: rows"
+                f"a sparse gradient has {p.grad.sparse_dim()} sparse dimensions of {p.dim()}; it must have a "
+                "dense one: rows"
             )
 
     def _begin(
-        self, group: dict[str, Any], p: Tensor, sparse: bool, shape: tuple[int, ...] | None = None
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        sparse: bool,
+        shape: tuple[int, ...] | None = None,
+        leading: int = 1,
     ) -> tuple[Any, ...]:
         """(s0, s1, rule, numbers, seed) of the parameter's next step; ``shape``: of a table that p stands
-        for.
+        for; ``leading``: how many dimensions count its rows.
         """
         whole = p.shape if shape is None else shape
         rule = self._rule(group)
         state = self.state[p]
         for name in STATES[rule]:
             if name not in state:
-                size = whole[:1] if rule == "rowwise_adagrad" else whole
+                size = whole[:leading] if rule == "rowwise_adagrad" else whole
                 value = group.get("initial_accumulator_value", 0.0)
                 state[name] = torch.full(size, value, dtype=_wide(p), device=p.device)
         at = state["step"] = int(state.get("step", 0)) + 1
@@ -260,17 +311,20 @@ class RowOptimizer(torch.optim.Optimizer):
         if not grad.is_sparse:
             s0, s1, rule, numbers, seed = self._begin(group, p, False)
             return _whole(p.detach(), grad, s0, s1, rule, numbers, seed)
-        s0, s1, rule, numbers, seed = self._begin(group, p, True)
+        leading = grad.sparse_dim()
+        s0, s1, rule, numbers, seed = self._begin(group, p, True, leading=leading)
         rows, values = grad._indices()[0], grad._values()
+        for axis in range(1, leading):
+            rows = rows * p.shape[axis] + grad._indices()[axis]
         if not len(rows):
             return None
-        table, n = p.detach(), p.shape[0]
-        shape = n, prod(p.shape[1:])
+        table, n = p.detach(), prod(p.shape[:leading])
+        shape = n, prod(p.shape[leading:])
         if not table.is_contiguous() and p.dim() > 2:
             raise ValueError("a parameter with sparse gradients must be contiguous, or a matrix")
         values = values.reshape(len(rows), shape[1])
-        if rule != "rowwise_adagrad":
-            s0, s1 = (None if s is None else s.view(shape) for s in (s0, s1))
+        wanted = (n,) if rule == "rowwise_adagrad" else shape
+        s0, s1 = (None if s is None else s.view(wanted) for s in (s0, s1))
         if table.is_contiguous():
             kind = torch_kind(table.is_cuda)
             return _update_rows(kind, table.view(shape), rows, values, s0, s1, rule, numbers, seed)
@@ -280,6 +334,13 @@ class RowOptimizer(torch.optim.Optimizer):
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
         if self._attached[p].owner is not None:
             return self._update_stored(group, p, self._attached[p].owner, calls)
+        if isinstance(calls[0], TableCall):
+            if not p.is_contiguous():
+                raise ValueError("the tables of an attached layer must be contiguous")
+            s0, s1, rule, numbers, seed = self._begin(group, p, True, leading=2)
+            all_calls = merge_tables(calls)  # type: ignore[arg-type]
+            kind = torch_kind(p.is_cuda)
+            return _update_tables(kind, p.detach(), *all_calls[:3], s0, s1, rule, numbers, seed)
         s0, s1, rule, numbers, seed = self._begin(group, p, True)
         kind, table = torch_kind(p.is_cuda), p.detach()
         if not table.is_contiguous():
@@ -323,6 +384,32 @@ class RowOptimizer(torch.optim.Optimizer):
                 if part is not None:
                     state[piece] = part.to(state.dtype)
             layer._write(piece, table, g, batch, seed)
+
+
+def _attachable(layers: tuple[Any, ...], known: set[Tensor]) -> tuple[Any, ...]:
+    """The layers themselves; of a module that is none of these kinds, those within it."""
+    from ..nn import Embedding, EmbeddingBag, MemoryLinear
+
+    def fits(layer):
+        if isinstance(layer, MemoryLinear) and layer.quantized:
+            return False
+        return _own_forward(layer, Embedding, EmbeddingBag, MemoryLinear) or hasattr(layer, "_write")
+
+    found: list[Any] = []
+    for layer in layers:
+        if fits(layer):
+            found.append(layer)
+            continue
+        inside = layer.modules() if isinstance(layer, torch.nn.Module) else ()
+        within = [m for m in inside if fits(m) and table_of(m) in known]
+        if not within:
+            raise TypeError(
+                "a layer must be a lutra.nn.Embedding, EmbeddingBag, MemoryLinear (not quantized), or one "
+                "that trains packed (LPTEmbedding, ALPTEmbedding, their bags); got "
+                f"{type(layer).__qualname__}"
+            )
+        found += within
+    return tuple(found)
 
 
 def _own_forward(layer: torch.nn.Module, *classes: type) -> bool:

@@ -31,6 +31,7 @@ show("sign_hash", *address.sign_hash(x))
 show("nearest", *address.nearest(x, c, 2))
 show("ngrams", *address.ngrams(["one two, two three", "", "four"], char_ngrams=(3, 4)))
 show("token_ngrams", *address.token_ngrams(ids, order=3, buckets=1000))
+show("product_keys", *address.product_keys(x, c[:6].reshape(2, 3, 24)[..., :12].copy(), 3))
 for mode in ("sum", "mean", "max"):
     show("bag", gather.bag(table, ids, mode=mode))
 rows = gather.quantize_rows(table)

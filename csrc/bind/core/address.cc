@@ -1,4 +1,5 @@
 #include "address/fwht.h"
+#include "address/product_keys.h"
 #include "address/random_rows.h"
 #include "address/sign_hash.h"
 #include "address/token_ngrams.h"
@@ -122,6 +123,26 @@ void register_address(py::module_& m) {
     if (n < 1 || n & (n - 1)) throw py::value_error("lutra: the length must be a power of two");
     FwhtArgs a{x.raw(rows * n, t), t, rows, n, scale, out.raw(rows * n, t)};
     run(&fwht, a, rows * n * 0.2);
+  });
+  m.def("product_keys", [](Ptr q, int q_dtype, Ptr keys, int key_dtype, int64_t tokens, int64_t heads, int64_t n,
+                           int64_t dim, int64_t k, Ptr scores, Ptr ids) {
+    const auto of_q = static_cast<DType>(q_dtype), of_keys = static_cast<DType>(key_dtype);
+    if (k < 1 || k > n || n > 65535) throw py::value_error("lutra: k must be in [1, n], n at most 65535");
+    int64_t bad = -1;
+    ProductKeysArgs a{q.raw(tokens * heads * 2 * dim, of_q),
+                      of_q,
+                      keys.raw(heads * 2 * n * dim, of_keys),
+                      of_keys,
+                      tokens,
+                      heads,
+                      n,
+                      dim,
+                      k,
+                      scores.as<float>(tokens * heads * k),
+                      ids.as<int64_t>(tokens * heads * k),
+                      &bad};
+    run(&product_keys, a, static_cast<double>(tokens * heads) * n * (dim * 0.04 + 1));
+    return bad;
   });
   m.def("token_ngrams", [](Ptr tokens, int64_t total, Ptr offsets, Ptr out_offsets, int64_t texts, int64_t order,
                            int64_t first_bucket, int64_t buckets, bool unigrams, Ptr ids, int64_t n_ids) {

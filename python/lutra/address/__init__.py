@@ -7,11 +7,13 @@ from ._hash_features import hash_features
 from ._longest_match import Matches, longest_match
 from ._nearest import nearest
 from ._ngrams import Ngrams, Vocabulary, ngrams, token_ngrams
+from ._product_keys import ProductKeys, product_keys
 from ._random_rows import random_rows
 from ._sign_hash import SignHash, sign_hash
 from ._words import word_offsets
 
 __all__ = [
-    "Matches", "Neighbors", "Ngrams", "SignHash", "Vocabulary", "binarize", "fwht", "hash_features",
-    "longest_match", "nearest", "ngrams", "random_rows", "sign_hash", "token_ngrams", "word_offsets",
+    "Matches", "Neighbors", "Ngrams", "ProductKeys", "SignHash", "Vocabulary", "binarize", "fwht",
+    "hash_features", "longest_match", "nearest", "ngrams", "product_keys", "random_rows", "sign_hash",
+    "token_ngrams", "word_offsets",
 ]  # fmt: skip

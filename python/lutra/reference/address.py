@@ -27,6 +27,32 @@ def sign_hash(x, bits=8, score="prob", temperature=1.0):
     return codes, weights
 
 
+def product_keys(queries, keys, k):
+    """Scores and ids of the k best product keys; see `lutra.address.product_keys`."""
+    q, keys = _wide(queries), _wide(keys)
+    n = keys.shape[-2]
+    halves = q.reshape(*q.shape[:-1], 2, q.shape[-1] // 2)
+    scores = (halves[..., None, :] @ np.swapaxes(keys, -1, -2))[..., 0, :]  # (..., 2, n)
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    best = np.take_along_axis(scores, order, -1)
+    rank = np.arange(1, k + 1)
+    a, b = np.nonzero(rank[:, None] * rank <= k)  # no other pair can be among the k best sums
+    with np.errstate(invalid="ignore"):
+        sums = best[..., 0, a] + best[..., 1, b]
+    bad = np.isnan(scores).any((-1, -2)) | np.isnan(sums).any(-1)
+    if bad.any():
+        raise ValueError(product_message(np.argwhere(bad)[0]))
+    ids = order[..., 0, a] * n + order[..., 1, b]
+    chosen = np.lexsort((ids, -sums), axis=-1)[..., :k]
+    return np.take_along_axis(sums, chosen, -1), np.take_along_axis(ids, chosen, -1)
+
+
+def product_message(at):
+    """The error of a query, named by its place in the leading axes, with a NaN score."""
+    place = ", ".join(str(int(i)) for i in at)
+    return f"a score of the query at [{place}] is NaN: it, or a key, holds NaN or infinite values"
+
+
 def sign_hash_backward(grad_weights, x, bits=8, score="prob", temperature=1.0):
     """Gradient of ``sum(grad_weights * weights)`` with respect to ``x``."""
     z = _wide(x).reshape(*x.shape[:-1], x.shape[-1] // bits, bits)

@@ -24,6 +24,7 @@ from . import (  # noqa: F401  (registers the ops)
     packed,
     packed_logits,
     pieces,
+    product_keys,
     random_rows,
     row_update,
     scan,

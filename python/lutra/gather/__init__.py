@@ -5,6 +5,7 @@ from ._bag_packed import bag_packed
 from ._csr import bag_csr
 from ._packed import pack_rows, unpack_rows
 from ._pieces import Pieces, bag_pieces
+from ._row_dots import row_dots
 from ._rows import QuantizedRows, dequantize_rows, quantize_rows
 from ._senses import Senses, senses
 from ._tables import tables
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize_rows",
     "pack_rows",
     "quantize_rows",
+    "row_dots",
     "row_state",
     "senses",
     "tables",

@@ -22,6 +22,8 @@ from ._lexinvariant import LexinvariantEmbedding
 from ._memory_former import MemoryFormerBlock, MemoryFormerLM
 from ._memory_linear import MemoryLinear
 from ._output_head import OutputHead
+from ._peer import PEER
+from ._product_keys import ProductKeyMemory, ProductKeyQueries
 from ._scone import SconeEmbedding
 from ._senses import BackpackEmbedding, SenseDict
 from ._tied_head import TiedHead
@@ -37,3 +39,4 @@ __all__ = [
     "SenseDict", "TiedHead", *LAYERS,
 ]  # fmt: skip
 __all__ += _TRAINING
+__all__ += ["PEER", "ProductKeyMemory", "ProductKeyQueries"]

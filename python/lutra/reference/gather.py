@@ -130,6 +130,11 @@ def bag_weight_grad(
     return out.reshape(ids.shape)
 
 
+def row_dots(table, ids, x):
+    """Inner products with chosen rows; see `lutra.gather.row_dots`."""
+    return bag_weight_grad(x, table, ids)
+
+
 def quantize_rows(table, dtype="uint8"):
     """8-bit codes, scale and minimum of each row; see `lutra.gather.quantize_rows`."""
     rows = _wide(table)

@@ -26,6 +26,7 @@ from . import (  # noqa: F401  (registers the ops)
     pieces,
     product_keys,
     random_rows,
+    row_dots,
     row_update,
     scan,
     screen,

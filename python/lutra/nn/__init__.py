@@ -16,6 +16,7 @@ from ._byte_words import ByteWordPooling
 from ._compressed_layers import LAYERS
 from ._embedding import Embedding
 from ._embedding_bag import EmbeddingBag
+from ._families import Family, co_activation, feature_families
 from ._hashes import HadamardProjection
 from ._host import HostEmbedding, HostEmbeddingBag
 from ._lexinvariant import LexinvariantEmbedding
@@ -24,6 +25,7 @@ from ._memory_linear import MemoryLinear
 from ._output_head import OutputHead
 from ._peer import PEER
 from ._product_keys import ProductKeyMemory, ProductKeyQueries
+from ._sae import SAEOutput, SparseCodes, TopKSAE
 from ._scone import SconeEmbedding
 from ._senses import BackpackEmbedding, SenseDict
 from ._tied_head import TiedHead
@@ -40,3 +42,4 @@ __all__ = [
 ]  # fmt: skip
 __all__ += _TRAINING
 __all__ += ["PEER", "ProductKeyMemory", "ProductKeyQueries"]
+__all__ += ["Family", "SAEOutput", "SparseCodes", "TopKSAE", "co_activation", "feature_families"]

@@ -10,8 +10,7 @@ from numpy import ndarray
 from .. import _checks
 from .._arrays import F32, F64, FLOATS, I8, I32, NUMPY, call, eager, quick
 from ..reference import gather as reference
-from ._plan import zeros
-from ._spread import worth_spreading
+from ._spread import worth_spreading, zeros
 
 _EMPTY = (0,)
 _quick = quick("tables")
@@ -280,7 +279,7 @@ def _tables_backward(
     spread = need_tables and worth_spreading(kind, tokens, entries, n_tables * dim * tables.dtype.itemsize)
     whole = (n_tables, entries, dim) if need_tables else _EMPTY
     if spread:
-        to_tables = zeros(kind, whole, grad_code, tables, tokens * n_tables)
+        to_tables = zeros(kind, whole, grad_code, tables)
     else:
         to_tables = kind.empty(whole, grad_code, tables)
     to_weights = kind.empty(tuple(codes.shape) if need_weights else _EMPTY, F32, tables)

@@ -74,7 +74,8 @@ def test_integers(kind, dtype):
             got = scan.packed_logits(hidden, packed, bias, kind=kind, group=group)
             close(got.astype(np.float64), hidden.astype(np.float64), decoded, bias, share, 1.01 * unit)
             alone = scan.packed_logits(hidden[-1:], packed, bias, kind=kind, group=group)
-            assert np.array_equal(alone[0], got[-1])  # a token's bits do not depend on its neighbours
+            if _backend.core is not None:  # NumPy's product promises no such thing
+                assert np.array_equal(alone[0], got[-1])  # a token's bits do not depend on its neighbours
 
 
 def test_outside_integers():

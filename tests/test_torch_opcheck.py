@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import op_checks  # noqa: E402
 from test_gather_csr import make as csr_rows  # noqa: E402
-from test_gather_pieces import ROWS, source, table_for  # noqa: E402
+from test_gather_pieces import ROWS, needs_kernel, source, table_for  # noqa: E402
 from test_gather_senses import problem as senses_problem  # noqa: E402
 from test_gather_train import SIZES as TRAINS  # noqa: E402
 from test_gather_train import make as cores_of  # noqa: E402
@@ -61,6 +61,7 @@ def test_gradients_of_csr_rows():
         opcheck(ops.bag_csr_weight_grad, (grad, values, indptr, columns, ids, offsets, 0, False))
 
 
+@needs_kernel
 @pytest.mark.parametrize(
     "kind, combine", [("codes", "concat"), ("hash", "sum"), ("qr", "product"), ("robe", "concat")]
 )

@@ -235,7 +235,7 @@ class RowOptimizer(torch.optim.Optimizer):
             for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
                 p.grad.mul_(factor)
             for attachment in self._attached.values():
-                calls = [c._replace(grad=c.grad * factor) for c in attachment.pending]
+                calls: list[Any] = [c._replace(grad=c.grad * factor) for c in attachment.pending]
                 attachment.pending = [c._replace(versions=(0, c.versions[1])) for c in calls]
         return norm.float()
 
@@ -330,7 +330,7 @@ class RowOptimizer(torch.optim.Optimizer):
             return _update_rows(kind, table.view(shape), rows, values, s0, s1, rule, numbers, seed)
         return step_rows(table, rows, values, s0, s1, rule, numbers, seed)
 
-    def _update_attached(self, p: Tensor, calls: list[Call]) -> None:
+    def _update_attached(self, p: Tensor, calls: list[Any]) -> None:
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
         if self._attached[p].owner is not None:
             return self._update_stored(group, p, self._attached[p].owner, calls)
@@ -338,7 +338,7 @@ class RowOptimizer(torch.optim.Optimizer):
             if not p.is_contiguous():
                 raise ValueError("the tables of an attached layer must be contiguous")
             s0, s1, rule, numbers, seed = self._begin(group, p, True, leading=2)
-            all_calls = merge_tables(calls)  # type: ignore[arg-type]
+            all_calls = merge_tables(calls)
             kind = torch_kind(p.is_cuda)
             return _update_tables(kind, p.detach(), *all_calls[:3], s0, s1, rule, numbers, seed)
         s0, s1, rule, numbers, seed = self._begin(group, p, True)

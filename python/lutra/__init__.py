@@ -15,22 +15,25 @@ from ._backend import get_num_threads, set_num_threads, simd_level
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import compress, index, mine, nn, quant, reference, vocab
+    from . import compress, index, mine, nn, quant, reference, store, vocab
+    from .store import VectorStore
 
-_LAZY = ("compress", "index", "mine", "nn", "quant", "reference", "torch_ops", "vocab")
+_LAZY = ("compress", "index", "mine", "nn", "quant", "reference", "store", "torch_ops", "vocab")
 
 
 def __getattr__(name: str):
     if name in _LAZY:  # nn and torch_ops import torch: only when they are asked for
         return importlib.import_module(f"lutra.{name}")
+    if name == "VectorStore":
+        return importlib.import_module("lutra.store").VectorStore
     raise AttributeError(f"module 'lutra' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, "VectorStore"])
 
 
 __all__ = [
-    "__version__", "address", "compress", "gather", "get_num_threads", "index", "mine", "nn", "quant",
-    "reference", "scan", "set_num_threads", "simd_level", "vocab",
+    "VectorStore", "__version__", "address", "compress", "gather", "get_num_threads", "index", "mine", "nn",
+    "quant", "reference", "scan", "set_num_threads", "simd_level", "store", "vocab",
 ]  # fmt: skip

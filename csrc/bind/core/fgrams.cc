@@ -1,5 +1,6 @@
 #include "address/key_table.h"
 #include "address/longest_match.h"
+#include "address/xor_ngrams.h"
 #include "bind/core/intake.h"
 
 namespace lutra {
@@ -49,6 +50,33 @@ void register_fgrams(py::module_& m) {
                        lengths.as<int32_t>(total),
                        &bad};
     run(&longest_match, a, total * 30.0);
+    return bad;
+  });
+  m.def("xor_ngrams", [](Ptr tokens, int token_type, int64_t rows, int64_t length, Ptr multipliers, int64_t longest,
+                         Ptr orders, int64_t n_orders, int64_t heads, Ptr moduli, Ptr first, int64_t pad, Ptr ids) {
+    int64_t bad = -1;
+    const auto t = static_cast<DType>(token_type);
+    const int64_t all = n_orders * heads;
+    const auto* m = moduli.as<int64_t>(all);
+    const auto* o = orders.as<int64_t>(n_orders);
+    for (int64_t j = 0; j < all; ++j)
+      if (m[j] < 1) throw py::value_error("lutra: a modulus below 1");
+    for (int64_t j = 0; j < n_orders; ++j)
+      if (o[j] > longest) throw py::value_error("lutra: too few multipliers");
+    XorNgramsArgs a{tokens.raw(rows * length, t),
+                    t,
+                    rows,
+                    length,
+                    multipliers.as<int64_t>(longest),
+                    o,
+                    n_orders,
+                    heads,
+                    m,
+                    first.as<int64_t>(all),
+                    pad,
+                    ids.as<int64_t>(rows * length * all),
+                    &bad};
+    run(&xor_ngrams, a, rows * length * all * 1.5);
     return bad;
   });
 }

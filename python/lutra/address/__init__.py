@@ -11,9 +11,10 @@ from ._product_keys import ProductKeys, product_keys
 from ._random_rows import random_rows
 from ._sign_hash import SignHash, sign_hash
 from ._words import word_offsets
+from ._xor_ngrams import xor_ngrams
 
 __all__ = [
     "Matches", "Neighbors", "Ngrams", "ProductKeys", "SignHash", "Vocabulary", "binarize", "fwht",
     "hash_features", "longest_match", "nearest", "ngrams", "product_keys", "random_rows", "sign_hash",
-    "token_ngrams", "word_offsets",
+    "token_ngrams", "word_offsets", "xor_ngrams",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from ._byte_words import ByteWordPooling
 from ._compressed_layers import LAYERS
 from ._embedding import Embedding
 from ._embedding_bag import EmbeddingBag
+from ._engram import Engram
 from ._families import Family, co_activation, feature_families
 from ._hashes import HadamardProjection
 from ._host import HostEmbedding, HostEmbeddingBag
@@ -38,7 +39,7 @@ __all__ = [
     "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "HadamardProjection",
     "HostEmbedding", "HostEmbeddingBag", "KeyValueCache", "LexinvariantEmbedding",
     "MemoryFormerBlock", "MemoryFormerLM", "MemoryLinear", "OutputHead", "SconeEmbedding",
-    "SenseDict", "TiedHead", *LAYERS,
+    "Engram", "SenseDict", "TiedHead", *LAYERS,
 ]  # fmt: skip
 __all__ += _TRAINING
 __all__ += ["PEER", "ProductKeyMemory", "ProductKeyQueries"]

@@ -104,3 +104,21 @@ def token_ngrams(tokens, offsets=None, *, order=2, buckets, first_bucket=0, unig
         return ids + [first_bucket + h for h in _rolling(values, order, buckets)]
 
     return _ragged(map(row, texts))
+
+
+def xor_ngrams(tokens, multipliers, moduli, orders, pad=0):
+    """Ids of n-grams hashed by multiply and xor; see `lutra.address.xor_ngrams`."""
+    rows = np.asarray(tokens).reshape(-1, tokens.shape[-1]).astype(np.uint64)
+    heads = np.asarray(moduli).reshape(len(orders), -1).astype(np.uint64)
+    first = np.cumsum(heads.reshape(-1)) - heads.reshape(-1)
+    ids = []
+    mix = np.zeros_like(rows)
+    with np.errstate(over="ignore"):
+        for k in range(max(orders)):
+            shifted = np.full_like(rows, pad)
+            shifted[:, k:] = rows[:, : rows.shape[1] - k]
+            mix = mix ^ shifted * np.uint64(multipliers[k])
+            if k + 1 in orders:
+                ids.append(mix[:, :, None] % heads[list(orders).index(k + 1)])
+    out = np.concatenate(ids, 2) + first
+    return out.astype(np.int64).reshape(*tokens.shape, heads.size)

@@ -32,6 +32,7 @@ from . import (  # noqa: F401  (registers the ops)
     screen,
     senses,
     train,
+    xor_ngrams,
 )
 from .library import LIBRARY  # noqa: F401
 

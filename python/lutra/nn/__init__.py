@@ -21,6 +21,7 @@ from ._families import Family, co_activation, feature_families
 from ._hashes import HadamardProjection
 from ._host import HostEmbedding, HostEmbeddingBag
 from ._lexinvariant import LexinvariantEmbedding
+from ._lookup_ffn import LookupFFN
 from ._memory_former import MemoryFormerBlock, MemoryFormerLM
 from ._memory_linear import MemoryLinear
 from ._output_head import OutputHead
@@ -37,7 +38,7 @@ globals().update(LAYERS)  # an Embedding and an EmbeddingBag for every format of
 
 __all__ = [
     "BackpackEmbedding", "ByteWordPooling", "Embedding", "EmbeddingBag", "HadamardProjection",
-    "HostEmbedding", "HostEmbeddingBag", "KeyValueCache", "LexinvariantEmbedding",
+    "HostEmbedding", "HostEmbeddingBag", "KeyValueCache", "LexinvariantEmbedding", "LookupFFN",
     "MemoryFormerBlock", "MemoryFormerLM", "MemoryLinear", "OutputHead", "SconeEmbedding",
     "Engram", "SenseDict", "TiedHead", *LAYERS,
 ]  # fmt: skip

@@ -81,6 +81,8 @@ class MemoryLinear(torch.nn.Module):
         Only where it is learned.
     projection : Module or None
         Initialised as torch does (dense), or to be orthogonal (hadamard).
+    conversion_error : dict or None
+        What `from_linear` measured.
 
     Raises
     ------
@@ -138,6 +140,7 @@ class MemoryLinear(torch.nn.Module):
     tables: Tensor
     bias: Tensor | None
     log_temperature: Tensor
+    conversion_error: dict[str, float] | None = None
     scale: Tensor
     minimum: Tensor
     split_dims: Tensor
@@ -380,6 +383,18 @@ class MemoryLinear(torch.nn.Module):
             if after is not None and after.dtype is not torch.float32:
                 self._buffers[name] = before.to(after.device)
         return self
+
+    @classmethod
+    def from_linear(cls, linear, calibration_inputs, method: str = "rotation", **options) -> MemoryLinear:
+        """A trained `torch.nn.Linear` (or several of one input) as a memory layer.
+
+        ``options``: bits, num_tables, score, temperature, held_back, ridge, iterations, seed; they, the two
+        methods ('rotation', 'tree') and the report (`conversion_error`) are explained at
+        ``lutra.nn._memory_convert.convert_linear`` and in docs/memoryformer.md.
+        """
+        from ._memory_convert import convert_linear
+
+        return convert_linear(cls, linear, calibration_inputs, method, **options)
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -224,3 +224,13 @@ def test_mixed_libraries():
         lutra.gather.tables(t.numpy(), codes)
     with pytest.raises(TypeError, match="codes must be a torch tensor"):
         lutra.gather.tables(t, codes.numpy())
+
+
+@pytest.mark.parametrize("dim", [1, 2, 65])
+def test_few_columns_and_work_for_several_threads(simd_level, threads, dim):
+    """One column cannot be halved among threads."""
+    rng = np.random.default_rng(0)
+    table, bias = rng.standard_normal((24, 64, dim), np.float32), rng.standard_normal(dim, np.float32)
+    codes, weights = rng.integers(0, 64, (256, 24)).astype(np.int32), rng.random((256, 24), np.float32)
+    got = lutra.gather.tables(table, codes, weights, bias)
+    np.testing.assert_allclose(got, reference.tables(table, codes, weights, bias), rtol=1e-4, atol=1e-4)

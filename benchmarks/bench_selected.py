@@ -10,19 +10,30 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from layers import product_keys, sparse
+from layers import embeddings, product_keys, sparse
+from real_data import data_folder
 
 import lutra
 
-SECTIONS = {"product_keys": product_keys, "sparse": sparse}
+SECTIONS = {"product_keys": product_keys, "sparse": sparse, "embeddings": embeddings}
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", ["product_keys", "sparse"])
 def test_section(name):
     pytest.importorskip("torch")
     for row in SECTIONS[name].rows(True):  # the results are compared in it
         if row["what"] in ("product_keys", "encode, evaluation") and row["tokens"] > 1:
             assert row["ratio"] > 1, row
+
+
+def test_embeddings():
+    pytest.importorskip("torch")
+    if data_folder() is None:
+        pytest.skip("no real data here")
+    found = list(embeddings.rows(True))
+    assert found[0]["fvu"] < 0.6 and found[0]["rebuilt"] > 0.5 * found[0]["own text in 10"]
+    steered = {r["word"]: r["hits"] for r in found if r["what"] == "steer"}
+    assert all(h[1.5] > h[None] for h in steered.values()), steered
 
 
 def main() -> None:

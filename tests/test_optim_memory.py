@@ -268,3 +268,35 @@ def test_no_allocation_of_the_size_of_a_table():
     for rule in ("SGD", "RowwiseAdagrad", "Adam"):
         assert growth(rule, "optimizer.attach(layer)") < 8
     assert growth("SGD", "") > 24
+
+
+RANK = """
+    import os, sys, torch, torch.distributed as dist, lutra.nn, lutra.optim
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layer = lutra.nn.MemoryLinear(12, 33, 4, init_std=0.5)
+    model = torch.nn.parallel.DistributedDataParallel(layer)
+    optimizer = lutra.optim.SGD(model.parameters(), lr=0.1)
+    for i in range(2):
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(i))
+        optimizer.zero_grad()
+        model(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
+        optimizer.step()
+    torch.save(layer.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel(tmp_path):
+    """Two gloo processes of half a batch each, with bucketed gradients, are one process of all of it."""
+    command = [sys.executable, "-c", textwrap.dedent(RANK)]
+    ranks = [subprocess.Popen([*command, str(r), str(tmp_path)]) for r in range(2)]
+    assert [p.wait(timeout=200) for p in ranks] == [0, 0]
+    torch.manual_seed(0)
+    alone = lutra.nn.MemoryLinear(12, 33, 4, init_std=0.5)
+    train(alone, lutra.optim.SGD(alone.parameters(), lr=0.1), 2, 8, lambda m, x: m(x).square().mean())
+    for r in range(2):
+        state = torch.load(tmp_path / f"{r}.pt")
+        torch.testing.assert_close(state["tables"], alone.tables.detach(), rtol=1e-4, atol=1e-6)

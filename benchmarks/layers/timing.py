@@ -1,0 +1,26 @@
+"""Medians of ways that take turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def medians(ways: dict[str, Callable[[], object]], seconds: float, most: int = 101) -> dict[str, float]:
+    """Milliseconds of each way: the process's time on one thread, wall clock on more."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    begin = time.perf_counter()
+    for way in ways.values():
+        way()
+    while True:
+        for name, way in ways.items():
+            start = clock()
+            way()
+            found[name].append((clock() - start) * 1e3)
+        rounds = len(next(iter(found.values())))
+        if rounds >= most or (rounds >= 3 and time.perf_counter() - begin > seconds):
+            return {name: statistics.median(times) for name, times in found.items()}

@@ -107,7 +107,7 @@ def rows(quick: bool) -> Iterator[dict]:
                 if d >= 4096 and tokens > 512 and dtype == torch.bfloat16:
                     continue  # torch's own operations take minutes
                 about = {"d": d, "dtype": str(dtype)[6:], "tokens": tokens, "threads": threads}
-                seconds = 0.1 if quick else 1.5
+                seconds = 0.1 if quick else 0.8
                 yield {"what": "forward", **about, **forward(d, tokens, dtype, made, seconds)}
                 if (d * tokens <= 1024 * 4096 and d < 4096) or tokens == 1:
                     yield {"what": "training", **about, **training(d, tokens, dtype, made, seconds)}

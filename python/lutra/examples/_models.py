@@ -94,5 +94,5 @@ def _feed_forward(arch: str, dim: int, bits: int, layer: int, layers: int) -> to
     if arch == "product-key" and layer == layers // 2:
         from ..nn import ProductKeyMemory
 
-        return ProductKeyMemory(dim, num_keys=128, topk=16)
+        return ProductKeyMemory(dim, num_sub_keys=128, k=16)
     return DenseFeedForward(dim)

@@ -44,7 +44,7 @@ def test_every_size(simd_level, bias):
 
 @pytest.mark.parametrize("tokens", [1, 65, 500])
 def test_many_tokens(simd_level, threads, tokens):
-    (t, scale, minimum), (codes, weights, bias) = make(tokens, 19, 256, 300)
+    (t, scale, minimum), (codes, weights, bias) = make(tokens, 19, 100, 300)
     rows = minimum[..., None] + scale[..., None] * t
     got = lutra.gather.tables(t, codes, weights, bias, scale, minimum)
     close(got, lutra.gather.tables(rows, codes, weights, bias).numpy(), 1e-5)
@@ -82,7 +82,7 @@ def test_autograd_and_opcheck():
 
 @pytest.mark.skipif(_backend.core is None, reason="the CPU module is missing")
 def test_numpy_and_threads(simd_level):
-    (t, scale, minimum), (codes, weights, bias) = make(450, 6, 256, 200)
+    (t, scale, minimum), (codes, weights, bias) = make(450, 6, 100, 200)
     results = []
     for n in (1, 2, 3):
         _backend.core.set_num_threads(n)

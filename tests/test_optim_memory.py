@@ -166,16 +166,6 @@ def test_clipping(how):
     torch.testing.assert_close(a.bias, b.bias, rtol=1e-5, atol=1e-6)
 
 
-def test_the_clipping_of_torch_takes_sparse_gradients_or_says_so():
-    a = layer(sparse=True)
-    a(inputs(0)).square().sum().backward()
-    try:
-        norm = torch.nn.utils.clip_grad_norm_([a.tables], 1e9)
-    except (RuntimeError, NotImplementedError):
-        return
-    torch.testing.assert_close(norm, a.tables.grad.to_dense().norm())
-
-
 def test_attach_finds_the_layers_of_a_model():
     model = torch.nn.Sequential(torch.nn.Linear(12, 12), layer(), torch.nn.Linear(33, 12), layer(seed=1))
     optimizer = RULES["sgd"](model.parameters())

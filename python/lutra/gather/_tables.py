@@ -10,7 +10,7 @@ from numpy import ndarray
 from .. import _checks
 from .._arrays import F32, F64, FLOATS, I8, I32, NUMPY, call, eager, quick
 from ..reference import gather as reference
-from ._spread import worth_spreading, zeros
+from ._spread import empty, few_pages, zeros
 
 _EMPTY = (0,)
 _quick = quick("tables")
@@ -276,12 +276,10 @@ def _tables_backward(
     if scale is not None:
         scale, minimum = kind.dense(scale), kind.dense(minimum)
     # Few tokens touch few rows: the others lie on fresh pages of the system, which are zero and cost nothing.
-    spread = need_tables and worth_spreading(kind, tokens, entries, n_tables * dim * tables.dtype.itemsize)
+    row_bytes = dim * tables.dtype.itemsize
+    spread = need_tables and few_pages(kind, tokens * n_tables, n_tables * entries, row_bytes)
     whole = (n_tables, entries, dim) if need_tables else _EMPTY
-    if spread:
-        to_tables = zeros(kind, whole, grad_code, tables)
-    else:
-        to_tables = kind.empty(whole, grad_code, tables)
+    to_tables = (zeros if spread else empty)(kind, whole, grad_code, tables)
     to_weights = kind.empty(tuple(codes.shape) if need_weights else _EMPTY, F32, tables)
     ptr = kind.ptr
     scratch = kind.scratch("tables_backward", tables, tokens, n_tables, dim)

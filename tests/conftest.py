@@ -39,6 +39,19 @@ def simd_level(request):
     _backend.core.set_simd_level(before)
 
 
+@pytest.fixture(params=(True, False), ids=("features", "plain"))
+def features(request):
+    """With and without the instructions beyond a SIMD level (AVX-512 VNNI, VBMI, BF16)."""
+    if _backend.core is None:
+        if not request.param:
+            pytest.skip("no compiled module")
+        yield request.param
+        return
+    _backend.core.use_features(request.param)
+    yield request.param
+    _backend.core.use_features(True)
+
+
 @pytest.fixture(params=(1, 2, 3))
 def threads(request):
     """Runs a test with several numbers of threads."""

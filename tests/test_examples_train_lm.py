@@ -24,7 +24,7 @@ from lutra.examples._models import ARCHITECTURES, build  # noqa: E402
 from lutra.examples._run import Run, draw  # noqa: E402
 from lutra.examples._text import Corpus  # noqa: E402
 from lutra.examples._training import Settings, Trainer  # noqa: E402
-from lutra.examples.train_lm import app, losses_of  # noqa: E402
+from lutra.examples.train_lm import app  # noqa: E402
 
 TINY = Settings(
     dim=16, layers=2, heads=2, bits=4, ffn_bits=5, context=16, batch=4, steps=8, warmup=2, eval_every=4,
@@ -139,7 +139,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(text, tmp_path):
     second = Trainer(settings(text), run)
     assert second.resume() == 5
     same(second.train(), whole)
-    same(losses_of(run.folder), whole)
+    same(run.losses(), whole)
 
 
 def test_a_run_that_is_killed_goes_on(text, tmp_path):
@@ -156,14 +156,14 @@ def test_a_run_that_is_killed_goes_on(text, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     process.stderr.close()
-    at = len(losses_of(out))  # a whole file, whenever it was
+    at = len(Run(out).losses())  # a whole file, whenever it was
     assert 1 <= at < 400
     (out / "config.json").write_text(
         json.dumps({**json.loads((out / "config.json").read_text()), "steps": at + 4})
     )
     done = CliRunner().invoke(app, ["--out", str(out), "--resume", "--sample", "0"])
     assert done.exit_code == 0, done.output
-    assert len(losses_of(out)) == at + 4
+    assert len(Run(out).losses()) == at + 4
 
 
 def test_damaged_and_foreign_checkpoints(text, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lutra
-from lutra import _backend, scan
+from lutra import scan
 from lutra.reference import scan as reference
 
 SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 97)
@@ -21,19 +21,6 @@ def case(tokens, m, n, bits, seed=0):
 
 def exact(tables, codes, bits, bias=None):
     return reference.lookups(tables.astype(np.float64), codes, bits, bias)
-
-
-@pytest.fixture(params=(True, False), ids=("features", "plain"))
-def features(request):
-    """With and without the instructions beyond a level (AVX-512 VBMI)."""
-    if _backend.core is None:
-        if not request.param:
-            pytest.skip("no compiled module")
-        yield request.param
-        return
-    _backend.core.use_features(request.param)
-    yield request.param
-    _backend.core.use_features(True)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -23,19 +23,6 @@ def case(tokens, rows, dim, kind, group=None):
     return hidden, packed, decoded, rng.standard_normal(rows, dtype=np.float32)
 
 
-@pytest.fixture(params=(True, False), ids=("features", "plain"))
-def features(request):
-    """With and without integer products (AVX-512 VNNI)."""
-    if _backend.core is None:
-        if not request.param:
-            pytest.skip("no compiled module")
-        yield request.param
-        return
-    _backend.core.use_features(request.param)
-    yield request.param
-    _backend.core.use_features(True)
-
-
 def close(got, hidden, decoded, bias=None, share=3e-6, unit=2.0**-24):
     """``share`` of the sizes of the terms, and ``unit`` of a token's largest magnitude in each column."""
     want = hidden.astype(np.float64) @ decoded.T

@@ -5,27 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn import MemoryFormerLM
-from ..nn._attention import causal_mask, rotary_angles, rotate
+from ..nn import LookupFFN, MemoryFormerLM, ProductKeyMemory
+from ..nn._attention import attend
 from ..nn._memory_former import rotary_dims, small_std
 
 ARCHITECTURES = ("memoryformer", "lookupffn", "product-key", "dense")
+
+
+def linear(in_features: int, out_features: int, dim: int) -> torch.nn.Linear:
+    """A dense layer initialised as the embedding of a model of width ``dim`` is; its bias is zero."""
+    layer = torch.nn.Linear(in_features, out_features)
+    torch.nn.init.normal_(layer.weight, std=small_std(dim))
+    torch.nn.init.zeros_(layer.bias)
+    return layer
 
 
 class DenseFeedForward(torch.nn.Sequential):
     """Linear to four times the width, GELU, Linear back."""
 
     def __init__(self, dim: int) -> None:
-        wide = torch.nn.Linear(dim, 4 * dim)
-        narrow = torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.normal_(wide.weight, std=small_std(dim))
-        torch.nn.init.normal_(narrow.weight, std=small_std(dim))
-        torch.nn.init.zeros_(wide.bias)
-        torch.nn.init.zeros_(narrow.bias)
-        super().__init__(wide, torch.nn.GELU(), narrow)
+        super().__init__(linear(dim, 4 * dim, dim), torch.nn.GELU(), linear(4 * dim, dim, dim))
 
 
 class DenseBlock(torch.nn.Module):
@@ -38,29 +39,14 @@ class DenseBlock(torch.nn.Module):
         self.num_heads = num_heads
         self.rotary_dims, self.rotary_base = rotary_dims(rotary, dim // num_heads), 10000.0
         self.norm, self.ffn_norm = torch.nn.RMSNorm(dim, 1e-6), torch.nn.RMSNorm(dim, 1e-6)
-        self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
-        for layer in (self.qkv, self.out):
-            torch.nn.init.normal_(layer.weight, std=small_std(dim))
-            torch.nn.init.zeros_(layer.bias)
+        self.qkv, self.out = linear(dim, 3 * dim, dim), linear(dim, dim, dim)
         self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, *, angles=None, mask=None, cache: Any = None, layer: int = 0) -> Tensor:
-        """As `MemoryFormerBlock`'s."""
-        tokens = x.shape[1]
-        if angles is None and self.rotary_dims:
-            positions = torch.arange(tokens, device=x.device)
-            angles = rotary_angles(positions, self.rotary_dims, self.rotary_base)
-        if mask is None and cache is None:
-            mask = causal_mask(tokens, 0, None, x.device)
+        """As `MemoryFormerBlock`'s; the model around it gives angles and mask."""
         parts = self.qkv(self.norm(x)).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        if self.rotary_dims:
-            q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            k, v = cache.update(k, v, layer)
-        causal = mask is None and q.shape[2] > 1
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        angles = angles if self.rotary_dims else None
+        x = x + self.out(attend(parts, self.num_heads, angles, mask, cache, layer))
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -88,11 +74,7 @@ def build(
 
 def _feed_forward(arch: str, dim: int, bits: int, layer: int, layers: int) -> torch.nn.Module:
     if arch == "lookupffn":
-        from ..nn import LookupFFN
-
         return LookupFFN(dim, bits=bits)
     if arch == "product-key" and layer == layers // 2:
-        from ..nn import ProductKeyMemory
-
         return ProductKeyMemory(dim, num_sub_keys=128, k=16)
     return DenseFeedForward(dim)

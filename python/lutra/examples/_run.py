@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +75,8 @@ class Run:
         """Read the checkpoint into both: (step, losses); (0, []) where nothing was saved yet."""
         if not self.checkpoint.exists():
             return 0, []
-        try:
-            with safe_open(os.fspath(self.checkpoint), "pt") as file:
-                note = self._note(file.metadata() or {})
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{self.checkpoint} is damaged: {error}") from error
+        with self._open() as (file, note):
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         weights = {n.removeprefix("model."): a for n, a in arrays.items() if n.startswith("model.")}
         try:
             model.load_state_dict(weights)
@@ -91,6 +90,22 @@ class Run:
         optimizer.load_state_dict({"state": state, "param_groups": note["optimizer"]["param_groups"]})
         torch.set_rng_state(arrays["random"])
         return int(note["step"]), [list(row) for row in arrays["losses"].tolist()]
+
+    def losses(self) -> list[list[float]]:
+        """The losses in the checkpoint; FileNotFoundError where there is none."""
+        if not self.checkpoint.exists():
+            raise FileNotFoundError(f"{self.folder} holds no checkpoint")
+        with self._open() as (file, _):
+            return [list(row) for row in file.get_tensor("losses").tolist()]
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The checkpoint's tensors and its note; every problem is a ValueError that names the file."""
+        try:
+            with safe_open(os.fspath(self.checkpoint), "pt") as file:
+                yield file, self._note(file.metadata() or {})
+        except SafetensorError as error:
+            raise ValueError(f"{self.checkpoint} is damaged: {error}") from error
 
     def _note(self, metadata: dict[str, str]) -> dict[str, Any]:
         if metadata.get("format") != FORMAT:
@@ -129,7 +144,7 @@ def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend(title="held-out loss")
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."), dpi=120)
     pyplot.close(figure)
-    os.replace(temporary, path)
+    write_bytes(path, [picture.getbuffer()])

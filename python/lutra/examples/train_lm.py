@@ -95,7 +95,7 @@ def _train(given: dict[str, Any]) -> None:
     _progress(trainer, given["checkpoint_every"])
     curves = {settings.arch: trainer.losses}
     for other in given["compare"] or []:
-        curves[other.name] = losses_of(other)
+        curves[other.name] = Run(other).losses()
     _plot(run, curves)
     last = trainer.losses[-1][2]
     a_byte = f" ({last * trainer.corpus.tokens_per_byte:.4f} a byte)" if settings.tokens == "bpe" else ""
@@ -128,17 +128,6 @@ def _progress(trainer: Trainer, checkpoint_every: int) -> None:
             progress.update(task, completed=step, loss=f"loss {sum(smooth) / len(smooth):.4f}{latest}")
 
         trainer.train(checkpoint_every, seen)
-
-
-def losses_of(folder: Path) -> list[list[float]]:
-    """The losses in a run's checkpoint."""
-    from safetensors import safe_open
-
-    path = Run(folder).checkpoint
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no checkpoint")
-    with safe_open(str(path), "np") as file:
-        return [list(row) for row in file.get_tensor("losses").tolist()]
 
 
 def _plot(run: Run, curves: dict[str, list[list[float]]]) -> None:

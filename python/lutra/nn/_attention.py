@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,6 +27,25 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     a, b = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
     turned = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
     return torch.cat((*turned, x[..., 2 * half :]), -1)
+
+
+def attend(
+    parts: Sequence[Tensor], num_heads: int, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+    cache: Any, layer: int,
+) -> Tensor:  # fmt: skip
+    """Causal attention of several heads, (batch, tokens, dim).
+
+    ``parts`` are queries, keys and values of that shape; ``angles`` turn queries and keys (None: no rotary
+    positions), ``mask`` is that of `causal_mask`, ``layer`` the place in ``cache``.
+    """
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in parts)
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    if cache is not None:
+        k, v = cache.update(k, v, layer)
+    causal = mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return out.transpose(1, 2).flatten(2)
 
 
 def causal_mask(tokens: int, past: int, padding: Tensor | None, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..address import fwht
+from ._autocast import autocasts
 
 
 class HadamardProjection(torch.nn.Module):
@@ -84,7 +85,7 @@ class HadamardProjection(torch.nn.Module):
         """The projection, shape (..., out_features), of ``x`` of shape (..., in_features)."""
         diagonals = self.diagonals
         device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
+        if autocasts(device):
             dtype = torch.get_autocast_dtype(device)
             x, diagonals = x.to(dtype), diagonals.to(dtype)
         blocks = diagonals.shape[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _checks
-from ._attention import KeyValueCache, causal_mask, rotary_angles, rotate
+from ._attention import KeyValueCache, attend, causal_mask, rotary_angles
 from ._memory_linear import MemoryLinear
 
 #: The two configurations of the published code: layers, width, heads.
@@ -148,18 +148,10 @@ class MemoryFormerBlock(torch.nn.Module):
         if angles is None and self.rotary_dims:
             positions = torch.arange(past, past + tokens, device=x.device)
             angles = rotary_angles(positions, self.rotary_dims, self.rotary_base)
-        x = x + self.dropout(self._attend(self.norm(x), angles, mask, cache, layer))
+        angles = angles if self.rotary_dims else None
+        mixed = attend(self.qkv(self.norm(x)), self.num_heads, angles, mask, cache, layer)
+        x = x + self.dropout(mixed)
         return x + self.dropout(self.contract(self.hidden_norm(self.expand(self.ffn_norm(x)))))
-
-    def _attend(self, x, angles, mask, cache, layer):
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x))
-        if self.rotary_dims:
-            q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            k, v = cache.update(k, v, layer)
-        causal = mask is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return out.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         """The arguments that its layers do not show, for ``repr``."""

@@ -16,6 +16,7 @@ from ..address._sign_hash import SCORES
 from ..gather import quantize_rows
 from ..gather import tables as gather_tables
 from ..torch_ops import ops, plain
+from ._autocast import autocast_output, autocasts
 from ._hashes import make_projection, tree_codes
 from ._memory_ops import TouchedRows, memory_linear
 
@@ -284,7 +285,7 @@ class MemoryLinear(torch.nn.Module):
             out = memory_linear(kind, x, tables, bias, self.bits, self.score, self._temperature)[0]
         else:
             out = ops.memory_linear(x, tables, bias, self.bits, self.score, self._temperature)[0]
-        return _autocast(out, x.device.type)
+        return autocast_output(out)
 
     @staticmethod
     def _of_one_precision(x: Tensor, tables: Tensor) -> Tensor:
@@ -307,14 +308,14 @@ class MemoryLinear(torch.nn.Module):
             )
         if self.projection is not None:
             weight = next(self.projection.parameters())
-            if x.dtype is not weight.dtype and not _autocasts(x.device.type):
+            if x.dtype is not weight.dtype and not autocasts(x.device.type):
                 x = x.to(weight.dtype)
             x = self.projection(x)
             if ordinary:
                 return self._sum_rows(x)
         elif not self.quantized:
             x = self._of_one_precision(x, self.tables)
-        elif eager(x) and self.score in SCORES and not (self.learn_temperature or _autocasts("cpu")):
+        elif eager(x) and self.score in SCORES and not (self.learn_temperature or autocasts("cpu")):
             arguments = x, self.tables, self.bias, self.bits, self.score, self._temperature
             out = _quick(*arguments, self.scale, self.minimum)
             if out is not None:
@@ -324,7 +325,7 @@ class MemoryLinear(torch.nn.Module):
             out = self._gather(codes, weights)
         else:
             out = gather_tables(self.tables, codes, weights, self.bias, self.scale, self.minimum)
-        return _autocast(out, x.device.type)
+        return autocast_output(out)
 
     def _gather(self, codes: Tensor, weights: Tensor) -> Tensor:
         tables = self.tables
@@ -425,13 +426,3 @@ def _bits(bits, width, dtype) -> int:
             f"would take {taken}"
         )
     return _checks.integer("bits", bits, 1, 16)
-
-
-def _autocasts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def _autocast(out: Tensor, device: str) -> Tensor:
-    if _autocasts(device) and out.dtype is not torch.float64:
-        return out.to(torch.get_autocast_dtype(device))
-    return out

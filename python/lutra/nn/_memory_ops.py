@@ -123,6 +123,12 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, tables, codes, weights, scale, minimum)
 
 
+def _bias_grad(grad, dtype):
+    """The gradient of the bias, (dim,) of its type, from that of the outputs, (tokens, dim)."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.sum(0, dtype=wide).to(dtype)
+
+
 def _backward(ctx, grad, _codes, _weights):
     x, tables, codes, weights, scale, minimum = ctx.saved_tensors
     need_x, need_tables, need_bias = ctx.needs_input_grad[:3]
@@ -135,8 +141,7 @@ def _backward(ctx, grad, _codes, _weights):
         )
         to_x, to_tables = a if need_x else None, b if need_tables else None
     if need_bias:
-        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
+        to_bias = _bias_grad(grad.reshape(-1, grad.shape[-1]), ctx.bias_dtype)
     return to_x, to_tables, to_bias, None, None, None, None, None
 
 
@@ -181,8 +186,7 @@ class TouchedRows(torch.autograd.Function):
             to_weights = to_weights.to(weights.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[4]:
-            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            to_bias = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
+            to_bias = _bias_grad(flat, ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
             codes, weights = codes.reshape(-1, n_tables), weights.detach().reshape(-1, n_tables)
             if ctx.take is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..gather import bag, row_dots
+from ._autocast import autocast_output
 from ._product_keys import ProductKeyQueries, flat_inputs
 
 
@@ -123,10 +124,7 @@ class PEER(torch.nn.Module):
         hidden = self.activation(row_dots(self.down, ids, flat, sparse_grad=self.sparse))
         weights = gates.reshape(-1, length) * hidden
         out = bag(self.up, ids, weights=weights, sparse_grad=self.sparse)
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device) and out.dtype is not torch.float64:
-            out = out.to(torch.get_autocast_dtype(device))
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return autocast_output(out).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..address import product_keys
+from ._autocast import autocast_output
 from ._embedding_bag import EmbeddingBag
 
 QUERY_NORMS: dict[Any, int] = {"batch": 0, "layer": 1, None: 2}
@@ -256,10 +257,7 @@ class ProductKeyMemory(torch.nn.Module):
             out = out.to(gate.dtype) * gate
         if self.output is not None:
             out = self.output(out)
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device) and out.dtype is not torch.float64:
-            out = out.to(torch.get_autocast_dtype(device))
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return autocast_output(out).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from covering import covering
 
 from lutra import _backend
 
@@ -83,17 +84,6 @@ def pytest_addoption(parser):
         action="store_true",
         help="run all combinations of parameters where nothing is compiled too, not each value once",
     )
-
-
-def covering(cases: list[set]) -> list[int]:
-    """Places of a few cases that together have all that the cases have."""
-    left = set().union(*cases)
-    chosen = []
-    while left:
-        new = [len(left & case) for case in cases]
-        chosen.append(new.index(max(new)))
-        left -= cases[chosen[-1]]
-    return sorted(chosen)
 
 
 def pytest_collection_modifyitems(config, items):

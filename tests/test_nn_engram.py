@@ -27,8 +27,7 @@ def test_against_reference(shape, simd_level, threads):
         for orders in ([1, 2], [2, 3], [2, 4], [3]):
             got = xor_ngrams(tokens, MULTIPLIERS, MODULI, orders, pad=5)
             assert got.dtype == np.int64 and got.shape == (*shape, 6)
-            if tokens.size:
-                assert np.array_equal(got, reference(tokens, MULTIPLIERS, MODULI, orders, 5))
+            assert np.array_equal(got, reference(tokens, MULTIPLIERS, MODULI, orders, 5))
     part = rng.integers(0, 100, (6, 40))[::2, ::3]
     assert np.array_equal(xor_ngrams(part, MULTIPLIERS, MODULI), reference(part, MULTIPLIERS, MODULI, (2, 3)))
 

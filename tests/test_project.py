@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from covering import covering
 
 import lutra
 
@@ -54,8 +55,6 @@ def test_readme_has_no_open_figures():
 
 def test_what_is_left_where_nothing_is_compiled():
     """Each value of each parameter, not each combination."""
-    from conftest import covering
-
     cases = [{("size", i), ("dtype", j)} for i in range(5) for j in range(3)]
     chosen = [cases[i] for i in covering(cases)]
     assert len(chosen) == 5 and set().union(*chosen) == set().union(*cases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 
 import numpy as np
 
@@ -108,7 +109,7 @@ def token_ngrams(tokens, offsets=None, *, order=2, buckets, first_bucket=0, unig
 
 def xor_ngrams(tokens, multipliers, moduli, orders, pad=0):
     """Ids of n-grams hashed by multiply and xor; see `lutra.address.xor_ngrams`."""
-    rows = np.asarray(tokens).reshape(-1, tokens.shape[-1]).astype(np.uint64)
+    rows = tokens.reshape(prod(tokens.shape[:-1]), tokens.shape[-1]).astype(np.uint64)
     heads = np.asarray(moduli).reshape(len(orders), -1).astype(np.uint64)
     first = np.cumsum(heads.reshape(-1)) - heads.reshape(-1)
     ids = []

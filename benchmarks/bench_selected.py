@@ -28,6 +28,7 @@ def test_section(name):
 
 def test_embeddings():
     pytest.importorskip("torch")
+    pytest.importorskip("scipy")  # of the families
     if data_folder() is None:
         pytest.skip("no real data here")
     found = list(embeddings.rows(True))

@@ -50,6 +50,74 @@ def test_bag(mode):
         assert torch.allclose(ours.table.grad.to_dense(), theirs.weight.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sparse", (False, True))
+@pytest.mark.parametrize("norm_type", (1.0, 2.0))
+def test_max_norm_and_scale_grad_by_freq(dtype, sparse, norm_type, tmp_path):
+    """torch's Embedding: results, gradients, and the table afterwards; of a file, the same results."""
+    theirs = torch.nn.Embedding(
+        10, 5, padding_idx=3, max_norm=1.5, norm_type=norm_type, scale_grad_by_freq=True, dtype=dtype
+    )
+    ours = lutra.nn.HostEmbedding.from_embedding(theirs)
+    assert f"max_norm=1.5{f', norm_type={norm_type}' * (norm_type != 2)}, scale_grad" in repr(ours)
+    ours.sparse = sparse
+    ours.save(tmp_path / "t.safetensors")
+    mapped = lutra.nn.HostEmbedding(path=tmp_path / "t.safetensors", max_norm=1.5, norm_type=norm_type)
+    untouched = mapped.table.clone()
+    a, b = theirs(IDS), ours(IDS)
+    assert torch.equal(a, b) and torch.equal(ours.table, theirs.weight)
+    assert torch.equal(mapped(IDS), a) and torch.equal(mapped.table, untouched)
+    for out in (a, b):
+        (out * torch.arange(5).to(dtype)).sum().backward()
+    assert ours.table.grad.is_sparse == sparse
+    torch.testing.assert_close(ours.table.grad.to_dense(), theirs.weight.grad)
+    assert ours(IDS[:0]).shape == mapped(IDS[:0]).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("mode", ("sum", "mean", "max"))
+def test_bag_max_norm_and_scale_grad_by_freq(mode, tmp_path):
+    theirs = torch.nn.EmbeddingBag(10, 5, mode=mode, padding_idx=3, max_norm=1.5)
+    ours = lutra.nn.HostEmbeddingBag.from_embedding(theirs)
+    assert (ours.max_norm, ours.mode, ours.padding_idx) == (1.5, mode, 3)
+    ours.save(tmp_path / "t.safetensors")
+    mapped = lutra.nn.HostEmbeddingBag(
+        path=tmp_path / "t.safetensors", mode=mode, padding_idx=3, max_norm=1.5
+    )
+    ours.scale_grad_by_freq = mode != "max"
+    flat, offsets = IDS.reshape(-1), torch.tensor([0, 2, 2])
+    weights = torch.rand(6) if mode == "sum" else None
+    for arguments in ((IDS,), (flat, offsets, weights)):
+        theirs.weight.grad = ours.table.grad = None
+        given = mapped(*arguments)  # before the others shorten rows
+        a, b = theirs(*arguments), ours(*arguments)
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, given)
+        assert torch.equal(ours.table, theirs.weight)
+        for out in (a, b):
+            out.square().sum().backward()
+        want = theirs.weight.grad  # torch's EmbeddingBag divides by the wrong counts
+        if mode != "max":
+            want = want / torch.bincount(flat, minlength=10).clamp(min=1).unsqueeze(1)
+        torch.testing.assert_close(ours.table.grad.to_dense(), want)
+
+
+def test_signatures_are_torchs():
+    import inspect
+
+    for ours, theirs in (
+        (lutra.nn.HostEmbedding, torch.nn.Embedding),
+        (lutra.nn.HostEmbeddingBag, torch.nn.EmbeddingBag),
+    ):
+        for method in ("__init__", "from_pretrained"):
+            mine = inspect.signature(getattr(ours, method)).parameters
+            known = inspect.signature(getattr(theirs, method)).parameters
+            want = [name for name in known if not name.startswith("_")]
+            got = [name for name, p in mine.items() if p.kind is not p.KEYWORD_ONLY]
+            assert got == want
+            for name in set(want) - {"sparse", "num_embeddings", "embedding_dim", "self"}:
+                assert mine[name].default == known[name].default
+
+
 def test_nothing_moves_or_casts_the_table():
     layer = lutra.nn.HostEmbedding(10, 4)
     model = torch.nn.Sequential(layer, torch.nn.Linear(4, 2))
@@ -164,5 +232,7 @@ def test_bad_input(tmp_path):
             lutra.nn.HostEmbedding(path=path, name="b")
     with pytest.raises(FileNotFoundError):
         lutra.nn.HostEmbedding(path=tmp_path / "none")
-    with pytest.raises(ValueError, match="max_norm"):
-        lutra.nn.HostEmbedding.from_embedding(torch.nn.Embedding(3, 2, max_norm=1.0))
+    with pytest.raises(ValueError, match="mode 'max' does not support scale_grad_by_freq"):
+        lutra.nn.HostEmbeddingBag(10, 4, mode="max", scale_grad_by_freq=True)(IDS)
+    with pytest.raises(IndexError):
+        lutra.nn.HostEmbeddingBag(10, 4, max_norm=1.0)(torch.tensor([[10]]))

@@ -21,6 +21,7 @@ def layers():
         "backpack": (nn.BackpackEmbedding(20, 6, senses=3), (ids(),)),
         "dict": (nn.SenseDict(20, 6, 3), (ids(), torch.randn(2, 5, 6))),
         "ragged": (nn.SenseDict(20, 6, [1, 2, 3, 4] * 5), (ids(), torch.randn(2, 5, 6))),
+        "padded": (nn.SenseDict(20, 6, [1, 2, 3, 4] * 5, padding_idx=3), (ids(), torch.randn(2, 5, 6))),
         "lexinvariant": (nn.LexinvariantEmbedding(20, 6, seed=4), (ids(), torch.tensor([3, 9]))),
         "mixed": (
             nn.LexinvariantEmbedding(20, 6, seed=4, learned=[1, 5], random_fraction=0.5),
@@ -156,6 +157,58 @@ def test_sense_dict_ragged_and_pretrained():
         nn.SenseDict(3, 4, [1, 0, 2])
     with pytest.raises(ValueError, match="gradient must be one of"):
         nn.SenseDict(3, 4, gradient="soft")
+
+
+@pytest.mark.parametrize("gradient", ("hard", "straight_through", "softmax"))
+@pytest.mark.parametrize("senses", (3, [1, 2, 3, 4] * 5))
+def test_sense_dict_padding(senses, gradient):
+    """Of the padding nothing learns; what the other tokens learn is as without it."""
+    torch.manual_seed(0)
+    layer = nn.SenseDict(20, 6, senses, gradient=gradient, padding_idx=-17)
+    assert layer.padding_idx == 3 and "padding_idx=3" in repr(layer)
+    rows = layer.weight[3:4] if layer.offsets is None else layer.weight[6:10]
+    assert not rows.any() and (layer.weight.flatten(0, -2) != 0).any(-1).sum() == len(
+        layer.weight.flatten(0, -2)
+    ) - len(rows.flatten(0, -2))
+    with torch.no_grad():
+        rows.normal_()
+    plain = nn.SenseDict.from_pretrained(
+        layer.weight.detach().clone(), layer.offsets, freeze=False, gradient=gradient
+    )
+    again = nn.SenseDict.from_pretrained(layer.weight.detach().clone(), layer.offsets, padding_idx=3)
+    assert torch.equal(again.weight, layer.weight)
+    x, context = torch.tensor([[3, 5, 7, 5], [1, 3, 3, 5]]), torch.randn(2, 4, 6)
+    real = (x != 3).unsqueeze(-1)
+    grads = []
+    for m, mask in ((layer, torch.ones_like(real)), (plain, real)):
+        c = context.clone().requires_grad_()
+        out = m(x, c)
+        assert torch.equal(out, plain(x, context))
+        loss = (out.square() * mask).sum()
+        grads.append(torch.autograd.grad(loss, (m.weight, c), materialize_grads=True))
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want)
+    assert grads[0][0].any()
+
+
+def test_padding_is_torchs():
+    """With one sense a token both layers are torch's Embedding."""
+    theirs = torch.nn.Embedding(20, 6, padding_idx=4)
+    x, g = torch.tensor([[4, 5, 4], [0, 5, 19]]), torch.randn(2, 3, 6)
+    theirs(x).backward(g)
+    table = theirs.weight.detach()[:, None].clone()
+    for layer, others in (
+        (nn.SenseDict.from_pretrained(table, freeze=False, padding_idx=4), (torch.randn(2, 3, 6),)),
+        (nn.BackpackEmbedding.from_pretrained(table, False, 4), ()),
+        (nn.BackpackEmbedding.from_pretrained(table, False, 4), (torch.eye(3).expand(2, 1, 3, 3),)),
+    ):
+        torch.testing.assert_close(layer(x, *others), theirs(x))
+        layer(x, *others).backward(g)
+        torch.testing.assert_close(layer.weight.grad[:, 0], theirs.weight.grad)
+    assert not nn.BackpackEmbedding(20, 6, 2, padding_idx=4).weight[4].any()
+    for cls in (nn.SenseDict, nn.BackpackEmbedding):
+        with pytest.raises(ValueError, match="padding_idx is 20"):
+            cls(20, 6, padding_idx=20)
 
 
 # ---------------------------------------------------------------- lexinvariant

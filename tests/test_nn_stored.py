@@ -203,8 +203,6 @@ def test_errors(name):
         layer(torch.ones(2))
     with pytest.raises(TypeError, match="unknown argument 'wrong'"):
         getattr(nn, cls)(ROWS, DIM, wrong=1)
-    with pytest.raises(ValueError, match="scale_grad_by_freq"):
-        getattr(nn, cls)(ROWS, DIM, scale_grad_by_freq=True)
     for wrong in (
         {"bits": 5},
         {"own": -1},
@@ -230,6 +228,89 @@ def test_sparse_gradients_and_max_norm(name):
         assert sparse.table.grad.is_sparse
         torch.testing.assert_close(sparse.table.grad.to_dense(), dense.table.grad)
     assert (made(name, max_norm=1.0)(ids).norm(dim=1) <= 1.001).all()
+
+
+def gradients(name, bag, **options):
+    """Gradients of the rows in one call, one for each id: what SGD of rate 1 does to a table, or the table's
+    gradient.
+    """
+    layer = made(name, bag, **options)
+    if name in PACKED:
+        seen = {}
+        layer._write = lambda ids, rows, grads, batch, seed: seen.update(zip(ids.tolist(), grads))
+        lutra.optim.SGD(layer.parameters(), lr=1.0).attach(layer)
+    ids = ids_of(8, 5) % 9
+    ids[3, :2] = PAD
+    calls = [(ids,)]
+    if bag:
+        calls = [(ids,), (ids.reshape(-1), torch.tensor([0, 4, 4, 13]))]
+        if layer.mode == "sum":
+            calls.append((ids, None, torch.rand(8, 5, generator=torch.Generator().manual_seed(1))))
+    out = []
+    for call in calls:
+        layer.zero_grad()
+        y = layer(*call)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)))
+        if name in PACKED:
+            seen.clear()
+            layer._attachment.optimizer.step()
+            out.append(torch.stack([seen.get(i, torch.zeros(DIM)) for i in range(9)]))
+        else:
+            out.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    return layer, calls, out
+
+
+@pytest.mark.parametrize("mode", (None, "sum", "mean"))
+@pytest.mark.parametrize("name", METHODS)
+def test_scale_grad_by_freq(name, mode):
+    """Packed rows get torch's gradients. The others, whose ids share what they are made of, get those of a
+    call of which each id's gradient was divided by hand.
+    """
+    options = {"padding_idx": PAD} | ({} if mode is None else {"mode": mode})
+    layer, calls, got = gradients(name, mode is not None, scale_grad_by_freq=True, **options)
+    cls = torch.nn.Embedding if mode is None else torch.nn.EmbeddingBag
+    for call, mine in zip(calls, got):
+        # torch's EmbeddingBag divides by the wrong counts (test_nn_embedding_bag.py): its gradient unscaled
+        scaled = {"scale_grad_by_freq": True} if mode is None else {}
+        theirs = cls.from_pretrained(layer.dense(), freeze=False, **scaled, **options)
+        y = theirs(*call)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)))
+        want = theirs.weight.grad[:9]
+        if mode is not None:
+            want = want / torch.bincount(call[0].reshape(-1), minlength=9).clamp(min=1).unsqueeze(1)
+        if name in PACKED:
+            torch.testing.assert_close(mine, want)
+            continue
+        plain = made(name, padding_idx=PAD)
+        plain.load_state_dict(layer.state_dict())
+        plain(torch.arange(9)).backward(want)
+        for a, b in zip(mine, [p.grad for p in plain.parameters() if p.grad is not None], strict=True):
+            torch.testing.assert_close(a, b)
+    if mode is not None:
+        layer.mode = "max"
+        with pytest.raises(ValueError, match="scale_grad_by_freq"):
+            layer(*calls[0])
+
+
+@pytest.mark.parametrize("bag", (False, True))
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_max_norm(name, bag):
+    """As torch: the rows that a call reads are shortened where they are stored, no others."""
+    layer = made(name, bag, max_norm=3.0, norm_type=2.5)
+    before, ids = layer.dense(), torch.tensor([[5, 7, 5, 9]])
+    theirs = torch.nn.Embedding.from_pretrained(before.clone(), max_norm=3.0, norm_type=2.5)
+    want = theirs(ids) if not bag else theirs(ids).mean(1)
+    close = {"rtol": 1e-5, "atol": 1e-5} if layer.bits == 8 else {"rtol": 2e-3, "atol": 5e-3}
+    optimizer_of(layer)
+    for _ in range(2):
+        torch.testing.assert_close(layer(ids), want, **close)
+        torch.testing.assert_close(layer.dense(), theirs.weight, **close)
+    others = [i for i in range(ROWS) if i not in (5, 7, 9)]
+    assert torch.equal(layer.dense()[others], before[others])
+    stored = layer.packed.clone()
+    layer(ids)
+    assert torch.equal(layer.packed, stored)
+    layer(torch.zeros(0, 2, dtype=torch.int64))
 
 
 def test_hash_is_even():
@@ -326,8 +407,6 @@ def test_packed_layers_train_only_attached(name):
     with pytest.raises(RuntimeError, match="trains only attached"):
         copy.deepcopy(layer)(ids_of(3))
     cls, method = METHODS[name]
-    with pytest.raises(ValueError, match="max_norm"):
-        getattr(nn, cls)(ROWS, DIM, max_norm=1.0, **method)
     with pytest.raises(ValueError, match="sparse"):
         getattr(nn, cls)(ROWS, DIM, sparse=True, **method)
 

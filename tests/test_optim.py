@@ -329,6 +329,38 @@ def test_copies_are_ordinary_layers():
     assert not a(bags(0)).requires_grad
 
 
+@pytest.mark.parametrize("mode", (None, "sum", "mean"))
+def test_attached_by_frequency(mode):
+    """scale_grad_by_freq: the steps of a layer that is not attached, for ids that occur once and often."""
+    options = {"scale_grad_by_freq": True, "padding_idx": 3} | ({} if mode is None else {"mode": mode})
+    cls = lutra.nn.Embedding if mode is None else lutra.nn.EmbeddingBag
+    a, b = layer(cls, **options), layer(cls, **options)
+    one, two = lutra.optim.SGD(a.parameters(), lr=0.1), torch.optim.SGD(b.parameters(), lr=0.1)
+    one.attach(a)
+    ids = bags(5) % 7
+    ids[2] = 3
+    flat = ids.reshape(-1)
+    calls = [[(ids,)], [(ids,), (ids[:3],)]]  # two calls in a step: each has its own counts
+    if mode is not None:
+        calls += [
+            [(flat, torch.tensor([0, 5, 5, 9, 47]))],
+            [(flat.int(), torch.tensor([2, 5], dtype=torch.int32))],
+        ]
+    if mode == "sum":
+        calls.append([(ids, None, torch.rand(12, 4))])
+    for m, optimizer in ((a, one), (b, two)):
+        for step in calls:
+            optimizer.zero_grad()
+            sum(m(*call).square().sum() for call in step).backward()
+            optimizer.step()
+        if mode is not None:
+            m.include_last_offset = True
+            optimizer.zero_grad()
+            m(flat, torch.tensor([0, 5, 5, 48])).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(a.weight, b.weight)
+
+
 def test_misuse_of_attached_layers():
     a = layer()
     optimizer = lutra.optim.SGD(a.parameters(), lr=0.1)
@@ -338,9 +370,6 @@ def test_misuse_of_attached_layers():
         optimizer.attach(layer())
     with pytest.raises(ValueError, match="when must be one of"):
         optimizer.attach(a, when="later")
-    by_frequency = layer(scale_grad_by_freq=True)
-    with pytest.raises(ValueError, match="scale_grad_by_freq"):
-        lutra.optim.SGD(by_frequency.parameters()).attach(by_frequency)
     hooked = layer()
     hooked.weight.register_hook(lambda g: g)
     with pytest.raises(ValueError, match="hooks"):

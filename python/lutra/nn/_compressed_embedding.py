@@ -130,7 +130,7 @@ class CompressedEmbedding(Compressed, torch.nn.Embedding):
         ids = input.reshape(-1)
         rows = self._rows(ids)
         if self.scale_grad_by_freq and rows.requires_grad:
-            rows = _GradByFrequency.apply(rows, ids)
+            rows = GradByFrequency.apply(rows, ids)
         if self.padding_idx is not None:
             rows = torch.where((ids == self.padding_idx).unsqueeze(1), self.padding_row, rows)
         return rows.reshape(*input.shape, self.embedding_dim)
@@ -143,7 +143,7 @@ def _row(table: Table, row: int) -> Tensor:
     return table[torch.tensor([row])][0].detach()
 
 
-class _GradByFrequency(torch.autograd.Function):
+class GradByFrequency(torch.autograd.Function):
     """The identity on looked-up rows; the gradient of each is divided by how often its id occurs."""
 
     @staticmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..compress._table import to_numpy
 from ..gather import bag
 from ..index import _files
-from ._common import IDS
+from ._common import IDS, ScaleByFrequency
 from ._embedding_ops import ops
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,10 +31,18 @@ class Host(torch.nn.Module):
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+    sparse: bool
     pin: bool
 
-    def _begin(self, rows, dim, padding_idx, table, path, name, pin, device, dtype, freeze):
+    def _begin(
+        self, rows, dim, padding_idx, limits, sparse, table, path, name, pin, device, dtype, freeze
+    ):  # fmt: skip
         torch.nn.Module.__init__(self)
+        self.max_norm, self.norm_type, self.scale_grad_by_freq = limits
+        self.sparse = sparse
         self.path, self._name, self.pin = None if path is None else os.fspath(path), name, bool(pin)
         if path is not None:
             if table is not None:
@@ -77,8 +85,10 @@ class Host(torch.nn.Module):
 
     def extra_repr(self) -> str:
         where = f"path={self.path!r}" if self.mapped else "in host memory"
-        pad = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}, {where}{pad}"
+        text = f"{self.num_embeddings}, {self.embedding_dim}, {where}"
+        usual = {"padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False}
+        own = {k: getattr(self, k) for k in usual}
+        return text + "".join(f", {k}={v!r}" for k, v in own.items() if v != usual[k])
 
     def reset_parameters(self) -> None:
         """Fresh rows, N(0, 1); zeros in the padding row. A table in a file stays as it is."""
@@ -122,6 +132,27 @@ class Host(torch.nn.Module):
             self.table, _ = open_table(self.path, self._name)
 
     # ---------------------------------------------------------------- computing
+    def _trains(self) -> bool:
+        return self.table.requires_grad and torch.is_grad_enabled()
+
+    def _limited(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """A table in which rows are no longer than max_norm, and ids into it.
+
+        The rows of a table in memory are shortened where they are, as torch does; of a file those that are
+        asked for are copied.
+        """
+        if self.max_norm is None:
+            return self.table, ids
+        if not self.mapped:
+            if ids.numel():
+                torch.embedding_renorm_(self.table.detach(), ids.contiguous(), self.max_norm, self.norm_type)
+            return self.table, ids
+        some, places = torch.unique(ids, return_inverse=True)
+        rows = self.table.detach()[some]
+        if len(some):
+            torch.embedding_renorm_(rows, torch.arange(len(some)), self.max_norm, self.norm_type)
+        return rows, places.to(ids.dtype)
+
     def _send(self, rows: Tensor, device: torch.device) -> Tensor:
         """Rows on the device of the ids, in the dtype of the model."""
         rows = rows.to(self.weight.dtype)
@@ -144,8 +175,12 @@ class HostEmbedding(Host, torch.nn.Embedding):
     ----------
     num_embeddings, embedding_dim : int
         May be left out with ``path``.
-    padding_idx : int, optional
-        Its row gets no gradient.
+    padding_idx, max_norm, norm_type, scale_grad_by_freq
+        As in ``torch.nn.Embedding``: with ``max_norm`` the rows that a call reads are shortened in the table.
+        Those of a file are not: shortened copies are given.
+    sparse : bool, default True
+        The gradient of the table holds the rows touched only. It stays on the host. (torch refuses
+        ``scale_grad_by_freq`` with ``sparse``; here they go together.)
     path : path, optional
         A safetensors file, mapped: it opens in milliseconds whatever its size, pages are read when rows in
         them are, and the table is not trained. The file is never written.
@@ -153,8 +188,6 @@ class HostEmbedding(Host, torch.nn.Embedding):
         The tensor in the file; not needed where it holds a single one of two axes.
     pin : bool, default True
         Send rows to CUDA from pinned memory.
-    sparse : bool, default True
-        The gradient of the table holds the rows touched only. It stays on the host.
     device, dtype
         ``device`` for nothing but what the layer reports as ``weight.device``.
 
@@ -181,57 +214,56 @@ class HostEmbedding(Host, torch.nn.Embedding):
 
     def __init__(
         self, num_embeddings: int | None = None, embedding_dim: int | None = None,
-        padding_idx: int | None = None, *, path: Any = None, name: str | None = None, pin: bool = True,
-        sparse: bool = True, device: Any = None, dtype: Any = None,
+        padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False, sparse: bool = True, device: Any = None, dtype: Any = None, *,
+        path: Any = None, name: str | None = None, pin: bool = True,
     ) -> None:  # fmt: skip
         check_sizes(num_embeddings, embedding_dim, path)
-        self._begin(num_embeddings, embedding_dim, padding_idx, None, path, name, pin, device, dtype, False)
-        self._rest(sparse)
+        limits = max_norm, norm_type, scale_grad_by_freq
+        self._begin(
+            num_embeddings, embedding_dim, padding_idx, limits, sparse, None, path, name, pin, device, dtype,
+            False,
+        )  # fmt: skip
         if self.padding_idx is not None and not self.mapped:
             with torch.no_grad():
                 self.table[self.padding_idx] = 0
 
-    def _rest(self, sparse: bool) -> None:
-        self.sparse, self.max_norm, self.norm_type, self.scale_grad_by_freq = sparse, None, 2.0, False
-
     @classmethod
     def from_pretrained(
-        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None, sparse: bool = True, *,
-        pin: bool = True,
+        cls, embeddings: Tensor, freeze: bool = True, padding_idx: int | None = None,
+        max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
+        sparse: bool = True, *, pin: bool = True,
     ) -> HostEmbedding:  # fmt: skip
         """A layer with a dense table, which is taken over if it is on the host and copied there if not."""
         layer = cls.__new__(cls)
         table = embeddings.detach().cpu()
+        limits = max_norm, norm_type, scale_grad_by_freq
         layer._begin(
-            None, None, padding_idx, table, None, None, pin, embeddings.device, embeddings.dtype, freeze
-        )
-        layer._rest(sparse)
+            None, None, padding_idx, limits, sparse, table, None, None, pin, embeddings.device,
+            embeddings.dtype, freeze,
+        )  # fmt: skip
         return layer
 
     @classmethod
     def from_embedding(cls, embedding: torch.nn.Embedding, *, pin: bool = True) -> HostEmbedding:
-        """A layer with a copy of an ``nn.Embedding``'s table, its padding_idx and requires_grad.
-
-        Raises
-        ------
-        ValueError
-            The embedding uses max_norm or scale_grad_by_freq.
-        """
-        if embedding.max_norm is not None or embedding.scale_grad_by_freq:
-            raise ValueError("a table on the host has neither max_norm nor scale_grad_by_freq")
+        """A layer with a copy of an ``nn.Embedding``'s table and its settings, but ``sparse=True``."""
         weight = embedding.weight
         layer = cls.from_pretrained(
-            weight.detach().clone(), not weight.requires_grad, embedding.padding_idx, pin=pin
-        )
+            weight.detach().clone(), not weight.requires_grad, embedding.padding_idx, embedding.max_norm,
+            embedding.norm_type, embedding.scale_grad_by_freq, pin=pin,
+        )  # fmt: skip
         return layer.train(embedding.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows, (\\*input.shape, embedding_dim), on the device of the ids."""
         ids = on_host(input, self.num_embeddings)
-        if self.table.requires_grad and torch.is_grad_enabled():
-            rows = ops.embedding(self.table, ids, self.padding_idx, self.sparse)
+        table, ids = self._limited(ids)
+        if self._trains():
+            if self.scale_grad_by_freq:
+                table = ScaleByFrequency.apply(table, ids, self.sparse)
+            rows = ops.embedding(table, ids, self.padding_idx, self.sparse)
         else:
-            rows = bag(self.table, ids.reshape(-1, 1)).reshape(*ids.shape, self.embedding_dim)
+            rows = bag(table, ids.reshape(-1, 1)).reshape(*ids.shape, self.embedding_dim)
         return self._send(rows, input.device)
 
 
@@ -239,51 +271,58 @@ class HostEmbeddingBag(Host, torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` whose table stays in host memory, or in a mapped file.
 
     Bags are summed on the host (`lutra.gather.bag`) and only these are sent to the device of the ids.
-    Parameters and attributes as `HostEmbedding`; ``mode`` and ``include_last_offset`` as torch's, and entries
-    equal to ``padding_idx`` are left out of the bags.
+    Parameters and attributes as `HostEmbedding` and ``torch.nn.EmbeddingBag``: entries equal to
+    ``padding_idx`` are left out of the bags, and the gradient of mode 'max' is dense.
     """
 
     def __init__(
-        self, num_embeddings: int | None = None, embedding_dim: int | None = None, mode: str = "mean",
-        padding_idx: int | None = None, include_last_offset: bool = False, *, path: Any = None,
-        name: str | None = None, pin: bool = True, sparse: bool = True, device: Any = None, dtype: Any = None,
+        self, num_embeddings: int | None = None, embedding_dim: int | None = None,
+        max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
+        mode: str = "mean", sparse: bool = True, include_last_offset: bool = False,
+        padding_idx: int | None = None, device: Any = None, dtype: Any = None, *, path: Any = None,
+        name: str | None = None, pin: bool = True,
     ) -> None:  # fmt: skip
         check_sizes(num_embeddings, embedding_dim, path)
-        self._begin(num_embeddings, embedding_dim, padding_idx, None, path, name, pin, device, dtype, False)
-        self._rest(mode, include_last_offset, sparse)
+        limits = max_norm, norm_type, scale_grad_by_freq
+        self._begin(
+            num_embeddings, embedding_dim, padding_idx, limits, sparse, None, path, name, pin, device, dtype,
+            False,
+        )  # fmt: skip
+        self._bags(mode, include_last_offset)
         if self.padding_idx is not None and not self.mapped:
             with torch.no_grad():
                 self.table[self.padding_idx] = 0
 
-    def _rest(self, mode, include_last_offset, sparse):
+    def _bags(self, mode, include_last_offset):
         if mode not in ("sum", "mean", "max"):
             raise ValueError(f"mode must be one of 'sum', 'mean', 'max'; got {mode!r}")
-        self.mode, self.include_last_offset, self.sparse = mode, include_last_offset, sparse
-        self.max_norm, self.norm_type, self.scale_grad_by_freq = None, 2.0, False
+        self.mode, self.include_last_offset = mode, include_last_offset
 
     @classmethod
     def from_pretrained(
-        cls, embeddings: Tensor, freeze: bool = True, mode: str = "mean", padding_idx: int | None = None,
-        include_last_offset: bool = False, sparse: bool = True, *, pin: bool = True,
+        cls, embeddings: Tensor, freeze: bool = True, max_norm: float | None = None, norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = True,
+        include_last_offset: bool = False, padding_idx: int | None = None, *, pin: bool = True,
     ) -> HostEmbeddingBag:  # fmt: skip
         """A layer with a dense table, which is taken over if it is on the host and copied there if not."""
         layer = cls.__new__(cls)
         table = embeddings.detach().cpu()
+        limits = max_norm, norm_type, scale_grad_by_freq
         layer._begin(
-            None, None, padding_idx, table, None, None, pin, embeddings.device, embeddings.dtype, freeze
-        )
-        layer._rest(mode, include_last_offset, sparse)
+            None, None, padding_idx, limits, sparse, table, None, None, pin, embeddings.device,
+            embeddings.dtype, freeze,
+        )  # fmt: skip
+        layer._bags(mode, include_last_offset)
         return layer
 
     @classmethod
     def from_embedding(cls, embedding: torch.nn.EmbeddingBag, *, pin: bool = True) -> HostEmbeddingBag:
-        """A layer with a copy of an ``nn.EmbeddingBag``'s table and its settings; see `HostEmbedding`."""
-        if embedding.max_norm is not None or embedding.scale_grad_by_freq:
-            raise ValueError("a table on the host has neither max_norm nor scale_grad_by_freq")
+        """A layer with a copy of an ``nn.EmbeddingBag``'s table and its settings, but ``sparse=True``."""
         weight = embedding.weight
         layer = cls.from_pretrained(
-            weight.detach().clone(), not weight.requires_grad, embedding.mode, embedding.padding_idx,
-            embedding.include_last_offset, pin=pin,
+            weight.detach().clone(), not weight.requires_grad, embedding.max_norm, embedding.norm_type,
+            embedding.scale_grad_by_freq, embedding.mode, include_last_offset=embedding.include_last_offset,
+            padding_idx=embedding.padding_idx, pin=pin,
         )  # fmt: skip
         return layer.train(embedding.training)
 
@@ -291,10 +330,21 @@ class HostEmbeddingBag(Host, torch.nn.EmbeddingBag):
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """Bags of rows, (bags, embedding_dim), on the device of the ids."""
-        ids = on_host(input, None)
+        if self.mode == "max" and self.scale_grad_by_freq:
+            raise ValueError("mode 'max' does not support scale_grad_by_freq")
+        changes = self.max_norm is not None or self.scale_grad_by_freq
+        ids = on_host(input, self.num_embeddings if changes else None)  # else the bag checks
         others = [None if a is None else a.cpu() for a in (offsets, per_sample_weights)]
+        table, places = self._limited(ids)
+        padding = self.padding_idx
+        if padding is not None and places is not ids:  # numbers of copies
+            padding = len(table)
+            places = torch.where(ids == self.padding_idx, padding, places)
+            table = torch.cat([table, table.new_zeros(1, self.embedding_dim)])
+        if self.scale_grad_by_freq and self._trains():
+            table = ScaleByFrequency.apply(table, ids, self.sparse)
         out = bag(
-            self.table, ids, *others, mode=self.mode, padding_idx=self.padding_idx,
+            table, places, *others, mode=self.mode, padding_idx=padding,
             include_last_offset=self.include_last_offset and offsets is not None,
             sparse_grad=self.sparse and self.mode != "max",
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _checks
 from ..gather import Senses, bag, senses
 from ..gather._senses import GRADIENTS
+from ._compressed import padded_row
 
 
 class BackpackEmbedding(torch.nn.Module):
@@ -23,6 +24,8 @@ class BackpackEmbedding(torch.nn.Module):
     num_embeddings, embedding_dim : int
     senses : int, default 16
         k, sense vectors of a token.
+    padding_idx : int, optional
+        This token's sense vectors begin as zeros and get no gradient.
     device, dtype
         As in ``torch.nn.Embedding``.
 
@@ -50,6 +53,7 @@ class BackpackEmbedding(torch.nn.Module):
         embedding_dim: int,
         senses: int = 16,
         *,
+        padding_idx: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -57,26 +61,32 @@ class BackpackEmbedding(torch.nn.Module):
         self.num_embeddings = _checks.integer("num_embeddings", num_embeddings, 0)
         self.embedding_dim = _checks.integer("embedding_dim", embedding_dim, 0)
         self.num_senses = _checks.integer("senses", senses, 1)
+        self.padding_idx = padded_row(padding_idx, num_embeddings)
         shape = (num_embeddings, self.num_senses, embedding_dim)
         self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         torch.nn.init.normal_(self.weight)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[self.padding_idx] = 0
 
     @classmethod
-    def from_pretrained(cls, table: Tensor, freeze: bool = True) -> BackpackEmbedding:
+    def from_pretrained(
+        cls, table: Tensor, freeze: bool = True, padding_idx: int | None = None
+    ) -> BackpackEmbedding:
         """A layer on given sense vectors, (num_embeddings, senses, embedding_dim)."""
         _sense_table(table)
         rows, count, dim = table.shape
-        layer = cls(rows, dim, count, device="meta", dtype=table.dtype)
+        layer = cls(rows, dim, count, padding_idx=padding_idx, device="meta", dtype=table.dtype)
         layer.weight = torch.nn.Parameter(table, requires_grad=not freeze)
         return layer
 
     def senses(self, input: Tensor) -> Tensor:
         """Sense vectors of each token, (\\*input.shape, senses, embedding_dim)."""
         rows, count, dim = self.weight.shape
-        flat = torch.nn.functional.embedding(input, self.weight.reshape(rows, count * dim))
+        flat = torch.nn.functional.embedding(input, self.weight.reshape(rows, count * dim), self.padding_idx)
         return flat.reshape(*input.shape, count, dim)
 
     def forward(self, input: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -121,10 +131,11 @@ class BackpackEmbedding(torch.nn.Module):
         if given is not None and not given.is_floating_point():
             raise TypeError(f"weights has dtype {given.dtype}; it must be a floating point type")
         out = bag(self.weight.reshape(rows * k, dim), ids, weights=given)
-        return out.reshape(*input.shape, dim)
+        return _constant(out.reshape(*input.shape, dim), input, self.padding_idx)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, senses={self.num_senses}"
+        text = f"{self.num_embeddings}, {self.embedding_dim}, senses={self.num_senses}"
+        return text + _padding_repr(self.padding_idx)
 
 
 class SenseDict(torch.nn.Module):
@@ -139,6 +150,8 @@ class SenseDict(torch.nn.Module):
         What the context receives, as in `lutra.gather.senses`.
     temperature : float, default 1.0
         Of gradient 'softmax'.
+    padding_idx : int, optional
+        This token's senses begin as zeros; they and the context at its places get no gradient.
     device, dtype
         As in ``torch.nn.Embedding``.
 
@@ -160,13 +173,14 @@ class SenseDict(torch.nn.Module):
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, senses: Any = 4, *, gradient: str = "straight_through",
-        temperature: float = 1.0, device: Any = None, dtype: Any = None,
+        temperature: float = 1.0, padding_idx: int | None = None, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.num_embeddings = _checks.integer("num_embeddings", num_embeddings, 0)
         self.embedding_dim = _checks.integer("embedding_dim", embedding_dim, 0)
         _checks.choice("gradient", gradient, GRADIENTS)
         self.gradient, self.temperature = gradient, _checks.positive("temperature", temperature)
+        self.padding_idx = padded_row(padding_idx, num_embeddings)
         offsets = None
         shape: tuple[int, ...]
         if isinstance(senses, int):
@@ -185,12 +199,22 @@ class SenseDict(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         torch.nn.init.normal_(self.weight)
+        if self.padding_idx is None or self.weight.is_meta:
+            return
+        first, end = self.padding_idx, self.padding_idx + 1
+        if self.offsets is not None:
+            first, end = self.offsets[first : end + 1].tolist()
+        with torch.no_grad():
+            self.weight[first:end] = 0
 
     @classmethod
     def from_pretrained(
         cls, table: Tensor, offsets: Tensor | None = None, freeze: bool = True, **options: Any
     ) -> SenseDict:
-        """A layer on given senses: (num_embeddings, senses, dim), or (total, dim) with offsets."""
+        """A layer on given senses: (num_embeddings, senses, dim), or (total, dim) with offsets.
+
+        ``options`` are gradient, temperature and padding_idx, whose senses stay as they are given.
+        """
         if offsets is None:
             _sense_table(table)
             layer = cls(
@@ -214,9 +238,10 @@ class SenseDict(torch.nn.Module):
 
     def choose(self, input: Tensor, context: Tensor) -> Senses:
         """Vectors, sense numbers and scores; see `lutra.gather.senses`."""
-        return senses(
+        out = senses(
             self.weight, input, context, self.offsets, gradient=self.gradient, temperature=self.temperature
         )
+        return out._replace(vectors=_constant(out.vectors, input, self.padding_idx))
 
     def forward(self, input: Tensor, context: Tensor) -> Tensor:
         """The chosen senses, (\\*input.shape, embedding_dim); context has that shape too."""
@@ -224,7 +249,19 @@ class SenseDict(torch.nn.Module):
 
     def extra_repr(self) -> str:
         count = self.weight.shape[1] if self.offsets is None else f"{len(self.weight)} in all"
-        return f"{self.num_embeddings}, {self.embedding_dim}, senses={count}, gradient={self.gradient!r}"
+        text = f"{self.num_embeddings}, {self.embedding_dim}, senses={count}, gradient={self.gradient!r}"
+        return text + _padding_repr(self.padding_idx)
+
+
+def _constant(vectors: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    """The same vectors; no gradient goes through those of the padding."""
+    if padding_idx is None or not vectors.requires_grad:
+        return vectors
+    return torch.where((ids == padding_idx).unsqueeze(-1), vectors.detach(), vectors)
+
+
+def _padding_repr(padding_idx: int | None) -> str:
+    return "" if padding_idx is None else f", padding_idx={padding_idx}"
 
 
 def _sense_table(table: Tensor) -> None:

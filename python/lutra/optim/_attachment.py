@@ -94,14 +94,17 @@ class Attachment:
 
     def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
         self.check(layer)
-        return _Embedding.apply(layer.weight, self, ids, layer.padding_idx)
+        return _Embedding.apply(layer.weight, self, ids, layer.padding_idx, layer.scale_grad_by_freq)
 
     def bag(
         self, layer: torch.nn.Module, ids: Tensor, offsets: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         self.check(layer)
         last = layer.include_last_offset and offsets is not None
-        return _Bag.apply(layer.weight, self, ids, offsets, weights, layer.mode, layer.padding_idx, last)
+        return _Bag.apply(
+            layer.weight, self, ids, offsets, weights, layer.mode, layer.padding_idx, last,
+            layer.scale_grad_by_freq,
+        )  # fmt: skip
 
     def stored(
         self, layer: Any, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None,
@@ -160,10 +163,31 @@ def merge(calls: list[Call]) -> Call | None:
     return first._replace(grad=grad, ids=ids, weights=weights)
 
 
+def by_frequency(call: Call) -> Call:
+    """A call (of mode 'sum' or 'mean') with the gradient of each row divided by how often its id occurs."""
+    ids, wide = call.ids, torch.float64 if call.grad.dtype == torch.float64 else torch.float32
+    _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    weights = counts[inverse].to(wide).reciprocal()
+    if call.weights is not None:
+        weights *= call.weights
+    if call.mode == "mean":  # over its entries that are no padding
+        real = torch.ones_like(weights) if call.padding_idx is None else (ids != call.padding_idx).to(wide)
+        if call.offsets is None:
+            weights /= real.sum(1, keepdim=True).clamp(min=1)
+        else:
+            ends = (
+                call.offsets if call.last else torch.cat([call.offsets, call.offsets.new_tensor([len(ids)])])
+            )
+            of, entries = torch.repeat_interleave(ends.diff()), slice(int(ends[0]), int(ends[-1]))
+            sizes = real.new_zeros(len(ends)).index_add_(0, of, real[entries])
+            weights[entries] /= sizes.clamp(min=1)[of]
+    return call._replace(weights=weights, mode="sum")
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, attachment, ids, padding_idx):
-        ctx.attachment, ctx.padding_idx = attachment, padding_idx
+    def forward(ctx, weight, attachment, ids, padding_idx, frequency):
+        ctx.attachment, ctx.padding_idx, ctx.frequency = attachment, padding_idx, frequency
         ctx.save_for_backward(ids)
         return torch.embedding(weight, ids)
 
@@ -174,14 +198,14 @@ class _Embedding(torch.autograd.Function):
         versions = grad._version, ids._version
         grad = grad.reshape(-1, grad.shape[-1])
         call = Call(grad, ids.reshape(-1, 1), None, None, None, "sum", ctx.padding_idx, False, versions)
-        ctx.attachment.take(call)
-        return None, None, None, None
+        ctx.attachment.take(by_frequency(call) if ctx.frequency else call)
+        return (None,) * 5
 
 
 class _Bag(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, attachment, ids, offsets, weights, mode, padding_idx, last):
-        ctx.attachment, ctx.options = attachment, (mode, padding_idx, last)
+    def forward(ctx, weight, attachment, ids, offsets, weights, mode, padding_idx, last, frequency):
+        ctx.attachment, ctx.options, ctx.frequency = attachment, (mode, padding_idx, last), frequency
         reads = mode == "max" or ctx.needs_input_grad[4]
         ctx.save_for_backward(weight if reads else None, ids, offsets, weights)
         return bag(
@@ -202,8 +226,9 @@ class _Bag(torch.autograd.Function):
             to_weights = to_weights.to(weights.dtype)
         held = None if weights is None else weights.detach()
         versions = grad._version, ids._version
-        ctx.attachment.take(Call(grad, ids, offsets, held, argmax, mode, padding_idx, last, versions))
-        return None, None, None, None, to_weights, None, None, None
+        call = Call(grad, ids, offsets, held, argmax, mode, padding_idx, last, versions)
+        ctx.attachment.take(by_frequency(call) if ctx.frequency else call)
+        return None, None, None, None, to_weights, None, None, None, None
 
 
 class _Stored(torch.autograd.Function):
@@ -224,7 +249,7 @@ class _Stored(torch.autograd.Function):
         versions, padding = (grad._version, ids._version), layer.padding_idx
         if mode is None:
             call = Call(grad, ids.reshape(-1, 1), None, None, None, "sum", padding, False, versions)
-            ctx.attachment.take(call)
+            ctx.attachment.take(by_frequency(call) if layer.scale_grad_by_freq else call)
             return (None,) * 8
         kind, argmax, to_weights = torch_kind(grad.is_cuda), None, None
         if packed is not None:
@@ -236,5 +261,6 @@ class _Stored(torch.autograd.Function):
                 to_weights = _bag_weight_grad(kind, grad, rows, entries, offsets, None, None, pad, last)
                 to_weights = to_weights.to(weights.dtype)
         held = None if weights is None else weights.detach()
-        ctx.attachment.take(Call(grad, ids, offsets, held, argmax, mode, padding, last, versions))
+        call = Call(grad, ids, offsets, held, argmax, mode, padding, last, versions)
+        ctx.attachment.take(by_frequency(call) if layer.scale_grad_by_freq else call)
         return None, None, None, None, None, to_weights, None, None

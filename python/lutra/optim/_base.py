@@ -152,8 +152,8 @@ class RowOptimizer(torch.optim.Optimizer):
         TypeError
             Another kind of layer, with none of these in it.
         ValueError
-            The weight is not in this optimizer, or attached to another one; a layer with
-            ``scale_grad_by_freq``; a weight with hooks, which would not be called.
+            The weight is not in this optimizer, or attached to another one; a weight with hooks, which would
+            not be called.
 
         Notes
         -----
@@ -171,8 +171,6 @@ class RowOptimizer(torch.optim.Optimizer):
             old = layer._attachment
             if old is not None and old.optimizer is not self:
                 raise ValueError("the layer is attached to another optimizer: detach it there first")
-            if getattr(layer, "scale_grad_by_freq", False):
-                raise ValueError("a layer with scale_grad_by_freq cannot be attached")
             if table_of(layer)._backward_hooks or table_of(layer)._post_accumulate_grad_hooks:
                 raise ValueError("the layer's weight has hooks, which would never be called")
             shared = self._attached.get(table_of(layer))

@@ -36,8 +36,6 @@ class Packed(Stored):
     def _make(self, bits: int, seed: int | None) -> None:
         if bits not in KINDS:
             raise ValueError(f"bits must be 8, 4 or 2, got {bits!r}")
-        if self.max_norm is not None:
-            raise ValueError(f"{type(self).__name__} has no max_norm")
         if self.sparse:
             raise ValueError(
                 f"{type(self).__name__} has no sparse gradients: attach it to a lutra.optim optimizer"
@@ -73,6 +71,10 @@ class Packed(Stored):
         """Store rows as they are first: rounded to nearest."""
         raise NotImplementedError
 
+    def _shrink(self, rows: Tensor, ids: Tensor, factor: Tensor) -> None:
+        """Store ``rows * factor``, factor (n, 1); each id once."""
+        self._encode(rows * factor, ids)
+
     def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, seed: int) -> None:
         """Store updated rows (n, dim) float32, each id once; ``grads`` is what updated them."""
         raise NotImplementedError
@@ -96,12 +98,33 @@ class Packed(Stored):
             )
         return False
 
+    @torch.no_grad()
+    def _renorm(self, ids: Tensor) -> None:
+        """Shorten the stored rows of these ids to max_norm, as torch does."""
+        if self.max_norm is None or not ids.numel():
+            return
+        ids = torch.unique(ids)
+        rows = self._read(ids)
+        norm = rows.norm(p=self.norm_type, dim=1, keepdim=True)
+        slack = 1e-6 if self.bits == 8 else 2.0**-9  # scales of float16: what was shortened can be longer
+        long = (norm > self.max_norm * (1 + slack)).squeeze(1)
+        if bool(long.any()):
+            self._shrink(rows[long], ids[long], self.max_norm / (norm[long] + 1e-7))
+
+    def _given_out(self, ids: Tensor) -> Tensor:
+        return self._rows(ids)  # `_renorm` and the attachment see to the rest
+
+    def _by_entry(self) -> bool:
+        return False
+
     def _rows(self, ids: Tensor) -> Tensor:
+        self._renorm(ids)
         return self._attachment.stored(self, ids) if self._trains() else self._values(ids)
 
     def _bags(
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool
     ) -> Tensor:
+        self._renorm(ids)
         if self._trains():
             return self._attachment.stored(self, ids, offsets, weights, mode, last)
         return self._reduce(ids, offsets, weights, mode, last)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...compress.formats.base import check_ids
 from .._common import check_bags
 from .._compressed import padded_row
+from .._compressed_embedding import GradByFrequency
 from ._scaffold import Method, entries_of, matrix_shape, reduce_bags, take
 
 _MASK = (1 << 64) - 1
@@ -64,8 +65,6 @@ class Stored(Method, torch.nn.Module):
         scale_grad_by_freq: bool, sparse: bool, device: Any, dtype: Any, method: dict[str, Any],
     ) -> None:  # fmt: skip
         self._refuse_unknown(method)
-        if scale_grad_by_freq:
-            raise ValueError(f"{type(self).__name__} has no scale_grad_by_freq")
         torch.nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = rows, dim
         self.padding_idx = padded_row(padding_idx, rows)
@@ -143,10 +142,20 @@ class Stored(Method, torch.nn.Module):
 
     def _forward(self, ids: Tensor) -> Tensor:
         ids = check_ids(ids, self.num_embeddings)
-        rows = self._rows(ids.reshape(-1))
-        if self.max_norm is not None:
-            rows = self._limited(rows)
-        return rows.reshape(*ids.shape, self.embedding_dim)
+        return self._given_out(ids.reshape(-1)).reshape(*ids.shape, self.embedding_dim)
+
+    def _given_out(self, ids: Tensor) -> Tensor:
+        """`_rows` with max_norm and scale_grad_by_freq."""
+        rows = self._rows(ids)
+        if self.scale_grad_by_freq and rows.requires_grad:
+            rows = GradByFrequency.apply(rows, ids)
+        return rows if self.max_norm is None else self._limited(rows)
+
+    def _by_entry(self) -> bool:
+        """Whether a bag needs the row of each entry by itself, since gradients go by ids, not by entries of a
+        table.
+        """
+        return self.scale_grad_by_freq and torch.is_grad_enabled()
 
     def _limited(self, rows: Tensor) -> Tensor:
         """Rows with at most the norm ``max_norm``: what comes out, not what is stored."""
@@ -159,10 +168,7 @@ class Stored(Method, torch.nn.Module):
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, mode: str, last: bool
     ) -> Tensor:
         """Bags of valid ids: rows, then `lutra.gather.bag`."""
-        rows = self._rows(ids.reshape(-1))
-        if self.max_norm is not None:
-            rows = self._limited(rows)
-        rows, entries, pad = entries_of(rows, ids, self.padding_idx)
+        rows, entries, pad = entries_of(self._given_out(ids.reshape(-1)), ids, self.padding_idx)
         return reduce_bags(rows, entries, offsets, weights, mode, pad, last)
 
 
@@ -228,7 +234,8 @@ class StoredEmbeddingBag(Stored, torch.nn.EmbeddingBag):
         if offsets is not None:
             offsets = offsets.to(ids.dtype)
         last = self.include_last_offset and offsets is not None
-        return self._bags(ids, offsets, per_sample_weights, self.mode, last)
+        reduce = Stored._bags if self._by_entry() else type(self)._bags
+        return reduce(self, ids, offsets, per_sample_weights, self.mode, last)
 
     @classmethod
     def from_pretrained(

@@ -70,6 +70,9 @@ class _ALPT(Packed):
         steps = rows.float().abs().amax(1) / (2 ** (self.bits - 1) - 1)
         self._store(rows, ids, torch.where(steps > 0, steps, torch.full_like(steps, 1e-3)), None)
 
+    def _shrink(self, rows: Tensor, ids: Tensor, factor: Tensor) -> None:
+        self._store(rows * factor, ids, self.row_steps(ids) * factor.squeeze(1), None)  # the same codes
+
     def _write(self, ids: Tensor, rows: Tensor, grads: Tensor, batch: int, seed: int) -> None:
         high = 2 ** (self.bits - 1) - 1
         steps = self.row_steps(ids)

@@ -403,6 +403,62 @@ def test_errors():
 
 
 @needs_kernel
+@pytest.mark.parametrize("size", [7, ROWS, ROWS + 3])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_scaled_rows_operator(size, mode):
+    """The gradients of all of a scaled table's arrays in one op."""
+    ids, offsets = torch.randint(0, ROWS, (30,)), torch.tensor([1, 4, 4, 29])
+    grad, table, scale = torch.randn(4, 17), torch.randn(size, 17), torch.randn(ROWS, 1)
+    weights = torch.rand(30) if mode == "sum" else None
+    given = (grad, table, scale, ids, offsets, weights, mode, 3, False, True, True, True)
+    torch.library.opcheck(torch.ops.lutra.scaled_rows_backward.default, given)
+    got = torch.ops.lutra.scaled_rows_backward(*given)
+    leaves = [
+        a.double().requires_grad_() for a in (table, scale, torch.ones(30) if mode == "mean" else weights)
+    ]
+    rows = leaves[0][ids % size] * leaves[1][ids] * leaves[2][:, None] * (ids != 3)[:, None]
+    spans = [rows[a:b] for a, b in ((1, 4), (4, 4), (4, 29), (29, 30))]
+    kept = [int((ids[a:b] != 3).sum()) for a, b in ((1, 4), (4, 4), (4, 29), (29, 30))]
+    out = torch.stack([r.sum(0) / (max(n, 1) if mode == "mean" else 1) for r, n in zip(spans, kept)])
+    want = torch.autograd.grad(out, leaves, grad.double())
+    for a, b in zip(got[: 2 if mode == "mean" else 3], want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(IndexError, match="60"):
+        torch.ops.lutra.scaled_rows_backward(grad, table, scale, torch.full((30,), 60), *given[4:])
+
+
+@needs_kernel
+@pytest.mark.parametrize("width", SIZES)
+@pytest.mark.parametrize("bits", [4, 11])
+def test_summed_books(width, bits, simd_level):
+    """Residual codes: blocks of books and of columns, bags longer than a block; whole numbers, so exact."""
+    m = 5
+    rng = np.random.default_rng(width)
+    stored = torch.from_numpy(rng.integers(0, 256, (ROWS, (m * bits + 7) // 8), dtype=np.uint8))
+    pieces = Pieces("codes", (m, bits), width, "sum")
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape):
+        return torch.randint(-8, 9, shape, generator=generator).float()
+
+    table = whole(pieces.table_rows, width).requires_grad_()
+    offsets = torch.tensor([0, 2, 2, 4000])  # a bag of more entries than a block has
+    # Few entries touch few rows of the books, whose gradient then takes another way.
+    for n, starts, w in ((5000, offsets, None), (5000, offsets, whole(5000)), (9, offsets[:2], None)):
+        ids = torch.from_numpy(rng.integers(0, ROWS, n))
+        out = bag_pieces(table, ids, starts, w, pieces=pieces, rows=ROWS, stored=stored)
+        wide = table.detach().double().requires_grad_()
+        want = bag_pieces(
+            wide, ids, starts, None if w is None else w.double(), pieces=pieces, rows=ROWS, stored=stored
+        )
+        assert torch.equal(out.double(), want)
+        grad = whole(*out.shape)
+        (got,) = torch.autograd.grad(out, table, grad)
+        (wanted,) = torch.autograd.grad(want, wide, grad.double())
+        assert torch.equal(got.double(), wanted)
+
+
+@needs_kernel
 def test_operators_of_gradients():
     pieces, stored = source("codes", 4, 3, 8)
     table, ids = table_for(pieces), torch.randint(0, ROWS, (5, 4))

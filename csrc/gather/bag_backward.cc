@@ -27,7 +27,7 @@ void backward(const BagBackwardArgs& a) {
   const int64_t row_bytes = a.dim * size;
   auto* out = static_cast<typename T::type*>(a.grad_table);
   const bool past = a.dim % W == 0 && reinterpret_cast<uintptr_t>(out) % (W * sizeof(*out)) == 0 &&
-                    (a.dense ? a.rows : count) * row_bytes > (4 << 20);
+                    (a.dense ? a.rows : count) * row_bytes > (4 << 20) && !(a.dense && row_bytes < 256);
   const SegmentSums plan{a.order,    a.starts, a.touched,  a.bag_of, a.bag_scale, a.weights, a.argmax,
                          a.grad_out, a.dim,    a.bag.mode, a.dense,  0,           past};
   const double sums = static_cast<double>(a.starts[count]) * (4 + static_cast<double>(row_bytes) / 16);
@@ -42,6 +42,10 @@ void backward(const BagBackwardArgs& a) {
   team_ranges(a.rows, grain, cost, [&](int64_t r0, int64_t r1) {
     const int64_t k0 = lower_bound(a.touched, count, r0), k1 = lower_bound(a.touched, count, r1);
     int64_t row = r0;
+    if (row_bytes < 256) {  // a call for each gap costs more than writing thin rows twice
+      memset(bytes + r0 * row_bytes, 0, static_cast<size_t>((r1 - r0) * row_bytes));
+      return sum_segments<T, T>(plan, out, k0, k1);
+    }
     for (int64_t k = k0; k < k1; row = a.touched[k++] + 1)  // zeros up to the next touched row
       memset(bytes + row * row_bytes, 0, static_cast<size_t>((a.touched[k] - row) * row_bytes));
     memset(bytes + row * row_bytes, 0, static_cast<size_t>((r1 - row) * row_bytes));

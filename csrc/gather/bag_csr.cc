@@ -3,7 +3,8 @@
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "common/team.h"
-#include "gather/bag_ids.h"
+#include "gather/entry_grads.h"
+#include "gather/rows.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -32,19 +33,22 @@ struct Csr {
     return {values(begin), columns(begin), end - begin};
   }
   // The rows further down a list: where they begin must be known before their values can be fetched.
-  void prefetch_start(uint64_t r) const {
-    __builtin_prefetch(static_cast<const char*>(t.indptr) + r * (t.wide ? 8 : 4));
+  // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops calls of it.
+  __attribute__((always_inline)) void prefetch_start(uint64_t r) const {
+    prefetch_far(static_cast<const char*>(t.indptr) + r * (t.wide ? 8 : 4));
   }
-  void prefetch_row(int64_t r) const {
-    const int64_t at = start(r);
-    if (at < 0 || at >= t.nnz) return;
-    __builtin_prefetch(values(at));
-    __builtin_prefetch(values(at) + 16);
-    __builtin_prefetch(columns(at));
+  __attribute__((always_inline)) void prefetch_row(int64_t r) const {
+    const int64_t begin = start(r), end = start(r + 1);
+    if (begin < 0 || end <= begin || end > t.nnz) return;
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename T::type));
+    for (int64_t i = begin; i < end && i < begin + 8 * kLine; i += kLine) prefetch_far(values(i));
+    prefetch_far(values(end - 1));
+    prefetch_far(columns(begin));
+    prefetch_far(columns(end - 1));
   }
 };
 
-constexpr int kFar = 24, kNear = 12;  // entries ahead whose start, and whose values, are fetched
+constexpr int kFar = 96, kNear = 48;  // entries ahead whose start, and whose values, are fetched (see rows.h)
 
 // Columns of one byte or two index sums of their whole range, so that none needs a check; those of four are cut at dim.
 template <class Column>
@@ -57,7 +61,7 @@ LUTRA_INLINE int64_t place(Column c, int64_t dim) {
 }
 
 template <class T, class Column, class Id>
-void prefetch(const Csr<T, Column>& table, const Id* ids, int64_t e, int64_t last) {
+LUTRA_INLINE void prefetch(const Csr<T, Column>& table, const Id* ids, int64_t e, int64_t last) {
   if (e + kFar < last) table.prefetch_start(static_cast<uint64_t>(ids[e + kFar]));
   if (e + kNear < last) {
     const int64_t next = ids[e + kNear];
@@ -165,6 +169,12 @@ struct Backward {
   template <class T, class Column>
   void run() const {
     const int64_t count = *a.count;
+    if (a.whole) {
+      auto* bytes = static_cast<char*>(a.grad_values);
+      const int64_t size = a.table.nnz * static_cast<int64_t>(sizeof(typename T::type));
+      team_ranges(size, 1 << 18, static_cast<double>(size) / 30,
+                  [&](int64_t i, int64_t j) { memset(bytes + i, 0, static_cast<size_t>(j - i)); });
+    }
     const double cost = static_cast<double>(a.starts[count]) * row_cost(a.table);
     const int64_t grain = cost <= 40e3 ? count : static_cast<int64_t>(count / (cost / 40e3)) + 1;
     team_ranges(count, grain, cost, [&](int64_t k0, int64_t k1) { rows<T, Column>(k0, k1); });
@@ -173,10 +183,9 @@ struct Backward {
 
 // ---------------------------------------------------------------- weights
 template <class T, class Column, class Id>
-void products(const BagCsrWeightGradArgs& a, const BagBounds& bounds, int64_t b0, int64_t b1, BadFirst* bad,
-              bool* broken) {
+void products(const BagCsrWeightGradArgs& a, const BagBounds& bounds, const Id* ids, int64_t b0, int64_t b1,
+              BadFirst* bad, bool* broken) {
   const Csr<T, Column> table{a.table};
-  const auto* ids = static_cast<const Id*>(a.bag.ids);
   const int64_t dim = a.table.dim, last = bounds.begin(b1);
   for (int64_t b = b0; b < b1; ++b) {
     const auto* g = static_cast<const typename T::type*>(a.grad_out) + b * dim;
@@ -208,16 +217,8 @@ struct WeightGrad {
   bool* broken;
   template <class T, class Column>
   void run() const {
-    const int64_t first = bounds.begin(0), last = bounds.begin(a.bag.bags);
-    for (int64_t e = 0; e < first && e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;  // of no bag
-    for (int64_t e = last; e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
-    const double cost = static_cast<double>(last - first) * row_cost(a.table);
-    const int64_t grain = cost <= 40e3 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / (cost / 40e3)) + 1;
-    team_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
-      if (a.bag.id_type == DType::i32)
-        products<T, Column, int32_t>(a, bounds, b0, b1, bad, broken);
-      else
-        products<T, Column, int64_t>(a, bounds, b0, b1, bad, broken);
+    each_entry(a.bag, bounds, a.grad_weights, 1, row_cost(a.table), [&](const auto* ids, int64_t b0, int64_t b1) {
+      products<T, Column>(a, bounds, ids, b0, b1, bad, broken);
     });
   }
 };
@@ -233,12 +234,18 @@ void of_columns(const CsrTable& t, const Work& work) {
 }
 
 template <class Work>
-void of_types(const CsrTable& t, const Work& work) {
-  switch (t.dtype) {
-    case DType::f16: return of_columns<F16>(t, work);
-    case DType::bf16: return of_columns<BF16>(t, work);
-    default: return of_columns<F32>(t, work);
+struct Columns {
+  const CsrTable& t;
+  const Work& work;
+  template <class T>
+  void run() const {
+    of_columns<T>(t, work);
   }
+};
+
+template <class Work>
+void of_types(const CsrTable& t, const Work& work) {
+  of_grads(t.dtype, Columns<Work>{t, work});
 }
 
 }  // namespace

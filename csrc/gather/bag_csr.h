@@ -5,8 +5,9 @@
 //   bf16. Bags as in gather/bag.h, Mode::sum (weights may be nullptr) and Mode::mean. out (bags, dim) of the values'
 //   type; sums are accumulated in f32, in the order of the ids.
 //
-//   bag_csr_backward: gradient of the values, from the plan of bag_sort. It writes the values of touched rows only; the
-//   others must be zero already. bag_csr_weight_grad: <grad_out[b], row(id_i)>, 0 at padding_idx and for ids of no bag.
+//   bag_csr_backward: gradient of the values, from the plan of bag_sort. With `whole` all are written; else those of
+//   touched rows only, and the others must be zero already. bag_csr_weight_grad: <grad_out[b], row(id_i)>, 0 at
+//   padding_idx and for ids of no bag.
 //
 // *bad as in gather/bag.h, or kBadCsr for an indptr that decreases or leaves [0, nnz]. A column that is not below dim
 // is dropped: nothing outside the arrays is touched whatever they hold. Limit: three random reads a row (indptr,
@@ -46,7 +47,8 @@ struct BagCsrBackwardArgs {
   const int64_t* count;
   const float* weights;
   const void* grad_out;  // (bags, dim), the values' type
-  void* grad_values;     // (nnz,), zeros where no row is touched
+  bool whole;
+  void* grad_values;  // (nnz,)
   int64_t* bad;
 };
 

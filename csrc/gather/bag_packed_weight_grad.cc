@@ -1,6 +1,5 @@
 #include "common/parallel.h"
-#include "common/team.h"
-#include "gather/bag_ids.h"
+#include "gather/entry_grads.h"
 #include "gather/packed.h"
 #include "gather/packed_rows.h"
 #include "gather/rows.h"
@@ -35,11 +34,11 @@ LUTRA_INLINE float dot(const PackedTable& t, const uint8_t* row, const float* g,
 }
 
 template <Packed K, class G, class Id>
-void weight_grads(const BagPackedWeightGradArgs& a, const BagBounds& bounds, int64_t b0, int64_t b1, BadFirst* bad) {
+void weight_grads(const BagPackedWeightGradArgs& a, const BagBounds& bounds, const Id* ids, int64_t b0, int64_t b1,
+                  BadFirst* bad) {
   const PackedTable& t = a.table;
   const int64_t padded = (t.dim + W - 1) / W * W, groups = (t.dim + t.group - 1) / t.group;
   Buffer<float> g(padded), sums(groups);
-  const auto* ids = static_cast<const Id*>(a.bag.ids);
   const int64_t last = bounds.begin(b1), ahead = rows_ahead(t.row_bytes);
   const int64_t reach = t.row_bytes < 2048 ? t.row_bytes : 2048;
   for (int64_t j = t.dim; j < padded; ++j) g[j] = 0;
@@ -65,30 +64,17 @@ void weight_grads(const BagPackedWeightGradArgs& a, const BagBounds& bounds, int
   }
 }
 
-template <Packed K, class G>
-void of_types(const BagPackedWeightGradArgs& a, const BagBounds& bounds, BadFirst* bad) {
-  const int64_t first = bounds.begin(0), last = bounds.begin(a.bag.bags);
-  const double cost = static_cast<double>(last - first) * (10 + static_cast<double>(a.table.dim) * 0.2);
-  const int64_t grain = cost <= 30e3 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / (cost / 30e3)) + 1;
-  // entries of no bag
-  for (int64_t e = 0; e < first && e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
-  for (int64_t e = last; e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
-  team_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
-    if (a.bag.id_type == DType::i32)
-      weight_grads<K, G, int32_t>(a, bounds, b0, b1, bad);
-    else
-      weight_grads<K, G, int64_t>(a, bounds, b0, b1, bad);
-  });
-}
-
 template <Packed K>
-void of_kind(const BagPackedWeightGradArgs& a, const BagBounds& bounds, BadFirst* bad) {
-  switch (a.grad_dtype) {
-    case DType::f16: return of_types<K, F16>(a, bounds, bad);
-    case DType::bf16: return of_types<K, BF16>(a, bounds, bad);
-    default: return of_types<K, F32>(a, bounds, bad);
+struct Work {
+  const BagPackedWeightGradArgs& a;
+  const BagBounds& bounds;
+  BadFirst* bad;
+  template <class G>
+  void run() const {
+    each_entry(a.bag, bounds, a.grad_weights, 1, 10 + static_cast<double>(a.table.dim) * 0.2,
+               [&](const auto* ids, int64_t b0, int64_t b1) { weight_grads<K, G>(a, bounds, ids, b0, b1, bad); });
   }
-}
+};
 
 }  // namespace
 
@@ -98,12 +84,12 @@ void bag_packed_weight_grad(const BagPackedWeightGradArgs& a) {
   if (*a.bad != -1) return;
   BadFirst bad;
   switch (a.table.kind) {
-    case Packed::int8: of_kind<Packed::int8>(a, bounds, &bad); break;
-    case Packed::int4: of_kind<Packed::int4>(a, bounds, &bad); break;
-    case Packed::int2: of_kind<Packed::int2>(a, bounds, &bad); break;
-    case Packed::nf4: of_kind<Packed::nf4>(a, bounds, &bad); break;
-    case Packed::e4m3: of_kind<Packed::e4m3>(a, bounds, &bad); break;
-    case Packed::e5m2: of_kind<Packed::e5m2>(a, bounds, &bad); break;
+    case Packed::int8: of_grads(a.grad_dtype, Work<Packed::int8>{a, bounds, &bad}); break;
+    case Packed::int4: of_grads(a.grad_dtype, Work<Packed::int4>{a, bounds, &bad}); break;
+    case Packed::int2: of_grads(a.grad_dtype, Work<Packed::int2>{a, bounds, &bad}); break;
+    case Packed::nf4: of_grads(a.grad_dtype, Work<Packed::nf4>{a, bounds, &bad}); break;
+    case Packed::e4m3: of_grads(a.grad_dtype, Work<Packed::e4m3>{a, bounds, &bad}); break;
+    case Packed::e5m2: of_grads(a.grad_dtype, Work<Packed::e5m2>{a, bounds, &bad}); break;
   }
   *a.bad = bad.result();
 }

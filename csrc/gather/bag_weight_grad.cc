@@ -1,7 +1,6 @@
 #include "common/parallel.h"
-#include "common/team.h"
 #include "gather/bag.h"
-#include "gather/bag_ids.h"
+#include "gather/entry_grads.h"
 #include "gather/rows.h"
 
 namespace lutra {
@@ -26,10 +25,10 @@ LUTRA_INLINE float dot(const float* g, const typename T::type* row, int64_t dim)
 }
 
 template <class T, class G, class Id>
-void weight_grads(const BagWeightGradArgs& a, const BagBounds& bounds, int64_t b0, int64_t b1, BadFirst* bad) {
+void weight_grads(const BagWeightGradArgs& a, const BagBounds& bounds, const Id* ids, int64_t b0, int64_t b1,
+                  BadFirst* bad) {
   constexpr int kAhead = 8;
   Buffer<float> g(a.dim);
-  const auto* ids = static_cast<const Id*>(a.bag.ids);
   const auto* table = static_cast<const typename T::type*>(a.table);
   const int64_t last = bounds.begin(b1), row_bytes = a.dim * static_cast<int64_t>(sizeof(*table));
   for (int64_t b = b0; b < b1; ++b) {
@@ -59,30 +58,17 @@ void weight_grads(const BagWeightGradArgs& a, const BagBounds& bounds, int64_t b
   }
 }
 
-template <class T, class G>
-void of_types(const BagWeightGradArgs& a, const BagBounds& bounds, BadFirst* bad) {
-  const int64_t first = bounds.begin(0), last = bounds.begin(a.bag.bags);
-  const double cost = static_cast<double>(last - first) * (10 + static_cast<double>(a.dim) * 0.25);
-  const int64_t grain = cost <= 30e3 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / (cost / 30e3)) + 1;
-  // entries of no bag
-  for (int64_t e = 0; e < first && e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
-  for (int64_t e = last; e < a.bag.n_ids; ++e) a.grad_weights[e] = 0;
-  team_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
-    if (a.bag.id_type == DType::i32)
-      weight_grads<T, G, int32_t>(a, bounds, b0, b1, bad);
-    else
-      weight_grads<T, G, int64_t>(a, bounds, b0, b1, bad);
-  });
-}
-
 template <class T>
-void of_table(const BagWeightGradArgs& a, const BagBounds& bounds, BadFirst* bad) {
-  switch (a.grad_dtype) {
-    case DType::f16: return of_types<T, F16>(a, bounds, bad);
-    case DType::bf16: return of_types<T, BF16>(a, bounds, bad);
-    default: return of_types<T, F32>(a, bounds, bad);
+struct Work {
+  const BagWeightGradArgs& a;
+  const BagBounds& bounds;
+  BadFirst* bad;
+  template <class G>
+  void run() const {
+    each_entry(a.bag, bounds, a.grad_weights, 1, 10 + static_cast<double>(a.dim) * 0.25,
+               [&](const auto* ids, int64_t b0, int64_t b1) { weight_grads<T, G>(a, bounds, ids, b0, b1, bad); });
   }
-}
+};
 
 }  // namespace
 
@@ -92,11 +78,11 @@ void bag_weight_grad(const BagWeightGradArgs& a) {
   if (*a.bad != -1) return;
   BadFirst bad;
   switch (a.dtype) {
-    case DType::f16: of_table<F16>(a, bounds, &bad); break;
-    case DType::bf16: of_table<BF16>(a, bounds, &bad); break;
-    case DType::u8: of_table<U8>(a, bounds, &bad); break;
-    case DType::i8: of_table<I8>(a, bounds, &bad); break;
-    default: of_table<F32>(a, bounds, &bad); break;
+    case DType::f16: of_grads(a.grad_dtype, Work<F16>{a, bounds, &bad}); break;
+    case DType::bf16: of_grads(a.grad_dtype, Work<BF16>{a, bounds, &bad}); break;
+    case DType::u8: of_grads(a.grad_dtype, Work<U8>{a, bounds, &bad}); break;
+    case DType::i8: of_grads(a.grad_dtype, Work<I8>{a, bounds, &bad}); break;
+    default: of_grads(a.grad_dtype, Work<F32>{a, bounds, &bad}); break;
   }
   *a.bad = bad.result();
 }

@@ -1,6 +1,7 @@
-// Gradients of concatenated pieces: of the table by groups of pieces, each of which sees all entries in their order.
+// Gradients of pieces that have tables of their own: by groups of pieces, each of which sees all entries in their
+// order.
 #include "common/parallel.h"
-#include "common/team.h"
+#include "gather/entry_grads.h"
 #include "gather/pieces.h"
 #include "gather/pieces_source.h"
 #include "gather/rows.h"
@@ -27,21 +28,22 @@ void add_group(const PiecesBackwardArgs& a, const Plan& plan, int64_t b0, int64_
                int64_t base, float* sums) {
   constexpr int M = N < W ? N : W, R = N / M;
   typedef typename T::type type;
-  const int64_t m = a.source.m, width = a.width, dim = m * width, group = j1 - j0;
+  const int64_t m = a.source.m, width = a.width, dim = a.sum ? width : m * width, group = j1 - j0;
+  const int64_t step = a.sum ? 0 : width;  // from the gradient of a piece to that of the next
   Buffer<float> g(group * N);
   int64_t e = 0;
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t end = plan.ends[b - b0];
     if (e == end) continue;
-    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + j0 * width;
+    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + j0 * step;
     const float f = a.bag.mode == Mode::mean ? 1.0f / static_cast<float>(end - e) : 1.0f;
-    if (width == N) {
+    if (width == N && !a.sum) {
       int64_t c = 0;
       for (; c + W <= group * N; c += W) store(g.data + c, T::load(grad + c) * f);
       for (; c < group * N; ++c) g[c] = T::get(grad + c) * f;
     } else {
       for (int64_t k = 0; k < group; ++k)
-        for (int64_t c = 0; c < N; ++c) g[k * N + c] = c < width ? T::get(grad + k * width + c) * f : 0.0f;
+        for (int64_t c = 0; c < N; ++c) g[k * N + c] = c < width ? T::get(grad + k * step + c) * f : 0.0f;
     }
     for (; e < end; ++e) {
       const uint32_t* row = plan.row.data + e * m + j0;
@@ -62,13 +64,13 @@ template <class T>
 void add_columns(const PiecesBackwardArgs& a, const Plan& plan, int64_t b0, int64_t b1, int64_t j, int64_t c0,
                  int64_t columns, int64_t base, float* sums) {
   typedef typename T::type type;
-  const int64_t m = a.source.m, dim = m * a.width;
+  const int64_t m = a.source.m, dim = a.sum ? a.width : m * a.width;
   Buffer<float> g(columns);
   int64_t e = 0;
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t end = plan.ends[b - b0];
     if (e == end) continue;
-    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + j * a.width + c0;
+    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + (a.sum ? 0 : j * a.width) + c0;
     const float f = a.bag.mode == Mode::mean ? 1.0f / static_cast<float>(end - e) : 1.0f;
     for (int64_t c = 0; c < columns; ++c) g[c] = T::get(grad + c) * f;
     for (; e < end; ++e) {
@@ -206,13 +208,12 @@ LUTRA_INLINE float dot(const float* g, const typename T::type* p, int64_t n) {
 }
 
 template <class T, class Id>
-void dots_of(const PieceDotsArgs& a, const BagBounds& bounds, int64_t b0, int64_t b1, BadFirst* bad) {
+void dots_of(const PieceDotsArgs& a, const BagBounds& bounds, const Id* ids, int64_t b0, int64_t b1, BadFirst* bad) {
   typedef typename T::type type;
   const PieceSource& s = a.source;
   const bool concat = a.combine == Combine::concat, product = a.combine == Combine::product;
   const bool robe = s.kind == PieceKind::robe;
   const int64_t m = s.m, width = a.width, dim = concat ? m * width : width, ld = robe ? 1 : width;
-  const auto* ids = static_cast<const Id*>(a.bag.ids);
   const auto* table = static_cast<const type*>(a.table);
   Buffer<float> g(dim);
   Buffer<int64_t> at(256 * m);
@@ -234,7 +235,7 @@ void dots_of(const PieceDotsArgs& a, const BagBounds& bounds, int64_t b0, int64_
             if (sign < 0) at[i * m + j] = ~at[i * m + j];
           }))
         return bad->report(e);
-      const auto prefetch_row = [&](int64_t i) {
+      const auto prefetch_row = [&](int64_t i) __attribute__((always_inline)) {  // see bag_csr.cc
         for (int64_t j = 0; far && j < m; ++j) {
           const auto* p = reinterpret_cast<const char*>(table + (at[i * m + j] < 0 ? ~at[i * m + j] : at[i * m + j]));
           for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(type)) && c < 1024; c += 64)
@@ -269,18 +270,9 @@ void dots_of(const PieceDotsArgs& a, const BagBounds& bounds, int64_t b0, int64_
 template <class T>
 void all_dots(const PieceDotsArgs& a, const BagBounds& bounds, BadFirst* bad) {
   const int64_t each = a.combine == Combine::product ? 1 : a.source.m;
-  const int64_t first = bounds.begin(0), last = bounds.begin(a.bag.bags);
-  for (int64_t i = 0; i < first * each && i < a.bag.n_ids * each; ++i) a.dots[i] = 0;  // entries of no bag
-  for (int64_t i = last * each; i < a.bag.n_ids * each; ++i) a.dots[i] = 0;
   const double per = static_cast<double>(a.source.m) * (4 + 0.2 * static_cast<double>(a.width));
-  const double cost = static_cast<double>(last - first) * per;
-  const int64_t grain = cost <= 30e3 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / (cost / 30e3)) + 1;
-  team_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
-    if (a.bag.id_type == DType::i32)
-      dots_of<T, int32_t>(a, bounds, b0, b1, bad);
-    else
-      dots_of<T, int64_t>(a, bounds, b0, b1, bad);
-  });
+  each_entry(a.bag, bounds, a.dots, each, per,
+             [&](const auto* ids, int64_t b0, int64_t b1) { dots_of<T>(a, bounds, ids, b0, b1, bad); });
 }
 
 }  // namespace

@@ -105,6 +105,24 @@ LUTRA_INLINE void store_part(typename T::type* p, vf v, int columns) {
   memcpy(p, padded, columns * sizeof(padded[0]));
 }
 
+#if defined(LUTRA_LEVEL_v4)
+// By masks, no wider than needed: a load that reaches into the next line waits for it, masked out or not.
+template <>
+inline __attribute__((always_inline)) vf load_part<F32>(const float* p, int columns) {
+  const unsigned mask = (1u << columns) - 1;
+  if (columns <= 4) return (vf)_mm512_zextps128_ps512(_mm_maskz_loadu_ps(static_cast<__mmask8>(mask), p));
+  if (columns <= 8) return (vf)_mm512_zextps256_ps512(_mm256_maskz_loadu_ps(static_cast<__mmask8>(mask), p));
+  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+}
+template <>
+inline __attribute__((always_inline)) void store_part<F32>(float* p, vf v, int columns) {
+  const unsigned mask = (1u << columns) - 1;
+  if (columns <= 4) return _mm_mask_storeu_ps(p, static_cast<__mmask8>(mask), _mm512_castps512_ps128((__m512)v));
+  if (columns <= 8) return _mm256_mask_storeu_ps(p, static_cast<__mmask8>(mask), _mm512_castps512_ps256((__m512)v));
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
+}
+#endif
+
 // Reduce NV vectors of columns that begin at `first`; the last of them begins at `last`. With `part` > 0 (NV is 1)
 // the row has only that many columns. Of rows ahead, `reach` columns are prefetched. `start` is added first (may be
 // nullptr), `factor` multiplies a sum.

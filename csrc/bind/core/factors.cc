@@ -108,7 +108,7 @@ void register_factors(py::module_& m) {
   m.def("bag_csr_backward",
         [](int64_t n_ids, int64_t bags, Ptr indptr, bool wide, Ptr columns, int column_bytes, Ptr grad_out, int dtype,
            int64_t rows, int64_t dim, int64_t nnz, Ptr order, Ptr starts, Ptr touched, Ptr bag_of, Ptr bag_scale,
-           Ptr count, Ptr weights, Ptr grad, Ptr grad_values) {
+           Ptr count, Ptr weights, Ptr grad, bool whole, Ptr grad_values) {
           int64_t bad = -1;
           const auto t = static_cast<DType>(dtype);
           BagCsrBackwardArgs a{csr_table(indptr, wide, columns, column_bytes, grad_out, dtype, rows, dim, nnz, false),
@@ -120,6 +120,7 @@ void register_factors(py::module_& m) {
                                count.as<int64_t>(1),
                                weights.as<float>(weights.p ? n_ids : 0),
                                grad.raw(bags * dim, t),
+                               whole,
                                grad_values.raw(nnz, t),
                                &bad};
           a.table.values = grad_values.p;  // only the places of its rows are asked for

@@ -1,6 +1,7 @@
 #include "gather/pieces.h"
 #include "bind/core/bag_ids.h"
 #include "bind/core/intake.h"
+#include "gather/scaled_rows.h"
 
 #include <pybind11/stl.h>
 
@@ -103,7 +104,7 @@ void register_pieces(py::module_& m) {
   m.def("pieces_backward", [](Ptr ids, int id_type, int64_t n_ids, Ptr offsets, bool last_offset, int64_t bags,
                               int64_t length, int64_t padding_idx, int mode, int kind, int64_t pieces_, int64_t rows,
                               Ptr stored, int64_t code_bytes, const std::vector<int64_t>& numbers, int64_t table_rows,
-                              int64_t width, Ptr grad_out, int dtype, Ptr weights, Ptr grad_table) {
+                              bool sum, int64_t width, Ptr grad_out, int dtype, Ptr weights, Ptr grad_table) {
     int64_t bad = -1;
     const auto t = static_cast<DType>(dtype);
     const auto k = static_cast<PieceKind>(kind);
@@ -111,8 +112,9 @@ void register_pieces(py::module_& m) {
       throw py::value_error("lutra: pieces_backward is for pieces that have tables of their own");
     PiecesBackwardArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
                          source(kind, pieces_, rows, stored, code_bytes, numbers, table_rows),
+                         sum,
                          width,
-                         grad_out.raw(bags * pieces_ * width, t),
+                         grad_out.raw(bags * (sum ? 1 : pieces_) * width, t),
                          t,
                          weights.as<float>(weights.p ? n_ids : 0),
                          grad_table.raw(table_rows * width, t),
@@ -181,6 +183,38 @@ void register_pieces(py::module_& m) {
                     t,
                     grad_table.raw(elements, t)};
     run(&piece_sums, a, static_cast<double>(n * width + elements) * 0.2);
+  });
+  m.def("scaled_keys", [](Ptr ids, int id_type, int64_t n_ids, int64_t rows, int64_t n, Ptr keys) {
+    if (n < 1 || rows < 0 || rows > int64_t{1} << 31 || n > int64_t{1} << 31)
+      throw py::value_error("lutra: rows and n of scaled rows are out of range");
+    const auto t = static_cast<DType>(id_type);
+    ScaledKeysArgs a{ids.raw(n_ids, t), t, n_ids, rows, n, keys.as<int64_t>(n_ids)};
+    run(&scaled_keys, a, static_cast<double>(n_ids) * 3);
+  });
+  m.def("scaled_grads", [](int64_t rows, int64_t n, int64_t dim, int64_t n_ids, int64_t bags, Ptr order, Ptr starts,
+                           Ptr touched, Ptr bag_of, Ptr bag_scale, Ptr count, Ptr weights, Ptr table, Ptr scale,
+                           Ptr grad_out, int dtype, Ptr grad_table, Ptr grad_scale, Ptr grad_weights) {
+    const auto t = static_cast<DType>(dtype);
+    if (n < 1 || rows < 0 || dim < 0) throw py::value_error("lutra: rows and n of scaled rows are out of range");
+    ScaledGradsArgs a{rows,
+                      n,
+                      dim,
+                      n_ids,
+                      order.as<int64_t>(n_ids),
+                      starts.as<int64_t>(n_ids + 1),
+                      touched.as<int64_t>(n_ids),
+                      bag_of.as<int32_t>(n_ids),
+                      bag_scale.as<float>(bag_scale.p ? bags : 0),
+                      *count.as<int64_t>(1),
+                      weights.as<float>(weights.p ? n_ids : 0),
+                      table.raw(n * dim, t),
+                      scale.raw(rows, t),
+                      grad_out.raw(bags * dim, t),
+                      t,
+                      grad_table.raw(grad_table.p ? n * dim : 0, t),
+                      grad_scale.raw(grad_scale.p ? rows : 0, t),
+                      grad_weights.as<float>(grad_weights.p ? n_ids : 0)};
+    run(&scaled_grads, a, static_cast<double>(n_ids) * 20);
   });
 }
 

@@ -420,19 +420,17 @@ def _backward(
         argmax = kind.dense(argmax)
     grad = kind.dense(grad)
     n_ids = ids.shape[0] if offsets is not None else bags * length
-    order, touched = kind.empty((n_ids,), I64, grad), kind.empty((n_ids,), I64, grad)
-    starts, count = kind.empty((n_ids + 1,), I64, grad), kind.empty((1,), I64, grad)
-    bag_of = kind.empty((n_ids,), I32, grad)
+    order, starts, touched, bag_of, count, workspace = _spread.plan_memory(kind, grad, n_ids, rows)
+    if sparse:  # it outlives the others
+        touched = kind.empty((n_ids,), I64, grad)
     bag_scale = kind.empty((bags,), F32, grad) if mode == "mean" else None
-    bytes_needed = kind.kernels.bag_sort_workspace(n_ids, rows)
-    workspace = kind.empty((bytes_needed,), U8, grad)
     ptr = kind.ptr
     where = (
         ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code,
         rows,
     )  # fmt: skip
     plan = (ptr(order), ptr(starts), ptr(touched), ptr(bag_of), _ptr(kind, bag_scale), ptr(count))
-    bad = kind.kernels.bag_sort(*where, *plan, ptr(workspace), bytes_needed, *kind.launch(grad))
+    bad = kind.kernels.bag_sort(*where, *plan, ptr(workspace), workspace.shape[0], *kind.launch(grad))
     if bad != -1 and not kind.cuda:
         _explain(kind, ids, offsets, rows, include_last_offset)
     few = not sparse and _spread.few_pages(kind, n_ids, rows, dim * grad.dtype.itemsize)

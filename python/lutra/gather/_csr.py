@@ -183,13 +183,11 @@ def _bag_csr_backward(
     nnz, size = columns.shape[0], grad.dtype.itemsize
     few = _spread.few_pages(kind, n_ids, rows, nnz * size // max(rows, 1))
     out = (_spread.zeros if few else _spread.empty)(kind, (nnz,), code, grad)
-    if not few:  # the kernel writes the values of touched rows
-        out[...] = 0
     ptr, optional = kind.ptr, _bag._ptr
     bad = kind.kernels.bag_csr_backward(
         n_ids, bags, *_table(kind, grad, indptr, columns, dim), ptr(plan.order), ptr(plan.starts),
         ptr(plan.touched), ptr(plan.bag_of), optional(kind, plan.bag_scale), ptr(plan.count),
-        optional(kind, weights), ptr(grad), ptr(out),
+        optional(kind, weights), ptr(grad), not few, ptr(out),
     )  # fmt: skip
     _raise(kind, bad, ids, offsets, rows, include_last_offset)
     return out

@@ -345,10 +345,12 @@ def _pieces_backward(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         _MODES[mode], *_source(kind, pieces, rows, stored),
     )  # fmt: skip
-    if combine == "concat" and source in ("codes", "digits"):
+    # Pieces that have a part of the table each: sums of all, unless few of many rows are touched.
+    summed = combine == "sum" and piece_weights is None and pieces.table_rows <= n_ids * pieces.m
+    if source in ("codes", "digits") and (combine == "concat" or summed):
         out = _spread.empty(kind, (pieces.table_rows, width), code, grad)
         bad = kind.kernels.pieces_backward(
-            *where, width, kind.ptr(grad), code, _bag._ptr(kind, weights), kind.ptr(out)
+            *where, summed, width, kind.ptr(grad), code, _bag._ptr(kind, weights), kind.ptr(out)
         )
         if bad != -1:
             _explain(kind, ids, offsets, rows, include_last_offset, stored, pieces)
@@ -372,16 +374,12 @@ def _sum_sorted(kind, grad, pieces, at, factors, n, offsets, include_last_offset
     m, rows, code = pieces.m, pieces.table_rows, kind.code(grad)
     if offsets is not None:
         offsets = kind.cast(offsets, I64) * m
-    order, touched = kind.empty((n,), I64, grad), kind.empty((n,), I64, grad)
-    starts, count = kind.empty((n + 1,), I64, grad), kind.empty((1,), I64, grad)
-    bag_of = kind.empty((n,), I32, grad)
-    size = kind.kernels.bag_sort_workspace(n, rows + 1)
-    workspace = kind.empty((size,), U8, grad)
+    order, starts, touched, bag_of, count, workspace = _spread.plan_memory(kind, grad, n, rows + 1)
     ptr = kind.ptr
     # The address behind the table is that of padding.
     where = (ptr(at), I64, n, _bag._ptr(kind, offsets), include_last_offset, bags, length * m, rows, 0)
     plan = (ptr(order), ptr(starts), ptr(touched), ptr(bag_of), None, ptr(count))
-    kind.kernels.bag_sort(*where, rows + 1, *plan, ptr(workspace), size)
+    kind.kernels.bag_sort(*where, rows + 1, *plan, ptr(workspace), workspace.shape[0])
     if pieces.kind == "robe" or pieces.combine == "product":
         robe = pieces.kind == "robe"
         out = _spread.empty(kind, (rows, 1 if robe else pieces.width), code, grad)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._arrays import F32, I32, I64, U8, Kind, is_torch
+from .._arrays import F32, Kind, is_torch
+from . import _spread
 from ._bag import MODES, _explain
 
 
@@ -28,16 +29,13 @@ def sort_ids(
 ) -> Plan:  # fmt: skip
     """Sort contiguous ids by row (CPU); IndexError for what is out of range, by ``explain`` where given."""
     n_ids = ids.shape[0] if offsets is not None else bags * length
-    order, touched = kind.empty((n_ids,), I64, ids), kind.empty((n_ids,), I64, ids)
-    starts, count = kind.empty((n_ids + 1,), I64, ids), kind.empty((1,), I64, ids)
-    bag_of = kind.empty((n_ids,), I32, ids)
+    order, starts, touched, bag_of, count, workspace = _spread.plan_memory(kind, ids, n_ids, rows)
     bag_scale = kind.empty((bags,), F32, ids) if mode == "mean" else None
-    size = kind.kernels.bag_sort_workspace(n_ids, rows)
-    workspace, ptr = kind.empty((size,), U8, ids), kind.ptr
+    ptr = kind.ptr
     bad = kind.kernels.bag_sort(
         ptr(ids), id_code, n_ids, None if offsets is None else ptr(offsets), include_last_offset, bags,
         length, padding, MODES[mode], rows, ptr(order), ptr(starts), ptr(touched), ptr(bag_of),
-        None if bag_scale is None else ptr(bag_scale), ptr(count), ptr(workspace), size,
+        None if bag_scale is None else ptr(bag_scale), ptr(count), ptr(workspace), workspace.shape[0],
     )  # fmt: skip
     if bad != -1:
         if explain is not None:

@@ -14,7 +14,7 @@ import weakref
 from math import prod
 from typing import Any
 
-from .._arrays import NUMPY, Kind
+from .._arrays import I32, I64, NUMPY, U8, Kind
 
 #: Below this many bytes writing the zeros is as cheap.
 _WORTH = 1 << 22
@@ -83,6 +83,38 @@ def empty(kind: Kind, shape: tuple[int, ...], code: int, like: Any) -> Any:
     if kind.cuda or _PRIVATE is None or _FREE is None or size < _WORTH:
         return kind.empty(shape, code, like)
     return _array(kind, _block(size), shape, dtype)
+
+
+def scratch(kind: Kind, like: Any, *parts: tuple[int, int]) -> list[Any]:
+    """Uninitialised vectors, given as (length, dtype code), all in one block as of `empty`.
+
+    The plan of a gradient takes a few MB, of which an allocator gives most back to the system each time.
+    """
+    dtypes = [kind.empty((0,), code, like).dtype for _, code in parts]
+    sizes = [-(-n * d.itemsize // 64) * 64 for (n, _), d in zip(parts, dtypes)]
+    total = sum(sizes)
+    if kind.cuda or _PRIVATE is None or _FREE is None or total < 1 << 18:
+        return [kind.empty((n,), code, like) for n, code in parts]
+    # numbers of ids differ from step to step: sizes by quarters of powers of two
+    step = 1 << max(total.bit_length() - 3, 0)
+    block, out, at = _block(-(-total // step) * step), [], 0
+    for (n, code), dtype, size in zip(parts, dtypes, sizes):
+        if kind is NUMPY:
+            import numpy as np
+
+            out.append(np.frombuffer(block, dtype=dtype, count=n, offset=at))
+        elif n:
+            out.append(kind.torch.frombuffer(block, dtype=dtype, count=n, offset=at))  # type: ignore[attr-defined]
+        else:
+            out.append(kind.empty((0,), code, like))
+        at += size
+    return out
+
+
+def plan_memory(kind: Kind, like: Any, n: int, rows: int) -> list[Any]:
+    """For bag_sort of n ids: order, starts, touched, bag_of, count, workspace."""
+    size = kind.kernels.bag_sort_workspace(n, rows)
+    return scratch(kind, like, (n, I64), (n + 1, I64), (n, I64), (n, I32), (1, I64), (size, U8))
 
 
 def _block(size: int) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .. import _checks
-from .._arrays import BF16, F32, F64, FLOATS, I32, I64, NAMES, NUMPY, U8, call, is_torch, kind_of
+from .._arrays import BF16, F32, F64, FLOATS, I32, I64, NAMES, NUMPY, call, is_torch, kind_of
 from ..reference import row_update as reference
+from . import _spread
 from ._bag import (
     MODES,
     _bag_argmax,
@@ -428,17 +429,13 @@ def _update_bags(
         return _fall_back(kind, table, touched, values, s0, s1, rule, numbers, seed)
     grad = kind.dense(grad)
     n_ids = ids.shape[0] if offsets is not None else bags * length
-    order, touched = kind.empty((n_ids,), I64, grad), kind.empty((n_ids,), I64, grad)
-    starts, count = kind.empty((n_ids + 1,), I64, grad), kind.empty((1,), I64, grad)
-    bag_of = kind.empty((n_ids,), I32, grad)
+    order, starts, touched, bag_of, count, workspace = _spread.plan_memory(kind, grad, n_ids, rows)
     bag_scale = kind.empty((bags,), F32, grad) if mode == "mean" else None
-    size = kind.kernels.bag_sort_workspace(n_ids, rows)
-    workspace = kind.empty((size,), U8, grad)
     ptr = kind.ptr
     bad = kind.kernels.bag_sort(
         ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code,
         rows, ptr(order), ptr(starts), ptr(touched), ptr(bag_of), _ptr(kind, bag_scale), ptr(count),
-        ptr(workspace), size,
+        ptr(workspace), workspace.shape[0],
     )  # fmt: skip
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset)

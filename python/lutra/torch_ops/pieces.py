@@ -6,6 +6,7 @@ import torch
 
 from ..gather import _bag as bag
 from ..gather import _pieces as pieces
+from ..gather import _scaled as scaled
 from .gather import _needs
 from .library import gradient, register
 
@@ -35,10 +36,22 @@ def _dots_fake(
     return grad.new_empty((ids.numel(), m), dtype=torch.float32)
 
 
+def _scaled_fake(
+    grad, table, scale, ids, offsets, weights, mode, padding_idx, include_last_offset, need_table, need_scale,
+    need_weights,
+):  # fmt: skip
+    return (
+        grad.new_empty(table.shape if need_table else (0,)),
+        grad.new_empty(scale.shape if need_scale else (0,)),
+        grad.new_empty(ids.shape if need_weights else (0,), dtype=torch.float32),
+    )
+
+
 def _setup(ctx, inputs, output):
     table, ids, offsets, weights, stored, piece_weights, *ctx.options = inputs
     ctx.shape = table.shape
-    reads = _needs(ctx, 3) or _needs(ctx, 5) or ctx.options[3] == "product"
+    ctx.scaled = ctx.options[0] == "modulo" and piece_weights is not None
+    reads = _needs(ctx, 3) or _needs(ctx, 5) or ctx.options[3] == "product" or ctx.scaled
     ctx.save_for_backward(table if reads else None, ids, offsets, weights, stored, piece_weights)
 
 
@@ -47,6 +60,23 @@ def _backward(ctx, grad):
     source, numbers, width, combine, rows, mode, padding_idx, last = ctx.options
     of = (source, numbers, width, combine, rows)
     to_table = to_weights = to_pieces = None
+    if ctx.scaled:  # one sort for all
+        needs = [_needs(ctx, i) for i in (0, 5, 3)]
+        a, b, c = ops.scaled_rows_backward(
+            grad,
+            table.reshape(-1, width),
+            piece_weights,
+            ids,
+            offsets,
+            weights,
+            mode,
+            padding_idx,
+            last,
+            *needs,
+        )
+        to_table, to_pieces = a.reshape(ctx.shape) if needs[0] else None, b if needs[1] else None
+        to_weights = c.to(weights.dtype) if needs[2] else None
+        return to_table, None, None, to_weights, None, to_pieces, *(None,) * len(ctx.options)
     if _needs(ctx, 0):
         to_table = ops.bag_pieces_backward(
             grad, ids, offsets, weights, stored, piece_weights, table, *of, mode, padding_idx, last
@@ -114,5 +144,12 @@ register(
     "int? padding_idx, bool include_last_offset) -> Tensor",
     pieces._piece_dots,
     _dots_fake,
+)
+register(
+    "scaled_rows_backward(Tensor grad, Tensor table, Tensor scale, Tensor ids, Tensor? offsets, "
+    "Tensor? weights, str mode, int? padding_idx, bool include_last_offset, bool need_table, "
+    "bool need_scale, bool need_weights) -> (Tensor, Tensor, Tensor)",
+    scaled._scaled_rows_backward,
+    _scaled_fake,
 )
 gradient("bag_pieces", _backward, _setup)

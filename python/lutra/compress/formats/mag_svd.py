@@ -9,6 +9,8 @@ import numpy as np
 
 from ... import _checks, gather
 from ..._arrays import is_torch
+from ...gather import Pieces
+from ...gather._pieces import MOST_ROWS, composes
 from ._bags import at_least_one, bag_counts, principal, row_weights, same_padding
 from .base import Array, Data, Format, Shape, register
 
@@ -90,8 +92,17 @@ class MagSVD(Format):
     def lookup(self, data: Data, shape: Shape, ids: Any) -> Any:
         return (data["factor"][ids] * data["magnitude"][ids]) @ data["basis"]
 
+    def _scaled(self, data: Data, shape: Shape, sparse: bool) -> Pieces | None:
+        """The thin rows with their magnitudes as pieces, whose gradients take one sort of the ids."""
+        factor = data["factor"]
+        if sparse or not 0 < shape[0] <= MOST_ROWS or (is_torch(factor) and composes(factor)):
+            return None
+        return Pieces("modulo", (shape[0],), self.rank, "sum")
+
     def gather(self, data: Data, shape: Shape, ids: Any, sparse: bool = False) -> Any:
         ids = ids.reshape(-1, 1)
+        if self._scaled(data, shape, sparse) is not None:
+            return self.bag(data, shape, ids)
         magnitude = gather.bag(data["magnitude"], ids, sparse_grad=sparse)
         return gather.bag(data["factor"], ids, weights=magnitude, sparse_grad=sparse) @ data["basis"]
 
@@ -110,6 +121,14 @@ class MagSVD(Format):
                 f"weights has shape {tuple(weights.shape)}; it must be that of ids, {tuple(ids.shape)}"
             )
         # The magnitudes are weights of the thin rows: their sum first, then one product a bag.
+        pieces = self._scaled(data, shape, sparse)
+        if pieces is not None:
+            thin = gather.bag_pieces(
+                data["factor"], ids, offsets, weights, pieces=pieces, rows=shape[0],
+                piece_weights=data["magnitude"], mode=mode, padding_idx=padding_idx,
+                include_last_offset=include_last_offset,
+            )  # fmt: skip
+            return thin @ data["basis"]
         factors = gather.bag(data["magnitude"], ids.reshape(-1, 1), sparse_grad=sparse).reshape(ids.shape)
         if weights is not None:
             factors = factors * (weights if is_torch(weights) else weights.astype(factors.dtype))

@@ -255,7 +255,7 @@ def test_empty(kind):
     assert gather.unpack_rows(packed, 5, kind, ids=np.zeros((0, 3), np.int64)).shape == (0, 3, 5)
 
 
-def test_extreme_rows():
+def test_extreme_rows(simd_level):
     x = np.array([[-3e38, 3e38, 0], [1e-44, 0, -1e-44], [5, 5, 5]], np.float32)
     back = gather.unpack_rows(gather.pack_rows(x, "int8"), 3, "int8")
     np.testing.assert_allclose(back[0], x[0], atol=1.3e36)

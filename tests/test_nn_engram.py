@@ -65,8 +65,10 @@ def by_hand(layer, hidden, tokens):
             e = torch.cat([rows[j] for j in ids[b, i]])
             key, value = layer.key.weight @ e, layer.value.weight @ e
             h = norm(hidden[b, i], layer.norm_hidden.weight)
-            gate = torch.sigmoid((h * norm(key, layer.norm_key.weight)).sum() / layer.d**0.5)
-            values.append(gate * value)
+            a = (h * norm(key, layer.norm_key.weight)).sum() / layer.d**0.5
+            if layer.gate == "root":
+                a = torch.sign(a) * max(abs(a), torch.tensor(1e-6)) ** 0.5
+            values.append(torch.sigmoid(a) * value)
         for i, v in enumerate(values):
             out[b, i] = v
             if layer.conv is not None:
@@ -82,10 +84,12 @@ def by_hand(layer, hidden, tokens):
 
 
 @pytest.mark.parametrize("host", [False, True])
-@pytest.mark.parametrize("kernel_size", [0, 3])
-def test_forward_and_gradient(host, kernel_size):
+@pytest.mark.parametrize(("kernel_size", "gate"), [(0, "sigmoid"), (3, "root"), (3, "sigmoid")])
+def test_forward_and_gradient(host, kernel_size, gate):
     torch.manual_seed(0)
-    layer = Engram(12, 50, (2, 3), 2, rows=40, memory_dim=8, kernel_size=kernel_size, host=host, pad=4)
+    layer = Engram(
+        12, 50, (2, 3), 2, rows=40, memory_dim=8, kernel_size=kernel_size, gate=gate, host=host, pad=4
+    )
     if kernel_size:
         with torch.no_grad():
             layer.conv.weight.normal_()
@@ -162,5 +166,7 @@ def test_bad_input():
         Engram(10, 5)
     with pytest.raises(ValueError, match="orders must be increasing"):
         Engram(16, 5, (3, 2))
+    with pytest.raises(ValueError, match="gate must be 'sigmoid' or 'root'"):
+        Engram(16, 5, gate="softmax")
     with pytest.raises(ValueError, match="hidden must be"):
         Engram(16, 5)(torch.ones(2, 3, 16), torch.ones(2, 4, dtype=torch.int64))

@@ -269,6 +269,15 @@ struct PackedCodes<Packed::e5m2> : PackedGroups<Packed::e5m2> {
   LUTRA_INLINE vf sort(vf v) { return v; }
 };
 
+// The values of codes. An int8 row may span more than the largest float: scale * code is then beyond it where the value
+// is not, and a multiplication that is not fused with the addition (SSE2) would give infinity. Halves stay below.
+template <Packed K>
+LUTRA_INLINE vf packed_values(vf codes, Affine a) {
+  if (K != Packed::int8) return codes * a.scale + a.minimum;
+  const vf half = codes * (0.5f * a.scale) + 0.5f * a.minimum;
+  return half + half;
+}
+
 // Columns [first, first + n) of a row as T (F32, F16, BF16); first is a multiple of 16.
 template <Packed K, class T>
 LUTRA_INLINE void decode_columns(const PackedTable& t, const uint8_t* row, int64_t first, int64_t n,
@@ -279,11 +288,11 @@ LUTRA_INLINE void decode_columns(const PackedTable& t, const uint8_t* row, int64
   for (int64_t c = first; c < last;) {
     const int64_t g = c / t.group, end = (g + 1) * t.group < last ? (g + 1) * t.group : last;
     const Affine a = C::group_at(groups, g);
-    for (; c + W <= end; c += W) T::store(out + (c - first), C::load(row, c) * a.scale + a.minimum);
+    for (; c + W <= end; c += W) T::store(out + (c - first), packed_values<K>(C::load(row, c), a));
     if (c < end) {
       const int part = static_cast<int>(end - c);
       typename T::type padded[W];
-      T::store(padded, C::load_part(row, c, part) * a.scale + a.minimum);
+      T::store(padded, packed_values<K>(C::load_part(row, c, part), a));
       memcpy(out + (c - first), padded, part * sizeof(padded[0]));
       c = end;
     }

@@ -20,9 +20,9 @@ class Engram(nn.Module):
     """A layer that looks up the n-grams that end at each token, and adds what the hidden state lets in.
 
     Each n-gram has a row in every head of its length (`lutra.address.xor_ngrams`); the rows are put together
-    to the memory e of the token. With key W_k e and value W_v e, the gate is sigmoid(norm(h) . norm(key) /
-    sqrt(d)), and the output is v = gate * value and, with a convolution, v + silu(conv(norm(v))): depthwise,
-    causal, its weights zero at the start. Add it to the residual stream.
+    to the memory e of the token. With key W_k e and value W_v e, the gate is sigmoid(a) of the agreement
+    a = norm(h) . norm(key) / sqrt(d), and the output is v = gate * value and, with a convolution,
+    v + silu(conv(norm(v))): depthwise, causal, its weights zero at the start. Add it to the residual stream.
 
     Parameters
     ----------
@@ -40,6 +40,9 @@ class Engram(nn.Module):
         Values of e; default d. A multiple of ``len(orders) * heads``.
     kernel_size : int, default 4
         Of the convolution, which reaches back in steps of the longest n-gram; 0 leaves it out.
+    gate : {"sigmoid", "root"}, default "sigmoid"
+        "root" takes sigmoid(sign(a) sqrt(abs(a))), abs(a) at least 1e-6: so does the authors' code, while
+        the paper's formula has no root.
     pad : int, default 0
         The token that stands before a sequence.
     seed : int, default 0
@@ -75,8 +78,9 @@ class Engram(nn.Module):
 
     def __init__(
         self, d: int, num_tokens: int, orders: Sequence[int] = (2, 3), heads: int = 8, *, rows: int = 100_003,
-        memory_dim: int | None = None, kernel_size: int = 4, pad: int = 0, seed: int = 0, host: bool = False,
-        sparse: bool = True, eps: float = 1e-6, device: Any = None, dtype: Any = None,
+        memory_dim: int | None = None, kernel_size: int = 4, gate: str = "sigmoid", pad: int = 0,
+        seed: int = 0, host: bool = False, sparse: bool = True, eps: float = 1e-6, device: Any = None,
+        dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.d = _checks.integer("d", d, 1)
@@ -84,6 +88,9 @@ class Engram(nn.Module):
         self.orders = tuple(_checks.integer("orders", n, 1) for n in orders)
         self.heads = _checks.integer("heads", heads, 1)
         self.kernel_size = _checks.integer("kernel_size", kernel_size, 0)
+        if gate not in ("sigmoid", "root"):
+            raise ValueError(f"gate must be 'sigmoid' or 'root', got {gate!r}")
+        self.gate = gate
         if not self.orders or list(self.orders) != sorted(set(self.orders)):
             raise ValueError(f"orders must be increasing, got {self.orders}")
         self.pad = _checks.integer("pad", pad, 0, self.num_tokens - 1)
@@ -139,6 +146,8 @@ class Engram(nn.Module):
         memory = self.memory(self.ids(tokens)).flatten(-2)
         key, value = self.key(memory), self.value(memory)
         agreement = (self.norm_hidden(hidden) * self.norm_key(key)).sum(-1, keepdim=True) / math.sqrt(self.d)
+        if self.gate == "root":
+            agreement = agreement.abs().clamp_min(1e-6).sqrt() * agreement.sign()
         value = torch.sigmoid(agreement) * value
         if self.conv is None or self.norm_value is None:
             return value

@@ -145,8 +145,9 @@ static inline Quantized quantize(const float* x, float factor, const float* mean
   out.norm = sqrtf(out.square) * up;
   out.lost = sqrtf(reduce_add(lost)) * up + out.norm * 2e-7f;
   out.length = sqrtf(reduce_add(length)) * up;
-  out.total = 0;
-  for (int i = 0; i < W; ++i) out.total += total[i];
+  uint32_t sum = 0;  // unsigned: codes of NaN, whose rows the caller reports, may sum to anything
+  for (int i = 0; i < W; ++i) sum += static_cast<uint32_t>(total[i]);
+  out.total = static_cast<int32_t>(sum);
   return out;
 }
 

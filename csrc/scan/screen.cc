@@ -241,7 +241,8 @@ void code_queries(const ScreenArgs& a, int64_t first, float limit, float* work, 
     const Quantized z = quantize(exact, 1.0f, l2 ? a.mean : nullptr, a.d, limit, work, bytes);
     put_query(bytes, steps, static_cast<int>(i - group), static_cast<int>(width), place);
     const float bound = (z.norm * lost + z.lost * length) / z.scale;
-    q->start[i] = -128 * z.total + static_cast<int32_t>(bound < 1e9f ? bound : 1e9f) + 2;
+    q->start[i] = static_cast<int32_t>(-128 * static_cast<int64_t>(z.total) +
+                                       static_cast<int32_t>(bound < 1e9f ? bound : 1e9f) + 2);
     q->scale[i] = z.scale;
     q->inverse[i] = 1 / z.scale;
     q->shift[i] = l2 ? -z.square : static_cast<float>(offset);

@@ -20,11 +20,11 @@ import pytest
 
 pytest.importorskip("torch")
 import torch
-from layers import memory_linear
+from layers import memory_attention, memory_linear
 
 import lutra
 
-SECTIONS = {"memory_linear": memory_linear}
+SECTIONS = {"memory_linear": memory_linear, "memory_attention": memory_attention}
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -20,8 +20,11 @@ from ._engram import Engram
 from ._families import Family, co_activation, feature_families
 from ._hashes import HadamardProjection
 from ._host import HostEmbedding, HostEmbeddingBag
+from ._knn_attention import KNNMemoryAttention
 from ._lexinvariant import LexinvariantEmbedding
 from ._lookup_ffn import LookupFFN
+from ._memory_attention import MemoryWeights, memory_attention
+from ._memory_bank import MemoryBank
 from ._memory_former import MemoryFormerBlock, MemoryFormerLM
 from ._memory_linear import MemoryLinear
 from ._output_head import OutputHead
@@ -45,3 +48,4 @@ __all__ = [
 __all__ += _TRAINING
 __all__ += ["PEER", "ProductKeyMemory", "ProductKeyQueries"]
 __all__ += ["Family", "SAEOutput", "SparseCodes", "TopKSAE", "co_activation", "feature_families"]
+__all__ += ["KNNMemoryAttention", "MemoryBank", "MemoryWeights", "memory_attention"]

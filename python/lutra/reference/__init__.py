@@ -7,6 +7,7 @@ Arithmetic is float64 where the input is float64, else float32 or wider.
 
 from . import (
     address,
+    attention,
     binary,
     csr,
     fgrams,
@@ -23,6 +24,7 @@ from . import (
 
 __all__ = [
     "address",
+    "attention",
     "binary",
     "csr",
     "fgrams",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _choose
+from . import _choose, _static
 from ._checkpoint import FLOATS, Checkpoint, Out, Stored, expected_bytes, narrowed, same_file, write
 from ._choose import Job, Option
 from ._planning import encode_all, entry_of, kinds_of, within
@@ -157,7 +157,9 @@ def _compressed(
         outs += [Out.array(name, value, tensor.dtype) for name, value in arrays.items()]
         text = json.dumps(option.format.config(), sort_keys=True).encode()
         outs.append(Out.array(f"{prefix}.format_json", np.frombuffer(text, np.uint8)))
-        outs.append(Out(f"{prefix}.weight", tensor.dtype, (tensor.shape[0], 0), 0, tuple))
+        # A stand-in, over whose shape others' loaders stumble; StaticEmbedding's would take it for the table.
+        if list(checkpoint.tensors) != [_static.TABLE]:
+            outs.append(Out(f"{prefix}.weight", tensor.dtype, (tensor.shape[0], 0), 0, tuple))
         entry = {"tensor": job.name, "prefix": prefix, "dtype": tensor.dtype, "shape": list(tensor.shape)}
         entry |= {"twins": twins, "arrays": sorted(option.data), **option.format.config()}
         tables.append(entry)
@@ -276,11 +278,17 @@ def _write(
     target = os.path.realpath(output)
     weights = {f.name for f in checkpoint.files} | {"model.safetensors.index.json"}
     temporary = Path(os.path.dirname(target)) / f".lutra-{secrets.token_hex(8)}.tmp"
+    others = _sentence_transformer(checkpoint, spec)
+    parts = {p for e in _static.modules(checkpoint.folder) or [] for p in Path(e["path"]).parts[:1]}
     temporary.mkdir()
     try:
         for file in sorted(checkpoint.folder.iterdir()):
-            if file.is_file() and file.name not in weights and file.name != "config.json":
+            if file.is_file() and file.name not in (*weights, "config.json", _static.CONFIG):
                 shutil.copyfile(file, temporary / file.name)
+            elif file.name in parts and file.is_dir():  # further modules of a SentenceTransformer
+                shutil.copytree(file, temporary / file.name)
+        for name, text in others.items():
+            (temporary / name).write_text(text)
         write(temporary / "model.safetensors", outs, {"format": "pt", **metadata})
         if config:
             if spec is not None:
@@ -292,3 +300,14 @@ def _write(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sentence_transformer(checkpoint: Checkpoint, spec: dict[str, Any] | None) -> dict[str, str]:
+    """Files of a saved StaticEmbedding that say how its table is stored."""
+    assert checkpoint.folder is not None
+    if spec is None:
+        return _static.rename(checkpoint.folder, None)
+    table = checkpoint.tensors.get(_static.TABLE)
+    if table is None or list(spec["tables"]) != ["embedding"]:
+        return {}
+    return _static.rename(checkpoint.folder, {"shape": list(table.shape), "dtype": FLOATS[table.dtype]})

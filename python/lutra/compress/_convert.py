@@ -10,6 +10,7 @@ import torch
 
 from ..nn._compressed import Compressed
 from . import _calibrate, _choose, _layers
+from ._attach import attach
 from ._choose import Job, Option
 from ._find import Group, Modules, find, head_of, input_weight, select, untied_head
 from ._planning import encode_all, entry_of, kinds_of, within
@@ -256,12 +257,11 @@ class _Work:
         places = self.changes(options)
         try:
             put(places)
-            if is_transformers(self.model):
+            attach(self.model)
+            if is_transformers(self.model) and self.head == "dense" and any(g.heads for g in self.groups):
                 from . import _transformers
 
-                _transformers.attach(self.model)
-                if self.head == "dense" and any(g.heads for g in self.groups):
-                    _transformers.untie(self.model)
+                _transformers.untie(self.model)
         except BaseException:
             put(places, back=True)
             raise

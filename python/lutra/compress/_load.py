@@ -9,8 +9,9 @@ import torch
 
 from ..nn._compressed import read_format
 from . import _layers
+from ._attach import attach
 from ._find import find
-from ._swap import changes, is_transformers, put
+from ._swap import changes, put
 from .formats import make
 
 _TAG = ".format_json"
@@ -84,10 +85,7 @@ def load_into(model: Any, source: Any) -> Any:
                 layer.format_json.copy_(state[name + _TAG])
             model.load_state_dict(whole, strict=False)
             _check_padding(model, state)
-            if is_transformers(model):
-                from . import _transformers
-
-                _transformers.attach(model)
+            attach(model)
     except BaseException:
         put(places, back=True)
         raise

@@ -258,6 +258,57 @@ def test_the_folder_of_a_model_is_loaded_by_transformers(tmp_path):
     torch.testing.assert_close(small(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ("Llama", "GPTNeoX"))
+def test_an_untied_head(tmp_path, kind):
+    """The head of a folder and that of a file become an OutputHead; back and forth as `convert`'s."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=1000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    cls = getattr(transformers, f"{kind}ForCausalLM")
+    cls(config).save_pretrained(tmp_path / "a")
+    name = "lm_head" if kind == "Llama" else "embed_out"
+    report = lutra.compress.compress_file(tmp_path / "a", tmp_path / "b", "int8", head="compressed")
+    assert [e.module for e in report.tables][1:] == [f"{name}.weight"]
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    assert f"{name}.table.codes" in stored and f"{name}.weight" not in stored
+    small, info = cls.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not any(info.values()), info
+    head = small.get_output_embeddings()
+    assert isinstance(head, lutra.nn.OutputHead)
+    lutra.compress.decompress_file(tmp_path / "b", tmp_path / "c")
+    dense, was = (cls.from_pretrained(tmp_path / folder) for folder in "ca")
+    ids = torch.arange(20).reshape(2, 10)
+    torch.testing.assert_close(small(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
+    live = lutra.compress.convert(was, "int8", head="compressed")
+    assert torch.equal(live(ids).logits, small(ids).logits)
+    small.save_pretrained(tmp_path / "d")
+    assert torch.equal(cls.from_pretrained(tmp_path / "d")(ids).logits, small(ids).logits)
+    if kind == "Llama":  # the file alone, by name, and into the model as its class builds it
+        file = tmp_path / "a" / "model.safetensors"
+        lutra.compress.compress_file(file, tmp_path / "s", "int8", tensors=["lm_head.weight"])
+        alone = lutra.compress.load_into(cls.from_pretrained(tmp_path / "a"), tmp_path / "s")
+        assert isinstance(alone.lm_head, lutra.nn.OutputHead)
+        assert torch.equal(alone.lm_head.table.dense(), head.table.dense())
+
+
+def test_heads_that_are_none(checkpoint, tmp_path):
+    path, tensors = checkpoint
+    with pytest.raises(ValueError, match="head must be 'auto' or 'compressed'"):
+        lutra.compress.compress_file(path, tmp_path / "no", "int8", head="dense")
+    del tensors["lm_head.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="no tensor looks like an untied output head"):
+        lutra.compress.compress_file(path, tmp_path / "no", "int8", head="compressed")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, path)
+    report = lutra.compress.compress_file(path, tmp_path / "tied", "int8", head="compressed")
+    assert len(report.tables) == 1 and "lm_head.table.codes" not in load_file(tmp_path / "tied")
+
+
 # ---------------------------------------------------------------- the command line
 def command(*arguments):
     return subprocess.run(
@@ -277,6 +328,8 @@ def test_commands(checkpoint, tmp_path):
     assert "low_rank:rank=4" in done.stdout and "model.embed_tokens.weight" in done.stdout
     assert json.loads((tmp_path / "j").read_text())["tables"][0]["format"] == "low_rank:rank=4"
     assert small.stat().st_size < path.stat().st_size
+    done = command("compress", path, "--format", "int8", "--head", "compressed", "-o", tmp_path / "h")
+    assert done.returncode == 0 and "lm_head.weight" in done.stdout, done.stderr
     done = command("decompress", small, "-o", dense)
     assert done.returncode == 0 and "model.embed_tokens.weight" in done.stdout
     done = command("compress", path, "--budget", "1", "-o", tmp_path / "no")

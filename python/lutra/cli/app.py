@@ -79,6 +79,12 @@ def compress(
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="NAME", help="A table to compress (may be repeated); default: found by name."),
     ] = None,
+    head: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|compressed", help="compressed: an untied output head (lm_head.weight), too."
+        ),
+    ] = "auto",
     min_rows: Annotated[int, typer.Option(min=1, help="Rows that a table has at least to be found.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the encoding.")] = 0,
     report: Annotated[
@@ -98,7 +104,9 @@ def compress(
     from . import compress as command
 
     names = [name.strip() for name in (formats or "").split(",") if name.strip()]
-    command.run(path, output, budget, format, names, tensor or [], min_rows, seed, report, json_file, limit)
+    command.run(
+        path, output, budget, format, names, tensor or [], head, min_rows, seed, report, json_file, limit
+    )
 
 
 @app.command()

@@ -15,19 +15,19 @@ from ..compress._report import size_text
 
 def run(
     path: Path, output: Path | None, budget: str | None, format: str | None, formats: list[str],
-    tensors: list[str], min_rows: int, seed: int, report: Path | None, json_file: Path | None,
+    tensors: list[str], head: str, min_rows: int, seed: int, report: Path | None, json_file: Path | None,
     limit: float | None,
 ) -> None:  # fmt: skip
     """Compress a file, or draw the report, or both; errors are one line and exit with 1."""
     try:
-        _run(path, output, budget, format, formats, tensors, min_rows, seed, report, json_file, limit)
+        _run(path, output, budget, format, formats, tensors, head, min_rows, seed, report, json_file, limit)
     except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
         fail(error)
 
 
 def _run(
     path: Path, output: Path | None, budget: str | None, format: str | None, formats: list[str],
-    tensors: list[str], min_rows: int, seed: int, report: Path | None, json_file: Path | None,
+    tensors: list[str], head: str, min_rows: int, seed: int, report: Path | None, json_file: Path | None,
     limit: float | None,
 ) -> None:  # fmt: skip
     if output is None and report is None:
@@ -36,7 +36,7 @@ def _run(
         raise ValueError("give a budget (--budget 8%) or a format (--format low_rank:rank=64)")
     progress = True if sys.stderr.isatty() else None
     chosen: dict[str, Any] = {"tensors": tensors or None, "min_rows": min_rows, "seed": seed}
-    chosen["formats"] = formats or None
+    chosen |= {"formats": formats or None, "head": head}
     if report is not None:
         from ..compress import _html
 

@@ -29,6 +29,33 @@ _NO_TABLE = re.compile(
     r"|\w*position_embedd?ings?)$",
     re.IGNORECASE,
 )
+#: Output layers, whose weight (vocabulary, dim) `lutra.nn.OutputHead` computes with.
+_HEAD = re.compile(r"(^|[._])(lm_head|embed_out|output|output_projection|unembed\w*|decoder)$")
+
+
+def find_head(tensors: dict[str, Stored], tables: list[str], min_rows: int) -> list[str]:
+    """The untied output head: by name, a matrix of at least as many rows as a table has. What equals a table
+    is tied to it, and follows it anyway.
+    """
+    sizes = [tensors[t].shape[0] for t in tables if t in tensors] or [min_rows]
+    found = [
+        name
+        for name, tensor in tensors.items()
+        if is_head(name) and len(tensor.shape) == 2 and tensor.dtype in FLOATS and name not in tables
+        if min(sizes) <= tensor.shape[0] > tensor.shape[1] > 0
+    ]
+    untied = [n for n in found if not any(_equal(tensors[n], tensors[t]) for t in tables if t in tensors)]
+    if not found:
+        raise ValueError(
+            "head='compressed': no tensor looks like an untied output head (lm_head.weight, "
+            "embed_out.weight); a tied one follows its embedding; name another with tensors= (--tensor)"
+        )
+    return untied
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the weight of an output layer, by its name."""
+    return name.endswith(".weight") and _HEAD.search(name.removesuffix(".weight")) is not None
 
 
 def find_tables(tensors: dict[str, Stored], min_rows: int) -> list[str]:
@@ -45,8 +72,12 @@ def find_tables(tensors: dict[str, Stored], min_rows: int) -> list[str]:
     return out
 
 
-def jobs_of(path: Any, tensors: list[str] | None, min_rows: int) -> tuple[Checkpoint, list[Job]]:
+def jobs_of(
+    path: Any, tensors: list[str] | None, min_rows: int, head: str = "auto"
+) -> tuple[Checkpoint, list[Job]]:
     """A checkpoint and its tables."""
+    if head not in ("auto", "compressed"):
+        raise ValueError(f"head must be 'auto' or 'compressed', got {head!r}")
     checkpoint = Checkpoint(path)
     if KEY in checkpoint.metadata:
         raise ValueError(f"{path} is compressed already; `lutra decompress` gives the dense tables back")
@@ -59,6 +90,8 @@ def jobs_of(path: Any, tensors: list[str] | None, min_rows: int) -> tuple[Checkp
             f"{path} has no tensor that looks like a table of embeddings of {min_rows} rows or more; "
             f"name one with tensors= (--tensor). Tensors of two dimensions: {', '.join(large[:8]) or 'none'}"
         )
+    if head == "compressed":
+        names += find_head(checkpoint.tensors, names, min_rows)
     jobs: list[Job] = []
     for name in names:
         tensor = checkpoint.tensors.get(name)
@@ -86,6 +119,7 @@ def compress_file(
     *,
     budget: float | int | str | None = None,
     tensors: Iterable[str] | None = None,
+    head: str = "auto",
     formats: Any = None,
     min_rows: int = 1000,
     seed: int = 0,
@@ -106,7 +140,10 @@ def compress_file(
         As in `convert`; shares are of the tables' bytes. Scored by the error of the rows.
     tensors : list of str, optional
         Names of the tables; default: those of at least ``min_rows`` rows whose names say that they are
-        embeddings.
+        embeddings. That of an output layer ('lm_head.weight') may be among them.
+    head : {'auto', 'compressed'}, default 'auto'
+        With 'compressed' an untied output layer ('lm_head.weight', 'embed_out.weight') is compressed as
+        well, for a `lutra.nn.OutputHead`. One that is tied, or holds the values of a table, follows it.
     min_rows : int, default 1000
 
     Returns
@@ -122,7 +159,7 @@ def compress_file(
     if format is None and budget is None:
         raise ValueError("give a format or a budget")
     _check_output(path, output)
-    checkpoint, jobs = jobs_of(path, None if tensors is None else list(tensors), min_rows)
+    checkpoint, jobs = jobs_of(path, None if tensors is None else list(tensors), min_rows, head)
     limit, tried = None, []
     if budget is None:
         options = encode_all(jobs, format, parameters, seed, progress)
@@ -146,7 +183,7 @@ def _compressed(
         if option.format is None:
             continue
         tensor = kept.pop(job.name)
-        prefix = job.name.removesuffix(".weight")
+        prefix = job.name.removesuffix(".weight") + (".table" if is_head(job.name) else "")
         twins = [n for n, t in kept.items() if _equal(t, tensor)]  # a tied head that was saved as well
         for name in twins:
             del kept[name]

@@ -109,6 +109,7 @@ def write(
     seed: int = 0,
     progress: bool | None = None,
     limit: float | None = None,
+    head: str = "auto",
 ) -> int:
     """Measure all formats on the tables of a checkpoint and write the page, whole or not at all.
 
@@ -118,7 +119,7 @@ def write(
     _pyplot()  # before the work, not after it
     if os.path.exists(output) and os.path.samefile(path, output):
         raise ValueError(f"the report {os.fsdecode(output)!r} is the input; give another name")
-    _, jobs = jobs_of(path, None if tensors is None else list(tensors), min_rows)
+    _, jobs = jobs_of(path, None if tensors is None else list(tensors), min_rows, head)
     kinds = _choose.classes(formats)
     with Progress(len(jobs) * len(kinds) * len(SHARES), "formats", progress) as bar:
         results = [(job, measure(job, formats, seed, bar, limit)) for job in jobs]

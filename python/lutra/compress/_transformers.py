@@ -20,7 +20,7 @@ from ..nn import OutputHead
 from ..nn._compressed import Compressed
 from ..nn._shared import _Shared
 from . import _layers
-from ._find import find
+from ._find import find, untied_head
 from ._mixed import mixed, parts
 from ._swap import changes, put
 from .formats import make
@@ -171,6 +171,11 @@ class LutraQuantizer(HfQuantizer):
             found = next((n for n in options if n in groups), None)
             if found is None:
                 head, found = _layers.head_of_table(model, options)
+                if head is None and name.endswith(
+                    ".table"
+                ):  # named as in the files, where GPT-NeoX's differs
+                    head = untied_head(model)
+                    found = "" if head is None else f"{head.name}.table"
                 if head is None:
                     raise ValueError(
                         f"the checkpoint stores {name} compressed; {type(model).__name__} has no such "

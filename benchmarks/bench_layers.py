@@ -20,11 +20,15 @@ import pytest
 
 pytest.importorskip("torch")
 import torch
-from layers import memory_attention, memory_linear
+from layers import ffn_triggers, memory_attention, memory_linear
 
 import lutra
 
-SECTIONS = {"memory_linear": memory_linear, "memory_attention": memory_attention}
+SECTIONS = {
+    "memory_linear": memory_linear,
+    "memory_attention": memory_attention,
+    "ffn_triggers": ffn_triggers,
+}
 
 
 @pytest.mark.parametrize("name", SECTIONS)

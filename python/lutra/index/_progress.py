@@ -6,13 +6,13 @@ from typing import Any
 
 
 class Progress:
-    """A bar of ``total`` steps, as a context.
+    """A bar of ``total`` steps (None: not known), as a context.
 
     ``progress`` None shows it after two seconds, on a terminal and where tqdm is installed; True shows it at
     once and needs tqdm; False never.
     """
 
-    def __init__(self, total: int, what: str, progress: bool | None) -> None:
+    def __init__(self, total: int | None, what: str, progress: bool | None) -> None:
         if progress not in (None, True, False):
             raise TypeError(f"progress must be None, True or False, got {progress!r}")
         self._bar: Any = None

@@ -20,6 +20,7 @@ from . import (
     scan,
     screen,
     train,
+    triggers,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "scan",
     "screen",
     "train",
+    "triggers",
 ]

@@ -128,6 +128,22 @@ def test_stochastic_bits_do_not_depend_on_threads(threads):
     assert (got != gather.pack_rows(x, "int4", rounding="stochastic", seed=1)).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", (16, 32, 48, 64, None))
+def test_halves_are_rounded_floats(simd_level, kind, group):
+    """Bit for bit, whether a value is rounded or looked up among the rounded ones of its group."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    if kind.startswith("fp8") and group is not None:
+        pytest.skip("one scale a row")
+    for dim in (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 97, 130, 200):
+        packed = gather.pack_rows(rows_of(5, dim), kind, group)
+        exact = gather.unpack_rows(packed, dim, kind, group)
+        for dtype, cast in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
+            got = gather.unpack_rows(packed, dim, kind, group, dtype=dtype)
+            assert got.dtype == cast
+            np.testing.assert_array_equal(got.view(np.uint16), exact.astype(cast).view(np.uint16))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_dtypes(dtype):
     ml_dtypes = pytest.importorskip("ml_dtypes")

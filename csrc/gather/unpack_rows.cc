@@ -13,6 +13,50 @@ LUTRA_INLINE int64_t id_of(const UnpackRowsArgs& a, int64_t i) {
   return a.id_type == DType::i32 ? static_cast<const int32_t*>(a.ids)[i] : static_cast<const int64_t*>(a.ids)[i];
 }
 
+// Columns [0, t.dim) of a row as T.
+template <Packed K, class T>
+struct Row {
+  LUTRA_INLINE void decode(const PackedTable& t, const uint8_t* row, typename T::type* out) {
+    decode_columns<K, T>(t, row, 0, t.dim, out);
+  }
+};
+
+#if defined(LUTRA_LEVEL_v4)
+// 4-bit codes as halves: a group has 16 values, rounded once, and a permutation of words looks 32 codes up in them. A
+// byte spread to two words needs no masks: the permutation reads five bits of a word, and the table is there twice.
+template <Packed K, class T>
+struct Row4 {
+  LUTRA_INLINE void decode(const PackedTable& t, const uint8_t* row, uint16_t* out) {
+    typedef PackedCodes<K> C;
+    alignas(16) const uint8_t all[8] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe};
+    const vf codes = C::load(all, 0);
+    const uint8_t* groups = C::groups(t, row);
+    for (int64_t c = 0; c < t.dim;) {
+      const int64_t g = c / t.group, end = (g + 1) * t.group < t.dim ? (g + 1) * t.group : t.dim;
+      const Affine a = C::group_at(groups, g);
+      alignas(32) uint16_t values[W];
+      T::store(values, packed_values<K>(codes, a));
+      const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
+      for (; c + 32 <= end; c += 32) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + c / 2));
+        const __m512i low = _mm512_cvtepu8_epi32(bytes);
+        const __m512i words = _mm512_or_si512(low, _mm512_slli_epi32(low, 12));
+        _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(words, table));
+      }
+      for (; c < end; ++c) out[c] = values[row[c / 2] >> (c % 2 * 4) & 15];
+    }
+  }
+};
+template <>
+struct Row<Packed::nf4, BF16> : Row4<Packed::nf4, BF16> {};
+template <>
+struct Row<Packed::nf4, F16> : Row4<Packed::nf4, F16> {};
+template <>
+struct Row<Packed::int4, BF16> : Row4<Packed::int4, BF16> {};
+template <>
+struct Row<Packed::int4, F16> : Row4<Packed::int4, F16> {};
+#endif
+
 template <Packed K, class T>
 void decode(const UnpackRowsArgs& a, int64_t begin, int64_t end, BadFirst* bad) {
   const PackedTable& t = a.table;
@@ -27,7 +71,7 @@ void decode(const UnpackRowsArgs& a, int64_t begin, int64_t end, BadFirst* bad) 
     }
     const int64_t id = id_of(a, i);
     if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(t.rows)) return bad->report(i);
-    decode_columns<K, T>(t, t.data + id * t.row_bytes, 0, t.dim, out + i * t.dim);
+    Row<K, T>::decode(t, t.data + id * t.row_bytes, out + i * t.dim);
   }
 }
 

@@ -310,7 +310,8 @@ def _row_numbers(kind, ids, table, rows):
 
 
 # ---------------------------------------------------------------- unpack
-def _unpack_rows(kind, packed, ids=None, dim=0, packed_kind="int8", group=None, dtype="float32"):
+def _unpack_rows(kind, packed, ids=None, dim=0, packed_kind="int8", group=None, dtype="float32", out=None):
+    """``out``: where a kernel may write to, (n, dim) of dtype; what is returned counts."""
     at = row_layout(dim, packed_kind, group)
     check_packed(kind, packed, at)
     out_code = _checks.choice("dtype", dtype, OUT_TYPES)
@@ -331,7 +332,8 @@ def _unpack_rows(kind, packed, ids=None, dim=0, packed_kind="int8", group=None, 
         result = reference.unpack_rows(kind.to_numpy(packed), dim, packed_kind, at.group, _numpy(kind, ids))
         return kind.from_numpy(result, out_code, packed)
     packed = kind.dense(packed)
-    out = kind.empty((n, dim), out_code, packed)
+    if out is None:
+        out = kind.empty((n, dim), out_code, packed)
     bad = kind.kernels.unpack_rows(
         kind.ptr(packed), KINDS[packed_kind], rows, dim, at.group, at.row_bytes, _ptr(kind, ids), id_code, n,
         0, kind.ptr(out), out_code,

@@ -47,15 +47,30 @@ class Source(NamedTuple):
         for begin in range(0, self.rows, step):
             yield begin, min(begin + step, self.rows)
 
-    def tile(self, arrays: list[Tensor], pad_row: Tensor | None, begin: int, end: int) -> Tensor:
-        """Rows [begin, end), in the type that the format gives them."""
+    def tile(
+        self, arrays: list[Tensor], pad_row: Tensor | None, begin: int, end: int,
+        dtype: torch.dtype | None = None, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Rows [begin, end), as ``dtype`` or in the type that the format gives them; perhaps in ``out``."""
         if self.format is None:
-            return arrays[0][begin:end]
-        ids = torch.arange(begin, end, device=arrays[0].device)
-        rows = self.format.gather(dict(zip(self.names, arrays)), self.shape, ids, True)
-        if pad_row is not None and begin <= self.pad < end:
-            rows = torch.where((ids == self.pad).unsqueeze(1), pad_row.to(rows.dtype), rows)
-        return rows
+            rows = arrays[0][begin:end]
+        else:
+            data = dict(zip(self.names, arrays))
+            rows = self.format.between(data, self.shape, begin, end, dtype, out)
+            if pad_row is not None and begin <= self.pad < end:
+                here = torch.arange(begin, end, device=rows.device) == self.pad
+                rows = torch.where(here.unsqueeze(1), pad_row.to(rows.dtype), rows)
+        return rows if dtype is None else rows.to(dtype)
+
+    def tiles(
+        self, arrays: list[Tensor], pad_row: Tensor | None, like: Tensor
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(begin, end, rows in the type of ``like``), one after the other: the next may overwrite one. No
+        gradients.
+        """
+        place = like.new_empty((min(self.block(like.dtype), self.rows), self.dim))  # its pages are kept
+        for begin, end in self.ranges(like.dtype):
+            yield begin, end, self.tile(arrays, pad_row, begin, end, like.dtype, place[: end - begin])
 
 
 @functools.lru_cache(64)
@@ -85,10 +100,14 @@ class ArrayGradients:
             for a, w in zip(arrays, which)
         ]
 
-    def add(self, table: Source, pad_row: Tensor | None, begin: int, end: int, grad_of) -> None:
-        """Decode the tile, give its rows to ``grad_of``, and add what the gradient it returns amounts to."""
+    def add(
+        self, table: Source, pad_row: Tensor | None, begin: int, end: int, dtype: torch.dtype, grad_of
+    ) -> None:
+        """Decode the tile, give its rows to ``grad_of`` (as ``dtype`` where they get no gradient), and add
+        what the gradient it returns amounts to.
+        """
         if not any(self.which):
-            grad_of(table.tile(self.arrays, pad_row, begin, end))
+            grad_of(table.tile(self.arrays, pad_row, begin, end, dtype))
             return
         with _recording(), torch.enable_grad():
             leaves = [a.detach().requires_grad_(w) for a, w in zip(self.arrays, self.which)]
@@ -115,8 +134,7 @@ class ArrayGradients:
 def _logits(hidden, arrays, pad_row, config, rows, dim, pad):
     table = source(config, rows, dim, pad)
     out = hidden.new_empty((hidden.shape[0], rows))
-    for begin, end in table.ranges(hidden.dtype):
-        tile = table.tile(arrays, pad_row, begin, end).to(hidden.dtype)
+    for begin, end, tile in table.tiles(arrays, pad_row, hidden):
         if begin == 0 and end == rows:
             return torch.mm(hidden, tile.T)
         out[:, begin:end] = torch.mm(hidden, tile.T)
@@ -136,7 +154,7 @@ def _logits_backward(grad, hidden, arrays, pad_row, config, rows, dim, pad, to_h
                 total.add_(torch.mm(part, tile.to(hidden.dtype)))
             return torch.mm(part.T, hidden)
 
-        sums.add(table, pad_row, begin, end, grad_of)
+        sums.add(table, pad_row, begin, end, hidden.dtype, grad_of)
     return [total.to(hidden.dtype), *sums.results()]
 
 
@@ -147,8 +165,7 @@ def _cross_entropy(hidden, targets, arrays, pad_row, bias, config, rows, dim, pa
     n, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     lse = hidden.new_full((n,), -torch.inf, dtype=wide)
     picked, mean = hidden.new_zeros((n,), dtype=wide), hidden.new_zeros((n,), dtype=wide)
-    for begin, end in table.ranges(hidden.dtype):
-        tile = table.tile(arrays, pad_row, begin, end).to(hidden.dtype)
+    for begin, end, tile in table.tiles(arrays, pad_row, hidden):
         logits = _biased(torch.mm(hidden, tile.T).to(wide), bias, begin, end)
         lse = torch.logaddexp(lse, torch.logsumexp(logits, 1))
         here = (targets >= begin) & (targets < end)
@@ -186,7 +203,7 @@ def _cross_entropy_backward(
             total.add_(torch.mm(p, tile))
             return torch.mm(p.T, hidden)
 
-        sums.add(table, pad_row, begin, end, grad_of)
+        sums.add(table, pad_row, begin, end, hidden.dtype, grad_of)
     first = [total.to(hidden.dtype)]
     return first + ([] if to_bias is None else [to_bias.to(bias.dtype)]) + sums.results()
 

@@ -26,7 +26,7 @@ def topk_of_tiles(head: Any, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         query = torch.cat([query, query.new_ones(len(query), 1)], 1)
     best = None
     for begin, end in table.ranges(wide):
-        tile = table.tile(arrays, pad_row, begin, end).to(wide)
+        tile = table.tile(arrays, pad_row, begin, end, wide)
         if head.bias is not None:
             tile = torch.cat([tile, head.bias[begin:end].to(wide).unsqueeze(1)], 1)
         found = best_of(query, tile, min(k, end - begin), begin)

@@ -140,6 +140,17 @@ class Format(ABC):
             return self.lookup(data, shape, ids)
         return self.rows(data, shape, ids)
 
+    def between(
+        self, data: Data, shape: Shape, begin: int, end: int, dtype: Any = None, out: Any = None
+    ) -> Any:
+        """Rows [begin, end) of a table of torch tensors, differentiable; of torch's ``dtype`` where the
+        format gives that for less, else of its own. ``out``, a tensor of it, may be written to and returned.
+        """
+        import torch
+
+        device = next(iter(data.values())).device
+        return self.gather(data, shape, torch.arange(begin, end, device=device), True)
+
     def bag(
         self,
         data: Data,

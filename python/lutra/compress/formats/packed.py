@@ -67,6 +67,21 @@ class Packed(Format):
     def gather(self, data: Data, shape: Shape, ids: Any, sparse: bool = False) -> Any:
         return gather.unpack_rows(data["codes"], shape[1], self.kind, self.columns, ids)
 
+    def between(
+        self, data: Data, shape: Shape, begin: int, end: int, dtype: Any = None, out: Any = None
+    ) -> Any:
+        name, codes = str(dtype).removeprefix("torch."), data["codes"][begin:end]
+        name = name if name in ("float16", "bfloat16") else "float32"
+        if out is None:
+            return gather.unpack_rows(codes, shape[1], self.kind, self.columns, dtype=name)
+        from ..._arrays import torch_kind
+        from ...gather._packed import _unpack_rows
+
+        return _unpack_rows(
+            torch_kind(codes.is_cuda), codes, None, shape[1], self.kind, self.columns, name,
+            out if str(out.dtype) == f"torch.{name}" else None,
+        )  # fmt: skip
+
     def bag(
         self, data: Data, shape: Shape, ids: Any, offsets: Any = None, weights: Any = None, *,
         mode: str = "sum", padding_idx: int | None = None, include_last_offset: bool = False,

@@ -1,9 +1,9 @@
 """Tied heads: logits from compressed tables against the dense product.
 
 ``python benchmarks/bench_heads.py`` prints the tables of docs/heads.md (some minutes; 2 GB of memory):
-``--threads 2`` on two threads, ``--quick`` a small vocabulary, ``--json FILE`` keeps the rows. Times are
-medians, on one thread of the process's time, on more of wall clock; the ways take turns. Codes and tables are
-random: times do not depend on them.
+``--threads 2`` on two threads, ``--quick`` a small vocabulary, ``--only`` and ``--dtype`` a part of it,
+``--json FILE`` keeps the rows. Times are medians, on one thread of the process's time, on more of wall clock;
+the ways take turns. Codes and tables are random: times do not depend on them.
 
 ``pytest benchmarks/bench_heads.py`` checks the quick form.
 """
@@ -21,7 +21,8 @@ import pytest
 torch = pytest.importorskip("torch")
 import lutra  # noqa: E402
 
-FORMATS = ("pq:m=64", "pq:m=128", "pq:m=256,bits=4", "int8", "int4", "int2", "nf4", "low_rank:rank=128")
+FORMATS = ("pq:m=64", "pq:m=128", "pq:m=256,bits=4", "int8", "int4", "int2", "nf4", "fp8",
+           "low_rank:rank=128")  # fmt: skip
 
 
 def layer(spec: str, rows: int, dim: int, dtype):
@@ -115,14 +116,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=("logits", "topk", "training"))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of logits; default both")
     parser.add_argument("--json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     lutra.set_num_threads(given.threads)
     rows, dim = (20_000, 256) if given.quick else (151_936, 1024)
     tokens = (1, 4, 64) if given.quick else (1, 4, 16, 64)
+    dtypes = [getattr(torch, given.dtype)] if given.dtype else [torch.bfloat16, torch.float32]
     parts = {
-        "logits": lambda: (r for d in (torch.bfloat16, torch.float32) for r in logits(rows, dim, tokens, d)),
+        "logits": lambda: (r for d in dtypes for r in logits(rows, dim, tokens, d)),
         "topk": lambda: selected(rows, dim, (1, 4), torch.bfloat16),
         "training": lambda: training(rows, dim, 256),
     }

@@ -367,21 +367,34 @@ def test_report_leaves_out_what_takes_too_long(checkpoint, tmp_path, monkeypatch
     attempt = _choose.attempt
 
     def measured(job, format, seed=0):
-        """rq takes a hundredth of a second a row, low_rank none."""
+        """rq takes time in proportion to the bytes, low_rank none."""
         encoded.append((format.name, len(job.table)))
         option = attempt(job, format, seed)
-        option.seconds = len(job.table) / 100 if format.name == "rq" else 0.0
+        cost = (10 + len(job.table) / 100) * option.nbytes / job.dense
+        option.cpu = cost if format.name == "rq" else 0.0
         return option
 
     monkeypatch.setattr(_choose, "attempt", measured)
-    monkeypatch.setattr(_html, "SAMPLE", 20)
     path, tables = checkpoint
     rows = len(tables["model.embed_tokens.weight"])
-    assert rows > 80
     out = tmp_path / "report.html"
-    left_out = _html.write(path, out, formats=["low_rank", "rq"], limit=rows / 200, progress=False)
+    whole = _html.write(path, out, formats=["rq"], limit=1e9, progress=False)
+    tried = len(encoded)
+    assert whole == [] and "left out" not in out.read_text() and tried > 2
+    encoded.clear()
+    left_out = _html.write(path, out, formats=["low_rank", "rq"], limit=3.0, progress=False)
     text = out.read_text()
-    assert left_out > 0 and text.count("left out: it would take") == left_out
-    assert ("rq", 20) in encoded and ("rq", rows) not in encoded and ("low_rank", rows) in encoded
-    assert _html.write(path, out, formats=["rq"], limit=1e9, progress=False) == 0
-    assert ("rq", rows) in encoded and "left out" not in out.read_text()
+    assert 0 < len(left_out) < tried and text.count("left out: about") == len(left_out)
+    assert f"rq ({len(left_out)})" in text and "--formats rq --limit" in text
+    assert encoded.count(("rq", rows)) == tried - len(left_out) and ("low_rank", rows) in encoded
+    # a large table: two samples say what the first size takes
+    encoded.clear()
+    monkeypatch.setattr(_html, "SAMPLES", (20, 40))
+    monkeypatch.setattr(_html, "LARGE", 1)
+    left_out = _html.write(path, out, formats=["rq"], limit=1e-3, progress=False)
+    assert encoded == [("rq", 20), ("rq", 40)] and len(left_out) == tried
+    linear = lambda job, format, seed=0: _choose.Option(format, 1, cpu=5 + len(job.table) / 100)  # noqa: E731
+    monkeypatch.setattr(_choose, "attempt", linear)
+    job = _html.jobs_of(path, None, 1000)[1][0]
+    estimate = _html._would_take(job, _html._samples(job, 0), left_out[0].format, 0.5, 0)
+    assert estimate == pytest.approx(5 + rows / 100)

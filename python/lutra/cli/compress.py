@@ -43,7 +43,8 @@ def _run(
         left_out = _html.write(path, report, progress=progress, limit=limit, **chosen)
         Console().print(f"report: {escape(str(report))}")
         if left_out:
-            Console().print(f"{left_out} entries would have taken longer than --limit and were left out")
+            text = _html.missing(left_out, _html.LIMIT if limit is None else limit)
+            Console().print(escape(text))
     if output is not None:
         done = compression.compress_file(path, output, format, budget=budget, progress=progress, **chosen)
         done.show()

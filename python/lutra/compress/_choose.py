@@ -89,6 +89,7 @@ class Option:
     error: float = float("nan")
     cosine: float = float("nan")
     seconds: float = 0.0
+    cpu: float = 0.0  # seconds too, of all threads: what other programs do does not count
     note: str = ""
     divergence: float | None = None
 
@@ -194,14 +195,15 @@ def score(format: Format, data: Data, job: Job) -> tuple[float, float]:
 def attempt(job: Job, format: Format, seed: int = 0) -> Option:
     """Encode and score; what fails is noted, not raised: other formats may do."""
     nbytes = format.nbytes(job.shape, job.dtype) + job.extra
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
+    option = Option(format, nbytes)
     try:
-        data = format.encode(job.table, job.counts, seed, False)
-        error, cosine = score(format, data, job)
+        option.data = format.encode(job.table, job.counts, seed, False)
+        option.error, option.cosine = score(format, option.data, job)
     except Exception as problem:
-        text = f"failed: {type(problem).__name__}: {problem}"
-        return Option(format, nbytes, seconds=time.perf_counter() - begin, note=text)
-    return Option(format, nbytes, data, error, cosine, time.perf_counter() - begin)
+        option.data, option.note = {}, f"failed: {type(problem).__name__}: {problem}"
+    option.seconds, option.cpu = time.perf_counter() - begin, time.process_time() - busy
+    return option
 
 
 def fits(job: Job, kinds: list[type[Format]], budget: int) -> list[Format]:

@@ -6,7 +6,6 @@ import html
 import io
 import os
 import re
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,9 +20,11 @@ from ._report import size_text
 from .formats import Format
 
 SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
-#: Seconds that a format may take on a table, all shares together; and the rows that tell how long it would.
-LIMIT = 30.0
-SAMPLE = 1000
+#: Seconds of the processors that a format may take on a table, all shares together.
+LIMIT = 60.0
+#: From so many values on, how long the first share takes is told by these numbers of rows beforehand.
+LARGE = 1 << 25
+SAMPLES = (1000, 4000)
 _INK = "#010203"  # the SVG's ink until it becomes currentColor
 
 _STYLE = """
@@ -40,63 +41,68 @@ code { font-size: 90%; }
 def measure(
     job: Job, formats: Any = None, seed: int = 0, bar: Any = None, limit: float | None = None
 ) -> dict[str, list[Option]]:
-    """Each format at each of `SHARES` of a table's bytes.
+    """Each format at each of `SHARES` of a table's bytes, from the smallest.
 
-    Where a format would take longer than ``limit`` seconds, the shares that are too much for it are left out,
-    with a note that says so. How long one takes is told by `SAMPLE` rows of the table; encoding takes time
-    in proportion to the rows, or less.
+    Where a format would take longer than ``limit`` seconds (of the processors, so that what else the machine
+    does changes nothing), the shares that are too much for it are left out, with a note that says so. A share
+    is taken to cost what the one before it did, times the ratio of their bytes.
     """
     if limit is None:
         limit = LIMIT
     out: dict[str, list[Option]] = {}
-    sample = _sample(job, seed)
+    samples = _samples(job, seed)
     for cls in _choose.classes(formats):
-        seen, spent, would = set(), 0.0, 0.0
-        for share in reversed(SHARES):  # the larger, the longer
+        seen: set[str] = set()
+        spent, last = 0.0, None
+        for share in reversed(SHARES):
             for format in _choose.fits(job, [cls], int(share * job.dense)):
                 if format.describe() in seen:
                     continue
                 seen.add(format.describe())
-                begin = time.perf_counter()
-                if spent + would <= limit:  # else a smaller one took too long already
-                    would = _would_take(job, sample, format, share, seed)
+                nbytes = format.nbytes(job.shape, job.dtype) + job.extra
+                if last is not None:
+                    would = last.cpu * max(1.0, nbytes / max(1, last.nbytes))
+                else:
+                    would = _would_take(job, samples, format, share, seed)
                 if spent + would > limit:
-                    nbytes = format.nbytes(job.shape, job.dtype) + job.extra
-                    note = f"left out: it would take {would:.0f} s or more"
-                    option = Option(format, nbytes, note=note)
+                    option = Option(format, nbytes, cpu=would, note=f"left out: about {would:.0f} s")
                 else:
                     option = _choose.attempt(job, format, seed)
                     option.data = {}  # only its figures are drawn
-                spent += time.perf_counter() - begin
+                    spent += option.cpu
+                last = option
                 out.setdefault(cls.name, []).append(option)
             if bar is not None:
                 bar.tick()
     return out
 
 
-def _sample(job: Job, seed: int) -> Job | None:
-    """Some rows of a table that has far more."""
-    rows = len(job.table)
-    if rows <= 4 * SAMPLE:
-        return None
-    some = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
-    counts = None if job.counts is None else job.counts[some]
-    return Job(job.name, np.ascontiguousarray(job.table[some]), counts, job.dtype)
+def _samples(job: Job, seed: int) -> list[Job]:
+    """Some rows of a large table, fewer and more."""
+    out: list[Job] = []
+    if job.table.size < LARGE or len(job.table) <= 4 * SAMPLES[1]:
+        return out
+    for rows in SAMPLES:
+        some = np.sort(np.random.default_rng(seed).choice(len(job.table), rows, replace=False))
+        counts = None if job.counts is None else job.counts[some]
+        out.append(Job(job.name, np.ascontiguousarray(job.table[some]), counts, job.dtype))
+    return out
 
 
-def _would_take(job: Job, sample: Job | None, format: Format, share: float, seed: int) -> float:
-    """Seconds, about, for a table at a share; 0 for a small table, which is tried anyway."""
-    if sample is None:
-        return 0.0
-    # some formats are made for one number of rows: then what fits the sample at the same share
-    for some in (format, type(format).fit(sample.shape, int(share * sample.dense), sample.dtype)):
-        try:
+def _would_take(job: Job, samples: list[Job], format: Format, share: float, seed: int) -> float:
+    """Seconds, about, for a large table at a share; 0 for others, which are tried anyway."""
+    took = []
+    for sample in samples:
+        # some formats are made for one number of rows: then what fits the sample at the same share
+        for some in (format, type(format).fit(sample.shape, int(share * sample.dense), sample.dtype)):
             tried = None if some is None else _choose.attempt(sample, some, seed)
-        except (ValueError, IndexError):
-            continue
-        if tried is not None and not tried.note:
-            return tried.seconds * len(job.table) / len(sample.table)
-    return 0.0
+            if tried is not None and not tried.note:
+                took.append((len(sample.table), tried.cpu))
+                break
+    if len(took) < 2:
+        return 0.0
+    (few, short), (many, long) = took  # a fixed cost, and one for each row
+    return long + max(0.0, long - short) / (many - few) * (len(job.table) - many)
 
 
 def write(
@@ -110,11 +116,11 @@ def write(
     progress: bool | None = None,
     limit: float | None = None,
     head: str = "auto",
-) -> int:
+) -> list[Option]:
     """Measure all formats on the tables of a checkpoint and write the page, whole or not at all.
 
-    ``limit`` is the time that a format may take on a table, in seconds, default `LIMIT`; what would take
-    longer is left out, and noted on the page. Returns how many entries were left out.
+    ``limit`` is the time that a format may take on a table, in seconds of the processors, default `LIMIT`;
+    what would take longer is left out, and the page says what and how to have it. Returns what was left out.
     """
     _pyplot()  # before the work, not after it
     if os.path.exists(output) and os.path.samefile(path, output):
@@ -123,13 +129,32 @@ def write(
     kinds = _choose.classes(formats)
     with Progress(len(jobs) * len(kinds) * len(SHARES), "formats", progress) as bar:
         results = [(job, measure(job, formats, seed, bar, limit)) for job in jobs]
-    _files.write_bytes(output, [page(os.path.basename(os.fsdecode(path)), results).encode()])
-    return sum(
-        o.note.startswith("left out") for _, by_name in results for each in by_name.values() for o in each
+    made = page(os.path.basename(os.fsdecode(path)), results, LIMIT if limit is None else limit)
+    _files.write_bytes(output, [made.encode()])
+    return [o for _, by_name in results for each in by_name.values() for o in each if left_out(o)]
+
+
+def left_out(option: Option) -> bool:
+    return option.note.startswith("left out")
+
+
+def missing(options: list[Option], limit: float) -> str:
+    """What was left out, in a sentence, and how it is had; '' where nothing was."""
+    if not options:
+        return ""
+    counts: dict[str, int] = {}
+    for option in options:
+        assert option.format is not None
+        counts[option.format.name] = counts.get(option.format.name, 0) + 1
+    names = ", ".join(f"{name} ({n})" for name, n in counts.items())
+    return (
+        f"{len(options)} entries were left out, since their format would have taken more than {limit:g} "
+        f"seconds of the processors for all sizes of a table: {names}. --limit SECONDS gives it more; with "
+        f"--formats {','.join(counts)} --limit 100000 the page has these formats alone, and all of them."
     )
 
 
-def page(title: str, results: list[tuple[Job, dict[str, list[Option]]]]) -> str:
+def page(title: str, results: list[tuple[Job, dict[str, list[Option]]]], limit: float = LIMIT) -> str:
     """The HTML of measurements."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for job, by_name in results:
@@ -137,6 +162,9 @@ def page(title: str, results: list[tuple[Job, dict[str, list[Option]]]]) -> str:
         body.append(f"<h2><code>{html.escape(job.name)}</code></h2>")
         body.append(f"<p>{rows} x {dim}, {job.dtype}, {size_text(job.dense)}</p>")
         body.append(plot(job, by_name))
+        lacks = missing([o for each in by_name.values() for o in each if left_out(o)], limit)
+        if lacks:
+            body.append(f"<p><strong>{html.escape(lacks)}</strong></p>")
         body.append(_table(job, by_name))
     body.append(
         "<p>Error: the square root of sum |x - x'|² / sum |x|² over the rows. "
@@ -159,9 +187,11 @@ def _table(job: Job, by_name: dict[str, list[Option]]) -> str:
             f"<tr><td>{o.nbytes / job.dense:.2%}</td><td><code>{name}</code></td>"
             + f"<td>{size_text(o.nbytes)}</td>"
             + (f"<td>{o.error:.4f}</td><td>{o.cosine:.4f}</td>" if not o.note else "<td>-</td><td>-</td>")
-            + f"<td>{o.seconds:.2f}</td><td>{html.escape(o.note)}</td></tr>"
+            + f"<td>{o.cpu:.2f}</td><td>{html.escape(o.note)}</td></tr>"
         )
-    head = "".join(f"<th>{c}</th>" for c in ("share", "format", "bytes", "error", "cosine", "seconds", ""))
+    head = "".join(
+        f"<th>{c}</th>" for c in ("share", "format", "bytes", "error", "cosine", "CPU seconds", "")
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -204,7 +234,7 @@ def plot(job: Job, by_name: dict[str, list[Option]]) -> str:
         for spine in axes.spines.values():
             spine.set_color(_INK)
         axes.patch.set_alpha(0)
-        if by_name:
+        if axes.lines:
             legend = axes.legend(
                 loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False, labelcolor=_INK
             )

@@ -325,6 +325,7 @@ def test_commands(checkpoint, tmp_path):
         "compress", path, "--budget", "30%", "--formats", "low_rank", "-o", small, "--json", tmp_path / "j"
     )
     assert done.returncode == 0, done.stderr
+    assert "no size within the budget" not in done.stdout
     assert "low_rank:rank=4" in done.stdout and "model.embed_tokens.weight" in done.stdout
     assert json.loads((tmp_path / "j").read_text())["tables"][0]["format"] == "low_rank:rank=4"
     assert small.stat().st_size < path.stat().st_size
@@ -332,6 +333,8 @@ def test_commands(checkpoint, tmp_path):
     assert done.returncode == 0 and "lm_head.weight" in done.stdout, done.stderr
     done = command("decompress", small, "-o", dense)
     assert done.returncode == 0 and "model.embed_tokens.weight" in done.stdout
+    done = command("compress", path, "--budget", "9%", "--formats", "int8,low_rank", "-o", tmp_path / "f")
+    assert "no size within the budget: int8" in done.stdout
     done = command("compress", path, "--budget", "1", "-o", tmp_path / "no")
     assert (
         done.returncode == 1 and "smallest that can be met" in done.stderr and "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ import numpy as np
 from . import _choose, _static
 from ._checkpoint import FLOATS, Checkpoint, Out, Stored, expected_bytes, narrowed, same_file, write
 from ._choose import Job, Option
-from ._planning import encode_all, entry_of, kinds_of, within
+from ._planning import encode_all, entry_of, kinds_of, not_tried, within
 from ._report import Report
 from .formats import Format, make
 from .formats.base import Data
@@ -160,16 +160,18 @@ def compress_file(
         raise ValueError("give a format or a budget")
     _check_output(path, output)
     checkpoint, jobs = jobs_of(path, None if tensors is None else list(tensors), min_rows, head)
-    limit, tried = None, []
+    limit, tried, unfit = None, [], []
     if budget is None:
         options = encode_all(jobs, format, parameters, seed, progress)
     else:
         limit = _choose.parse_budget(budget, sum(job.dense for job in jobs))
-        options, attempts = within(jobs, kinds_of(format, formats, parameters), limit, seed, progress)
+        kinds = kinds_of(format, formats, parameters)
+        options, attempts = within(jobs, kinds, limit, seed, progress)
+        unfit = not_tried(kinds, attempts)
         tried = [entry_of(j, o, o is best) for j, each, best in zip(jobs, attempts, options) for o in each]
     outs, metadata, config = _compressed(checkpoint, jobs, options)
     _write(checkpoint, output, outs, metadata, config)
-    return Report([entry_of(job, option) for job, option in zip(jobs, options)], tried, limit)
+    return Report([entry_of(job, option) for job, option in zip(jobs, options)], tried, limit, unfit=unfit)
 
 
 def _compressed(

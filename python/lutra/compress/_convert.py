@@ -13,7 +13,7 @@ from . import _calibrate, _choose, _layers
 from ._attach import attach
 from ._choose import Job, Option
 from ._find import Group, Modules, find, head_of, input_weight, select, untied_head
-from ._planning import encode_all, entry_of, kinds_of, within
+from ._planning import encode_all, entry_of, kinds_of, not_tried, within
 from ._report import Entry, Report
 from ._swap import Place, changes, is_transformers, put
 from ._table import check_counts
@@ -121,6 +121,7 @@ def convert(
         kinds = kinds_of(format, formats, parameters)
         trial = (lambda options: work.trial(options, data)) if work.before else None
         options, tried = within(jobs, kinds, limit, seed, progress, trial)
+        work.unfit = not_tried(kinds, tried)
         work.tried = [entry_of(j, o, o is best) for j, each, best in zip(jobs, tried, options) for o in each]
     work.replace(options)
     if work.before and budget is None:
@@ -168,6 +169,7 @@ class _Work:
         else:
             own = None
         self.tried: list[Entry] = []
+        self.unfit: list[str] = []
         self.before: list[torch.Tensor] = []
         self.skipped = {
             g.name: f"{g.shape[0]} x {g.shape[1]}, not asked for"
@@ -268,7 +270,7 @@ class _Work:
 
     def report(self, jobs: list[Job], options: list[Option], limit: int | None) -> Report:
         tables = [entry_of(job, option) for job, option in zip(jobs, options)]
-        return Report(tables, self.tried, limit, self.skipped)
+        return Report(tables, self.tried, limit, self.skipped, self.unfit)
 
 
 def _check(group: Group) -> None:

@@ -98,6 +98,12 @@ def within(
     return taken, tried
 
 
+def not_tried(kinds: list[type[Format]], tried: list[list[Option]]) -> list[str]:
+    """Formats that fit the budget on no table."""
+    names = {o.format.name for each in tried for o in each if o.format is not None}
+    return [cls.name for cls in kinds if cls.name not in names]
+
+
 def entry_of(job: Job, option: Option, chosen: bool = False) -> Entry:
     name = "dense" if option.format is None else option.format.describe()
     return Entry(

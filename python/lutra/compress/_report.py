@@ -101,12 +101,15 @@ class Report:
         Bytes.
     skipped : dict of str to str
         Embeddings that were left alone, and why.
+    unfit : list of str
+        Formats that were not tried, since none of their sizes is within the budget.
     """
 
     tables: list[Entry] = field(default_factory=list)
     tried: list[Entry] = field(default_factory=list)
     budget: int | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    unfit: list[str] = field(default_factory=list)
 
     @property
     def before(self) -> int:
@@ -119,7 +122,8 @@ class Report:
     def _summary(self) -> str:
         share = self.after / self.before if self.before else 1.0
         text = f"{size_text(self.before)} -> {size_text(self.after)} ({share:.2%})"
-        return text if self.budget is None else f"{text}, budget {size_text(self.budget)}"
+        text = text if self.budget is None else f"{text}, budget {size_text(self.budget)}"
+        return f"{text}\nno size within the budget: {', '.join(self.unfit)}" if self.unfit else text
 
     def __str__(self) -> str:
         out = [text_table([cells(e) for e in self.tables]), self._summary()]
@@ -146,8 +150,9 @@ class Report:
                 continue
             rows = [cells(e) for e in entries]
             kept = [i for i in range(len(COLUMNS)) if any(r[i] not in ("", "-") for r in rows)]
-            if title == "tried" and len(self.tables) == 1:  # what all have in common stands above
-                title = f"tried on {entries[0].module}, {size_text(entries[0].before)}"
+            if len(self.tables) == 1:  # what all have in common stands above
+                title = ("tried on " if title == "tried" else "") + entries[0].module
+                title += f", {size_text(entries[0].before)}"
                 kept = [i for i in kept if COLUMNS[i] not in ("module", "before")]
             table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
             for i in kept:

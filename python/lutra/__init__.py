@@ -15,10 +15,11 @@ from ._backend import get_num_threads, set_num_threads, simd_level
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import compress, index, mine, nn, quant, reference, store, vocab
+    from . import compress, index, mine, nn, quant, reference, sent2vec, store, vocab
+    from .sent2vec import Sent2Vec
     from .store import VectorStore
 
-_LAZY = ("compress", "index", "mine", "nn", "quant", "reference", "store", "torch_ops", "vocab")
+_LAZY = ("compress", "index", "mine", "nn", "quant", "reference", "sent2vec", "store", "torch_ops", "vocab")
 
 
 def __getattr__(name: str):
@@ -26,14 +27,16 @@ def __getattr__(name: str):
         return importlib.import_module(f"lutra.{name}")
     if name == "VectorStore":
         return importlib.import_module("lutra.store").VectorStore
+    if name == "Sent2Vec":
+        return importlib.import_module("lutra.sent2vec").Sent2Vec
     raise AttributeError(f"module 'lutra' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_LAZY, "VectorStore"])
+    return sorted([*globals(), *_LAZY, "Sent2Vec", "VectorStore"])
 
 
 __all__ = [
-    "VectorStore", "__version__", "address", "compress", "gather", "get_num_threads", "index", "mine", "nn",
-    "quant", "reference", "scan", "set_num_threads", "simd_level", "store", "vocab",
+    "Sent2Vec", "VectorStore", "__version__", "address", "compress", "gather", "get_num_threads", "index",
+    "mine", "nn", "quant", "reference", "scan", "sent2vec", "set_num_threads", "simd_level", "store", "vocab",
 ]  # fmt: skip

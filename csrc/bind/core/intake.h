@@ -80,6 +80,7 @@ void register_quant(py::module_& m);
 void register_quick(py::module_& m);
 void register_scan(py::module_& m);
 void register_screen(py::module_& m);
+void register_sent2vec(py::module_& m);
 void register_strings(py::module_& m);
 void register_update(py::module_& m);
 void register_probe(py::module_& m);

@@ -54,6 +54,7 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_quick(m);
   lutra::register_scan(m);
   lutra::register_screen(m);
+  lutra::register_sent2vec(m);
   lutra::register_strings(m);
   lutra::register_update(m);
   lutra::register_probe(m);

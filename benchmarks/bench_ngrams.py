@@ -1,8 +1,8 @@
 """n-gram memories and vector stores: what a look-up and an opening take at the sizes of the documents.
 
-``python benchmarks/bench_ngrams.py`` prints the figures of docs/ngram-memories.md and docs/vector-store.md
-(some minutes and several GB of memory), ``--only match`` a section, ``--quick`` all of it on small sizes,
-which ``pytest benchmarks/bench_ngrams.py`` runs. Results are checked before they are timed.
+``python benchmarks/bench_ngrams.py`` prints the figures of docs/ngram-memories.md, docs/vector-store.md and
+docs/sent2vec.md (some minutes and several GB of memory), ``--only match`` a section, ``--quick`` all of it on
+small sizes, which ``pytest benchmarks/bench_ngrams.py`` runs. Results are checked before they are timed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from layers import sent2vec
 from real_data import data_folder
 
 import lutra
@@ -190,7 +191,7 @@ def store(quick: bool) -> Iterator[str]:
             )
 
 
-SECTIONS = {"match": match, "count": count, "layers": layers, "store": store}
+SECTIONS = {"match": match, "count": count, "layers": layers, "store": store, "sent2vec": sent2vec.lines}
 
 
 def test_sections():

@@ -1,4 +1,4 @@
-"""Reference of sent2vec's training (csrc/gather/sent2vec.h): one gradient step a target, one after another."""
+"""Reference of sent2vec's training (csrc/gather/sent2vec.h): a gradient step a target, one by one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def alias_table(weights: np.ndarray) -> np.ndarray:
     return np.array(alias, np.uint64) << np.uint64(32) | np.array(accept, np.uint64)
 
 
-def context(words: list[int], at: int, dropped: set[int], n_words: int, buckets: int, order: int) -> list[int]:
+def context(
+    words: list[int], at: int, dropped: set[int], n_words: int, buckets: int, order: int
+) -> list[int]:
     """Rows of the context of the target at a position: the words, 0 in its place, and their n-grams, without
     those that hold a dropped position."""
     values = [0 if j == at else w for j, w in enumerate(words)]

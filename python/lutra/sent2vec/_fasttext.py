@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str]) -> Model:
                 f"not a model of epfml/sent2vec: it begins with {head.hex()}, not with fastText's number and "
                 f"version {_VERSION} (fastText's own models are version 12)"
             )
-        dim, _, epochs, min_count, negatives, order, loss, model, buckets, _, _, _, t = r.take(_ARGS)
+        dim, _, epochs, min_count, negatives, order, _, model, buckets, _, _, _, t = r.take(_ARGS)
         if model != _SENT2VEC:
             r.fail(f"it holds a {_MODELS.get(model, model)} model, not a sent2vec one")
         size, n_words, n_labels, total, pruned = r.take(_SIZES)

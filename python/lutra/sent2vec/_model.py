@@ -358,7 +358,7 @@ class Sent2Vec:
         return self
 
     def save_epfml(self, path: str | os.PathLike[str]) -> None:
-        """Write the form that epfml/sent2vec reads (``fasttext print-sentence-vectors``, its Python module)."""
+        """Write the form that epfml/sent2vec reads (``print-sentence-vectors``, its Python module)."""
         self._need()
         params = {**self.get_params(), **self._fitted, "buckets": len(self._rows) - len(self._look_up)}
         _fasttext.write(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import numpy as np
 
 from .. import _backend
@@ -18,11 +21,15 @@ def padded(dim: int) -> int:
 
 
 def empty_rows(rows: int, dim: int) -> np.ndarray:
-    """(rows, padded dim) zeros, at a cache line."""
-    size = rows * padded(dim)
-    memory = np.zeros(size + _ALIGN, np.float32)
-    begin = -(memory.ctypes.data // 4) % _ALIGN
-    return memory[begin : begin + size].reshape(rows, padded(dim))
+    """(rows, padded dim) zeros, at a cache line, in huge pages where the system has them: rows are read in
+    random order, and each small page would be looked up anew."""
+    size = max(rows * padded(dim), 1)
+    private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    memory = mmap.mmap(-1, 4 * size, flags=private) if private else mmap.mmap(-1, 4 * size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32, rows * padded(dim)).reshape(rows, padded(dim))
 
 
 def first_rows(rows: int, dim: int, seed: int) -> np.ndarray:
@@ -62,7 +69,9 @@ def train(
     """The two tables, padded, and the mean loss of a target in each epoch."""
     words = len(corpus.words) + 1
     keep = keep_thresholds(corpus.counts, corpus.total, subsample, min_target_count)
-    if not ((keep[corpus.tokens] > 0) & np.repeat(np.diff(corpus.offsets) > 1, np.diff(corpus.offsets))).any():
+    if not (
+        (keep[corpus.tokens] > 0) & np.repeat(np.diff(corpus.offsets) > 1, np.diff(corpus.offsets))
+    ).any():
         raise ValueError(
             "no sentence has two known words of which one may be a target: there is nothing to learn from"
         )

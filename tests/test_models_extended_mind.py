@@ -217,3 +217,20 @@ def test_bad_input():
         mind.attach_memories(llama(num_hidden_layers=1), mind.Memories({3: memories.banks[0]}))
     with pytest.raises(TypeError, match="must be Memories"):
         mind.attach_memories(model, memories.banks[0])
+
+
+def test_the_examples_of_the_documentation(tmp_path, monkeypatch, capsys):
+    import re
+    from pathlib import Path
+
+    page = Path(__file__).resolve().parents[1] / "docs" / "memory-attention.md"
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    assert names["out"].shape == (1, 8, 16, 64) and names["seen"].ids.shape == (1, 8, 16, 10)
+    assert "of all attention went to memories" in capsys.readouterr().out
+    assert (tmp_path / "memories.safetensors").exists() and (tmp_path / "triggers.safetensors").exists()
+    assert names["table"].row_count == 6

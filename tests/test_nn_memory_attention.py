@@ -346,6 +346,8 @@ def test_bad_input():
         memory_attention(q, key[:, :2], value[:, :2], bank)
     with pytest.raises(ValueError, match="exclude"):
         memory_attention(q, key, value, bank, torch.ones(5, 7), is_causal=True)
+    with pytest.raises(TypeError, match="attn_mask must be"):
+        memory_attention(q, key, value, bank, torch.ones(5, 7).long())
     with pytest.raises(ValueError, match="top_k"):
         memory_attention(q, key, value, bank, top_k=0)
     with pytest.raises(ValueError, match="query has shape"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..gather import bag, row_dots
-from ..torch_ops import ops
+from ..torch_ops import ops, plain
 from ._autocast import autocasts
 from ._memory_bank import MemoryBank
 
@@ -40,6 +40,7 @@ class _Found(NamedTuple):
     """The memories of a part of the batch, (batch, heads, tokens, k)."""
 
     bank: MemoryBank
+    rows: Tensor  # of the bank's tables, (bank heads * queries, k)
     logits: Tensor
     ids: Tensor
     visible: Tensor | None
@@ -182,6 +183,8 @@ def _check(query, key, value, bank, attn_mask, is_causal, enable_gqa):
         )
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask exclude each other; the mask can hide later keys itself")
+    if attn_mask is not None and not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+        raise TypeError(f"attn_mask must be of bools or floating point, got {attn_mask.dtype}")
     if bank is None:
         return []
     if isinstance(bank, MemoryBank):
@@ -248,9 +251,12 @@ def _retrieve(query: Tensor, bank: MemoryBank, k: int, scale: float, threshold: 
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if not k:
         empty = query.new_empty(batch, heads, tokens, 0, dtype=wide)
-        return _Found(bank, empty, empty.long(), None)
+        return _Found(bank, empty, empty, empty.long(), None)
     grouped = _by_bank_head(query, bank.num_heads)
-    ids = ops.memory_search(grouped.detach(), bank.handle, k)
+    if plain(grouped):  # without torch's dispatcher
+        ids = bank.search(grouped, k).ids
+    else:
+        ids = ops.memory_search(grouped.detach(), bank.handle, k)
     table, step = bank.rows("keys")
     at = _rows_of(ids, step)
     dots = _dots(table, at, grouped.flatten(0, 1)).view(ids.shape).to(wide)
@@ -264,7 +270,7 @@ def _retrieve(query: Tensor, bank: MemoryBank, k: int, scale: float, threshold: 
         above = similarity > threshold
         visible = above if visible is None else visible & above
     back = [None if a is None else _by_query_head(a, batch, tokens) for a in (dots * scale, ids, visible)]
-    return _Found(bank, *back)
+    return _Found(bank, at, *back)
 
 
 def _rows_of(ids: Tensor, step: int) -> Tensor:
@@ -277,7 +283,9 @@ def _hide(found: _Found, most: int) -> Tensor:
     logits = found.logits
     if found.visible is not None:
         logits = logits.masked_fill(~found.visible, -torch.inf)
-    return F.pad(logits, (0, most - logits.shape[-1]), value=-torch.inf)
+    return (
+        logits if logits.shape[-1] == most else F.pad(logits, (0, most - logits.shape[-1]), value=-torch.inf)
+    )
 
 
 def _dots(table: Tensor, rows: Tensor, x: Tensor) -> Tensor:
@@ -292,7 +300,9 @@ def _sum(found: _Found, weights: Tensor, width: int) -> Tensor:
     if not k:
         return weights.new_zeros(batch, heads, tokens, width)
     table, step = bank.rows("values")
-    rows = _rows_of(_by_bank_head(found.ids, bank.num_heads), step)
+    rows = found.rows
+    if step != bank.rows("keys")[1]:  # room behind the two may differ
+        rows = _rows_of(_by_bank_head(found.ids, bank.num_heads), step)
     given = _by_bank_head(weights, bank.num_heads).flatten(0, 1)
     if weights.is_cpu:
         out = bag(table, rows, weights=given)

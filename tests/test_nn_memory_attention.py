@@ -141,6 +141,17 @@ def test_who_sees_nothing_gets_zeros():
     torch.testing.assert_close(alone, want)
 
 
+def test_the_threshold_itself_is_not_above_it():
+    bank = MemoryBank(1, 2, metric="ip")
+    bank.add(torch.tensor([[[2.0, 0], [3.0, 0], [4.0, 0]]]), torch.randn(1, 3, 2))
+    q = torch.tensor([[[[1.0, 0.0]]]])
+    _, seen = memory_attention(q, q, q, bank, similarity_threshold=3.0, return_weights=True)
+    assert seen.ids.tolist() == [[[[2, 1, 0]]]]
+    assert (seen.memory[0, 0, 0] > 0).tolist() == [True, False, False]
+    want = reference(*numpy(q, q, q, bank.keys, bank.values), metric="ip", similarity_threshold=3.0)
+    np.testing.assert_allclose(seen.memory.numpy(), want[2], rtol=1e-5)
+
+
 def test_ties_go_to_the_lowest_and_threads_change_nothing(simd_level, threads):
     bank = MemoryBank(1, 4)
     bank.add(torch.ones(1, 40, 4), torch.randn(1, 40, 4))
@@ -241,6 +252,17 @@ def test_codes_change_nothing(simd_level):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     bank.add(torch.zeros(2, 1, 16), torch.zeros(2, 1, 16))
     assert bank._screens is None and bank.search(query, 5000).ids.shape == (2, 150, 2001)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip"])
+def test_what_is_searched_without_a_kernel(metric, monkeypatch):
+    monkeypatch.setattr("lutra.nn._memory_bank._PART", 200)
+    bank, query = bank_of(2, 60, metric=metric), torch.randn(2, 9, 8)
+    want = bank.search(query, 4)
+    for head in range(2):
+        scores, ids = bank._dense(query[head], head, 4)
+        assert torch.equal(ids, want.ids[head])
+        torch.testing.assert_close(scores, want.scores[head])
 
 
 @pytest.mark.parametrize("index", ["IVF8,Flat", "HNSW16", "Flat", "SQ8"])

@@ -299,13 +299,10 @@ def _sum(found: _Found, weights: Tensor, width: int) -> Tensor:
     bank, (batch, heads, tokens, k) = found.bank, found.ids.shape
     if not k:
         return weights.new_zeros(batch, heads, tokens, width)
-    table, step = bank.rows("values")
-    rows = found.rows
-    if step != bank.rows("keys")[1]:  # room behind the two may differ
-        rows = _rows_of(_by_bank_head(found.ids, bank.num_heads), step)
+    table, _ = bank.rows("values")  # which grows with the keys: the same rows
     given = _by_bank_head(weights, bank.num_heads).flatten(0, 1)
     if weights.is_cpu:
-        out = bag(table, rows, weights=given)
+        out = bag(table, found.rows, weights=given)
     else:
-        out = torch.einsum("rkd,rk->rd", table[rows].to(given.dtype), given)
+        out = torch.einsum("rkd,rk->rd", table[found.rows].to(given.dtype), given)
     return _by_query_head(out.view(bank.num_heads, -1, out.shape[-1]), batch, tokens)

@@ -427,35 +427,70 @@ def test_scaled_rows_operator(size, mode):
         torch.ops.lutra.scaled_rows_backward(grad, table, scale, torch.full((30,), 60), *given[4:])
 
 
+def whole_numbers(*shape):
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(len(shape))).float()
+
+
 @needs_kernel
-@pytest.mark.parametrize("width", SIZES)
-@pytest.mark.parametrize("bits", [4, 11])
+@pytest.mark.parametrize(
+    ("width", "bits"),
+    [(w, b) for w in SIZES for b in (4, 11)] + [(w, b) for w in (3, 33) for b in (1, 2, 3, 7, 8)],
+)
 def test_summed_books(width, bits, simd_level):
-    """Residual codes: blocks of books and of columns, bags longer than a block; whole numbers, so exact."""
+    """Residual codes: groups of books, bags longer than a block; whole numbers, so exact."""
     m = 5
     rng = np.random.default_rng(width)
     stored = torch.from_numpy(rng.integers(0, 256, (ROWS, (m * bits + 7) // 8), dtype=np.uint8))
     pieces = Pieces("codes", (m, bits), width, "sum")
-    generator = torch.Generator().manual_seed(0)
-
-    def whole(*shape):
-        return torch.randint(-8, 9, shape, generator=generator).float()
-
-    table = whole(pieces.table_rows, width).requires_grad_()
+    table = whole_numbers(pieces.table_rows, width).requires_grad_()
     offsets = torch.tensor([0, 2, 2, 4000])  # a bag of more entries than a block has
-    # Few entries touch few rows of the books, whose gradient then takes another way.
-    for n, starts, w in ((5000, offsets, None), (5000, offsets, whole(5000)), (9, offsets[:2], None)):
+    # Few entries take another way.
+    for n, starts, w, padding in (
+        (5000, offsets, None, None),
+        (5000, offsets, whole_numbers(5000), 7),
+        (9, offsets[:2], None, None),
+    ):
         ids = torch.from_numpy(rng.integers(0, ROWS, n))
-        out = bag_pieces(table, ids, starts, w, pieces=pieces, rows=ROWS, stored=stored)
+        options = {"pieces": pieces, "rows": ROWS, "stored": stored, "padding_idx": padding}
+        out = bag_pieces(table, ids, starts, w, **options)
         wide = table.detach().double().requires_grad_()
-        want = bag_pieces(
-            wide, ids, starts, None if w is None else w.double(), pieces=pieces, rows=ROWS, stored=stored
-        )
+        want = bag_pieces(wide, ids, starts, None if w is None else w.double(), **options)
         assert torch.equal(out.double(), want)
-        grad = whole(*out.shape)
+        grad = whole_numbers(*out.shape)
         (got,) = torch.autograd.grad(out, table, grad)
         (wanted,) = torch.autograd.grad(want, wide, grad.double())
         assert torch.equal(got.double(), wanted)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_summed_books_on_threads(dtype):
+    """The same bits, forward and backward, and means; an id that is out of range far behind is named."""
+    pieces = Pieces("codes", (7, 4), 40, "sum")
+    rng = np.random.default_rng(0)
+    stored = torch.from_numpy(rng.integers(0, 256, (ROWS, 4), dtype=np.uint8))
+    table = torch.randn(pieces.table_rows, 40, dtype=dtype, requires_grad=True)
+    ids = torch.from_numpy(rng.integers(0, ROWS, (700, 31)))
+    options = {"pieces": pieces, "rows": ROWS, "stored": stored, "mode": "mean"}
+    results, before = [], lutra.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            lutra.set_num_threads(threads)
+            out = bag_pieces(table, ids, **options)
+            results.append((out, *torch.autograd.grad(out, table, out.detach())))
+    finally:
+        lutra.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+    wide = table.detach().double().requires_grad_()
+    want = bag_pieces(wide, ids, **options)
+    (to_table,) = torch.autograd.grad(want, wide, results[0][0].detach().double())
+    close = max(2 * torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(results[0][0].double(), want, rtol=close, atol=close)
+    torch.testing.assert_close(results[0][1].double(), to_table, rtol=close, atol=10 * close)
+    ids[-1, -1] = ROWS
+    with pytest.raises(IndexError, match=str(ROWS)):
+        bag_pieces(table, ids, **options)
 
 
 @needs_kernel

@@ -2,42 +2,32 @@
 
 #include "common/parallel.h"
 #include "common/team.h"
+#include "gather/pieces_blocks.h"
 #include "gather/pieces_source.h"
 #include "gather/rows.h"
+#include "gather/summed_codes.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-// ---- concatenated pieces of at most 16 columns (code books): element offsets of all pieces of a block of entries are
-// written first, then columns are summed in slices of K pieces, whose accumulators stay in registers and whose code
-// books stay in the first-level cache while all entries of the block pass. A look-up is two instructions: load the
-// offset; load and add the piece.
+// ---- concatenated pieces of at most 16 columns (code books): columns are summed in slices of K pieces, whose
+// accumulators stay in registers. A look-up is two instructions: load the offset; load and add the piece.
 constexpr int64_t kOffsets = 1 << 14;  // of a block: 64 KB
-constexpr int64_t kBags = 256;         // most bags of a block
-
-struct Block {
-  const uint32_t* at;    // (entries, m)
-  const float* weights;  // (entries,)
-  const int64_t* ends;   // (bags,) where each bag ends
-  int64_t bags, m;
-  bool carry;   // the first bag goes on: its sums so far are in sums
-  float* sums;  // (bags, m * lanes); of summed pieces (bags, width)
-};
 
 template <class T, int N, bool Weighted, int K>
-void sum_slice(const Block& b, const typename T::type* table, int64_t j) {
+void sum_slice(const Block& b, const uint32_t* offsets, int64_t m, const typename T::type* table, int64_t j) {
   constexpr int M = N < W ? N : W, R = N / M;
   typedef typename LanesOf<T, M>::V V;
   int64_t e = 0;
   for (int64_t i = 0; i < b.bags; ++i) {
-    float* sums = b.sums + (i * b.m + j) * N;
+    float* sums = b.sums + (i * m + j) * N;
     V acc[K][R];
     LUTRA_UNROLL_16
     for (int k = 0; k < K; ++k)
       for (int r = 0; r < R; ++r) acc[k][r] = b.carry && i == 0 ? LanesOf<F32, M>::load(sums + k * N + r * M) : V{};
     for (const int64_t end = b.ends[i]; e < end; ++e) {
-      const uint32_t* at = b.at + e * b.m + j;
+      const uint32_t* at = offsets + e * m + j;
       const float w = Weighted ? b.weights[e] : 1.0f;
       LUTRA_UNROLL_16
       for (int k = 0; k < K; ++k) {
@@ -56,23 +46,23 @@ void sum_slice(const Block& b, const typename T::type* table, int64_t j) {
 
 // As many pieces at a time as there are registers for.
 template <class T, int N, bool Weighted>
-void sum_pieces(const Block& b, const typename T::type* table) {
+void sum_pieces(const Block& b, const uint32_t* at, int64_t m, const typename T::type* table) {
   constexpr int R = N < W ? 1 : N / W, K = W == 16 ? 16 : R >= 4 ? 2 : 8 / R;
   int64_t j = 0;
-  for (; j + K <= b.m; j += K) sum_slice<T, N, Weighted, K>(b, table, j);
-  if (K > 8 && j + 8 <= b.m) {
-    sum_slice<T, N, Weighted, 8>(b, table, j);
+  for (; j + K <= m; j += K) sum_slice<T, N, Weighted, K>(b, at, m, table, j);
+  if (K > 8 && j + 8 <= m) {
+    sum_slice<T, N, Weighted, 8>(b, at, m, table, j);
     j += 8;
   }
-  if (K > 4 && j + 4 <= b.m) {
-    sum_slice<T, N, Weighted, 4>(b, table, j);
+  if (K > 4 && j + 4 <= m) {
+    sum_slice<T, N, Weighted, 4>(b, at, m, table, j);
     j += 4;
   }
-  if (K > 2 && j + 2 <= b.m) {
-    sum_slice<T, N, Weighted, 2>(b, table, j);
+  if (K > 2 && j + 2 <= m) {
+    sum_slice<T, N, Weighted, 2>(b, at, m, table, j);
     j += 2;
   }
-  for (; j < b.m; ++j) sum_slice<T, N, Weighted, 1>(b, table, j);
+  for (; j < m; ++j) sum_slice<T, N, Weighted, 1>(b, at, m, table, j);
 }
 
 template <class T, int N>
@@ -80,20 +70,30 @@ struct Narrow {
   typedef typename T::type type;
   const PiecesArgs& a;
   const type* table;  // rows of N columns
+  int64_t m, entries;
+  Buffer<uint32_t> at;  // (entries, m)
 
-  int64_t columns() const { return a.source.m * N; }  // sums of a bag
-  int64_t dim() const { return a.source.m * a.width; }
-  uint32_t scale() const { return N; }
+  Narrow(const PiecesArgs& args, const type* rows, int64_t known)
+      : a(args), table(rows), m(a.source.m), entries(kOffsets / m < 16 ? 16 : kOffsets / m),
+        at((entries < known ? entries : known) * m) {}
+
+  int64_t most() const { return entries; }
+  int64_t floats() const { return m * N; }
+  int64_t dim() const { return m * a.width; }
+  bool addresses(const int64_t* index, int64_t n, int64_t known) {
+    return piece_offsets(a.source, index, n, known, N, at.data);
+  }
 
   void add(const Block& block) const {
     if (block.weights)
-      sum_pieces<T, N, true>(block, table);
+      sum_pieces<T, N, true>(block, at.data, m, table);
     else
-      sum_pieces<T, N, false>(block, table);
+      sum_pieces<T, N, false>(block, at.data, m, table);
   }
 
-  void write(const float* sums, float f, type* out) const {
-    const int64_t m = a.source.m, width = a.width;
+  void write(const float* all, int64_t i, float f, type* out) const {
+    const float* sums = all + i * m * N;
+    const int64_t width = a.width;
     if (width == N) {
       int64_t c = 0;
       for (; c + W <= m * N; c += W) T::store(out + c, load(sums + c) * f);
@@ -104,128 +104,6 @@ struct Narrow {
     }
   }
 };
-
-// ---- summed code books (residual quantizers): blocks of entries as above, but a few code books at a time, as many as
-// stay in the first-level cache while the entries pass, and up to four vectors of columns, whose sums stay in
-// registers.
-template <class T>
-struct Summed {
-  typedef typename T::type type;
-  const PiecesArgs& a;
-  const type* table;
-  static constexpr int64_t kBooks = 24 << 10;  // bytes
-
-  int64_t columns() const { return a.width; }
-  int64_t dim() const { return a.width; }
-  uint32_t scale() const { return static_cast<uint32_t>(a.width); }
-
-  template <int NV, bool Weighted>
-  void add_books(const Block& b, int64_t j0, int64_t j1, int64_t first, int64_t last) const {
-    int64_t e = 0;
-    for (int64_t i = 0; i < b.bags; ++i) {
-      float* sums = b.sums + i * a.width;
-      const bool fresh = j0 == 0 && !(b.carry && i == 0);
-      vf acc[NV];
-      LUTRA_UNROLL
-      for (int v = 0; v < NV; ++v) acc[v] = fresh ? vf{} : load(sums + (v == NV - 1 ? last : first + v * W));
-      for (const int64_t end = b.ends[i]; e < end; ++e) {
-        const uint32_t* at = b.at + e * b.m;
-        const float w = Weighted ? b.weights[e] : 1.0f;
-        for (int64_t j = j0; j < j1; ++j) {
-          const auto* p = table + at[j];
-          LUTRA_UNROLL
-          for (int v = 0; v < NV; ++v) {
-            const vf x = T::load(p + (v == NV - 1 ? last : first + v * W));
-            acc[v] += Weighted ? x * w : x;
-          }
-        }
-      }
-      LUTRA_UNROLL
-      for (int v = 0; v < NV; ++v) store(sums + (v == NV - 1 ? last : first + v * W), acc[v]);
-    }
-  }
-
-  template <bool Weighted>
-  void add_all(const Block& b) const {
-    const int64_t book = a.source.table_rows / b.m * a.width * static_cast<int64_t>(sizeof(type));
-    const int64_t some = book < kBooks ? kBooks / (book > 0 ? book : 1) : 1, vectors = (a.width + W - 1) / W;
-    for (int64_t j0 = 0; j0 < b.m; j0 += some) {
-      const int64_t j1 = j0 + some < b.m ? j0 + some : b.m;
-      // The last vector of a row ends at its last column: it may overlap the one before, which is why it is in the same
-      // block of columns where there is more than one (see rows.h).
-      for (int64_t v = 0; v < vectors;) {
-        const int64_t left = vectors - v, n = left > 4 ? (left == 5 ? 3 : 4) : left;
-        const int64_t last = v + n == vectors ? a.width - W : (v + n - 1) * W, first = v * W;
-        switch (n) {
-          case 1: add_books<1, Weighted>(b, j0, j1, first, last); break;
-          case 2: add_books<2, Weighted>(b, j0, j1, first, last); break;
-          case 3: add_books<3, Weighted>(b, j0, j1, first, last); break;
-          default: add_books<4, Weighted>(b, j0, j1, first, last); break;
-        }
-        v += n;
-      }
-    }
-  }
-
-  void add(const Block& b) const {
-    if (b.weights)
-      add_all<true>(b);
-    else
-      add_all<false>(b);
-  }
-
-  void write(const float* sums, float f, type* out) const {
-    int64_t c = 0;
-    for (; c + W <= a.width; c += W) T::store(out + c, load(sums + c) * f);
-    for (; c < a.width; ++c) T::put(out + c, sums[c] * f);
-  }
-};
-
-// Bags [b0, b1) by blocks of entries.
-template <class Way>
-bool in_blocks(const PiecesArgs& a, const Way& way, const Entries& entries, const BagBounds& bounds, int64_t b0,
-               int64_t b1) {
-  const int64_t m = a.source.m, dim = way.dim(), bags = b1 - b0, most = kOffsets / m < 16 ? 16 : kOffsets / m;
-  const int64_t e0 = bounds.begin(b0), room = most < entries.n ? most : entries.n, columns = way.columns();
-  const int64_t most_bags = bags < kBags ? bags : kBags;
-  auto* out = static_cast<typename Way::type*>(a.out) + b0 * dim;
-  Buffer<uint32_t> at(room * m);
-  Buffer<float> sums(most_bags * columns);
-  Buffer<int64_t> ends(most_bags);
-  const auto end_of = [&](int64_t b) { return entries.compacted ? entries.ends[b] : bounds.begin(b0 + b + 1) - e0; };
-  if (a.source.kind == PieceKind::codes)
-    for (int64_t i = 0; i < kCodesAhead && i < entries.n; ++i) prefetch_codes(a.source, entries.index[i]);
-  int64_t e = 0, begin = 0;  // begin: of bag b
-  bool carry = false;
-  for (int64_t b = 0; b < bags;) {
-    // the bags [b, stop) with the entries [e, e + n): whole ones, or a part of one that is longer than a block
-    int64_t stop = b, n = 0;
-    while (stop < bags && stop - b < kBags && end_of(stop) - e <= most) {
-      n = end_of(stop) - e;
-      ends[stop++ - b] = n;
-    }
-    const bool part = stop == b;
-    if (part) {
-      ends[0] = n = most;
-      stop = b + 1;
-    }
-    const bool good = piece_offsets(a.source, entries.index + e, n, entries.n - e, way.scale(), at.data);
-    if (!good) return false;
-    const Block block{at.data,  entries.weights ? entries.weights + e : nullptr, ends.data, stop - b, m, carry,
-                      sums.data};
-    way.add(block);
-    e += n;
-    carry = part;
-    if (part) continue;
-    for (; b < stop; ++b, out += dim) {
-      const int64_t end = end_of(b), count = end - begin;
-      const float f = a.bag.mode == Mode::mean && count > 1 ? 1.0f / static_cast<float>(count) : 1.0f;
-      way.write(sums.data + (block.bags - (stop - b)) * columns, f, out);
-      begin = end;
-    }
-  }
-  return true;
-}
 
 // ---- pieces of any width, by the loop of the other gathers (rows.h)
 template <class T>
@@ -321,15 +199,21 @@ bool products(const PiecesArgs& a, const Entries& entries, const BagBounds& boun
   return true;
 }
 
+template <class T, int N>
+bool narrow(const PiecesArgs& a, const typename T::type* table, const Entries& entries, const BagBounds& bounds,
+            int64_t b0, int64_t b1) {
+  Narrow<T, N> way(a, table, entries.n);
+  return in_blocks(a, way, entries, bounds, b0, b1);
+}
 template <class T>
 bool narrow(const PiecesArgs& a, const typename T::type* table, const Entries& entries, const BagBounds& bounds,
             int64_t b0, int64_t b1) {
   switch (lanes_for(a.width)) {
-    case 1: return in_blocks(a, Narrow<T, 1>{a, table}, entries, bounds, b0, b1);
-    case 2: return in_blocks(a, Narrow<T, 2>{a, table}, entries, bounds, b0, b1);
-    case 4: return in_blocks(a, Narrow<T, 4>{a, table}, entries, bounds, b0, b1);
-    case 8: return in_blocks(a, Narrow<T, 8>{a, table}, entries, bounds, b0, b1);
-    default: return in_blocks(a, Narrow<T, 16>{a, table}, entries, bounds, b0, b1);
+    case 1: return narrow<T, 1>(a, table, entries, bounds, b0, b1);
+    case 2: return narrow<T, 2>(a, table, entries, bounds, b0, b1);
+    case 4: return narrow<T, 4>(a, table, entries, bounds, b0, b1);
+    case 8: return narrow<T, 8>(a, table, entries, bounds, b0, b1);
+    default: return narrow<T, 16>(a, table, entries, bounds, b0, b1);
   }
 }
 
@@ -344,8 +228,6 @@ void all_bags(const PiecesArgs& a, const BagBounds& bounds, BadFirst* bad) {
   // Offsets have 32 bits; columns in excess of the width are read, so the rows must have them: a copy.
   const bool fits = s.table_rows * lanes <= (a.width == lanes ? int64_t{1} << 31 : kSmall);
   const bool small = a.combine == Combine::concat && !robe && lanes && s.m > 0 && fits;
-  const bool summed = a.combine == Combine::sum && s.kind == PieceKind::codes && !a.piece_weights && s.m > 0 &&
-                      a.width >= W && s.table_rows * a.width < int64_t{1} << 31;
   const auto* table = static_cast<const type*>(a.table);
   Buffer<type> copy(small && a.width != lanes ? s.table_rows * lanes : 0), around(robe ? 2 * a.width : 0);
   if (small && a.width != lanes) {
@@ -365,7 +247,6 @@ void all_bags(const PiecesArgs& a, const BagBounds& bounds, BadFirst* bad) {
     const auto work = [&](const Entries& entries) {
       if (entries.failed) return;
       const bool good = small                           ? narrow<T>(a, table, entries, bounds, b0, b1)
-                        : summed                        ? in_blocks(a, Summed<T>{a, table}, entries, bounds, b0, b1)
                         : a.combine == Combine::product ? products<T>(a, entries, bounds, b0, b1)
                                                         : Wide<T>{a, around.data}.run(entries, bounds, b0, b1);
       if (!good) bad->report(bounds.begin(b0));
@@ -384,6 +265,12 @@ void pieces(const PiecesArgs& a) {
   *a.bad = bounds.check();
   if (*a.bad != -1) return;
   BadFirst bad;
+  if (a.combine == Combine::sum && !a.piece_weights &&
+      summed_in_groups(a.source, bounds.begin(a.bag.bags) - bounds.begin(0))) {
+    summed_codes(a, bounds, &bad);
+    *a.bad = bad.result();
+    return;
+  }
   switch (a.dtype) {
     case DType::f16: all_bags<F16>(a, bounds, &bad); break;
     case DType::bf16: all_bags<BF16>(a, bounds, &bad); break;

@@ -62,12 +62,12 @@ struct PiecesArgs {
 };
 
 // Gradient of the table of pieces that have parts of it of their own (codes, digits), whole, f_i = w_i or 1 / count:
-//   grad_table[a_j(id_i)] += f_i grad_out[b, j width : (j + 1) width]    (sum: f_i grad_out[b])
+//   grad_table[a_j(id_i)] += f_i grad_out[b, j width : (j + 1) width]    (sum: f_i grad_out[b], see summed_codes.h)
 // in f32, in the order of the ids: the same bits whatever the number of threads. Not for robe.
 struct PiecesBackwardArgs {
   BagIds bag;
   PieceSource source;
-  bool sum;  // pieces are summed (without piece weights), not concatenated
+  bool sum;  // codes of at most 8 bits are summed (without piece weights), not concatenated
   int64_t width;
   const void* grad_out;  // (bags, dim)
   DType dtype;           // f32, f16, bf16; of grad_out and of grad_table

@@ -1,24 +1,21 @@
-// Gradients of pieces that have tables of their own: by groups of pieces, each of which sees all entries in their
-// order.
+// Gradients of concatenated pieces: of the table by groups of pieces, each of which sees all entries in their order.
 #include "common/parallel.h"
 #include "gather/entry_grads.h"
 #include "gather/pieces.h"
+#include "gather/pieces_plan.h"
 #include "gather/pieces_source.h"
 #include "gather/rows.h"
+#include "gather/summed_codes.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-constexpr int64_t kBlock = 1 << 20;  // addresses that are written out at a time
-
 // What all groups read: the entries of a block of bags, their addresses, bags and factors.
-struct Plan {
-  Buffer<uint32_t> row;   // (n, m)
-  Buffer<int64_t> ends;   // (bags,)
-  Buffer<float> factors;  // (n,)
+struct Plan : EntryPlan {
+  Buffer<uint32_t> row;  // (n, m)
   bool weighted;
-  Plan(int64_t n, int64_t m, int64_t bags) : row(n * m), ends(bags), factors(n), weighted(false) {}
+  Plan(int64_t n, int64_t m, int64_t bags, bool w) : EntryPlan(n, bags, w), row(n * m), weighted(w) {}
 };
 
 // Adds the entries of the bags [b0, b1) to `sums`, rows of `lanes` columns of the pieces [j0, j1), of which columns
@@ -28,22 +25,21 @@ void add_group(const PiecesBackwardArgs& a, const Plan& plan, int64_t b0, int64_
                int64_t base, float* sums) {
   constexpr int M = N < W ? N : W, R = N / M;
   typedef typename T::type type;
-  const int64_t m = a.source.m, width = a.width, dim = a.sum ? width : m * width, group = j1 - j0;
-  const int64_t step = a.sum ? 0 : width;  // from the gradient of a piece to that of the next
+  const int64_t m = a.source.m, width = a.width, dim = m * width, group = j1 - j0;
   Buffer<float> g(group * N);
   int64_t e = 0;
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t end = plan.ends[b - b0];
     if (e == end) continue;
-    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + j0 * step;
+    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + j0 * width;
     const float f = a.bag.mode == Mode::mean ? 1.0f / static_cast<float>(end - e) : 1.0f;
-    if (width == N && !a.sum) {
+    if (width == N) {
       int64_t c = 0;
       for (; c + W <= group * N; c += W) store(g.data + c, T::load(grad + c) * f);
       for (; c < group * N; ++c) g[c] = T::get(grad + c) * f;
     } else {
       for (int64_t k = 0; k < group; ++k)
-        for (int64_t c = 0; c < N; ++c) g[k * N + c] = c < width ? T::get(grad + k * step + c) * f : 0.0f;
+        for (int64_t c = 0; c < N; ++c) g[k * N + c] = c < width ? T::get(grad + k * width + c) * f : 0.0f;
     }
     for (; e < end; ++e) {
       const uint32_t* row = plan.row.data + e * m + j0;
@@ -64,13 +60,13 @@ template <class T>
 void add_columns(const PiecesBackwardArgs& a, const Plan& plan, int64_t b0, int64_t b1, int64_t j, int64_t c0,
                  int64_t columns, int64_t base, float* sums) {
   typedef typename T::type type;
-  const int64_t m = a.source.m, dim = a.sum ? a.width : m * a.width;
+  const int64_t m = a.source.m, dim = m * a.width;
   Buffer<float> g(columns);
   int64_t e = 0;
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t end = plan.ends[b - b0];
     if (e == end) continue;
-    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + (a.sum ? 0 : j * a.width) + c0;
+    const auto* grad = static_cast<const type*>(a.grad_out) + b * dim + j * a.width + c0;
     const float f = a.bag.mode == Mode::mean ? 1.0f / static_cast<float>(end - e) : 1.0f;
     for (int64_t c = 0; c < columns; ++c) g[c] = T::get(grad + c) * f;
     for (; e < end; ++e) {
@@ -128,41 +124,18 @@ struct Backward {
     }
   }
 
-  // Addresses of the entries [e0, e1), padding left out; false where there was a bad id.
   template <class Id>
-  void make_plan(Plan* plan, int64_t b0, int64_t b1) const {
-    const auto* ids = static_cast<const Id*>(a.bag.ids);
-    const int64_t e0 = bounds.begin(b0), bags = b1 - b0, most = bounds.begin(b1) - e0;
-    const int64_t grain = most * m < (1 << 14) || bags < 2 ? bags : bags / (most * m >> 13) + 1;
-    plan->weighted = a.weights != nullptr;
-    if (a.bag.padding_idx < 0) {
-      team_ranges(
-          bags, grain, static_cast<double>(most) * (8 + 0.5 * static_cast<double>(m)),
-          [&](int64_t i, int64_t k) { fill<Id>(plan, ids, b0 + i, b0 + k, bounds.begin(b0 + i) - e0, e0, b0); });
-    } else {  // places follow from what was left out before
-      int64_t at = 0;
-      for (int64_t b = b0; b < b1; ++b) at = fill<Id>(plan, ids, b, b + 1, at, e0, b0);
-    }
-  }
-
-  template <class Id>
-  int64_t fill(Plan* plan, const Id* ids, int64_t b0, int64_t b1, int64_t at, int64_t, int64_t first) const {
-    const Entries entries(a.bag, a.source.rows, a.weights, bounds, ids, b0, b1, bad);
-    if (entries.failed) return at;
-    if (a.source.kind == PieceKind::codes)
-      for (int64_t i = 0; i < kCodesAhead && i < entries.n; ++i) prefetch_codes(a.source, entries.index[i]);
-    const bool good = piece_offsets(a.source, entries.index, entries.n, entries.n, 1, plan->row.data + at * m);
-    if (!good) bad->report(bounds.begin(b0));
-    const int64_t e0 = bounds.begin(b0);
-    for (int64_t b = b0; b < b1; ++b)
-      plan->ends[b - first] = at + (entries.compacted ? entries.ends[b - b0] : bounds.begin(b + 1) - e0);
-    if (entries.weights)
-      memcpy(plan->factors.data + at, entries.weights, static_cast<size_t>(entries.n) * sizeof(float));
-    return at + entries.n;
+  void make_plan(Plan* plan, const Id* ids, int64_t b0, int64_t b1) const {
+    plan_entries(a.bag, a.source.rows, m, a.weights, bounds, ids, b0, b1, bad, plan,
+                 [&](const int64_t* index, int64_t n, int64_t at) {
+                   if (a.source.kind == PieceKind::codes)
+                     for (int64_t i = 0; i < kCodesAhead && i < n; ++i) prefetch_codes(a.source, index[i]);
+                   return piece_offsets(a.source, index, n, n, 1, plan->row.data + at * m);
+                 });
   }
 
   void run() {
-    const int64_t bags = a.bag.bags, most = kBlock / (m > 0 ? m : 1) > 256 ? kBlock / (m > 0 ? m : 1) : 256;
+    const int64_t bags = a.bag.bags, most = kPlanned / (m > 0 ? m : 1) > 256 ? kPlanned / (m > 0 ? m : 1) : 256;
     const int64_t columns = lanes ? lanes : width;
     Buffer<float> sums(a.source.table_rows * columns);
     const auto sums_of = [&](const Task& t) { return sums.data + t.j0 * per * columns + (lanes ? 0 : t.c0 * per); };
@@ -171,14 +144,12 @@ struct Backward {
       memset(sums_of(t), 0, static_cast<size_t>((t.j1 - t.j0) * per * t.columns) * sizeof(float));
     });
     for (int64_t b = 0; b < bags;) {
-      int64_t stop = b + 1;  // a bag that is longer than a block is a block of its own
-      while (stop < bags && bounds.begin(stop + 1) - bounds.begin(b) <= most && stop - b < most) ++stop;
-      const int64_t n = bounds.begin(stop) - bounds.begin(b);
-      Plan plan(n, m, stop - b);
+      const int64_t stop = block_of_bags(bounds, b, bags, most), n = bounds.begin(stop) - bounds.begin(b);
+      Plan plan(n, m, stop - b, a.weights != nullptr);
       if (a.bag.id_type == DType::i32)
-        make_plan<int32_t>(&plan, b, stop);
+        make_plan(&plan, static_cast<const int32_t*>(a.bag.ids), b, stop);
       else
-        make_plan<int64_t>(&plan, b, stop);
+        make_plan(&plan, static_cast<const int64_t*>(a.bag.ids), b, stop);
       if (bad->position != kNoBad) return;
       const double cost = static_cast<double>(n) * static_cast<double>(m) * (1.5 + 0.05 * static_cast<double>(width));
       team_for(tasks, cost, [&](int64_t i) { add(plan, b, stop, task(i), sums_of(task(i))); });
@@ -282,6 +253,11 @@ void pieces_backward(const PiecesBackwardArgs& a) {
   *a.bad = bounds.check();
   if (*a.bad != -1) return;
   BadFirst bad;
+  if (a.sum) {
+    summed_codes_backward(a, bounds, &bad);
+    *a.bad = bad.result();
+    return;
+  }
   switch (a.dtype) {
     case DType::f16: Backward<F16>(a, bounds, &bad).run(); break;
     case DType::bf16: Backward<BF16>(a, bounds, &bad).run(); break;

@@ -110,6 +110,8 @@ void register_pieces(py::module_& m) {
     const auto k = static_cast<PieceKind>(kind);
     if (k != PieceKind::codes && k != PieceKind::digits)
       throw py::value_error("lutra: pieces_backward is for pieces that have tables of their own");
+    if (sum && (k != PieceKind::codes || numbers.size() < 2 || numbers[1] > 8))
+      throw py::value_error("lutra: pieces_backward sums codes of at most 8 bits");
     PiecesBackwardArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
                          source(kind, pieces_, rows, stored, code_bytes, numbers, table_rows),
                          sum,

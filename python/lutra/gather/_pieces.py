@@ -345,9 +345,10 @@ def _pieces_backward(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         _MODES[mode], *_source(kind, pieces, rows, stored),
     )  # fmt: skip
-    # Pieces that have a part of the table each: sums of all, unless few of many rows are touched.
-    summed = combine == "sum" and piece_weights is None and pieces.table_rows <= n_ids * pieces.m
-    if source in ("codes", "digits") and (combine == "concat" or summed):
+    # Residual codes: sums of all rows of the books, unless few are touched.
+    summed = combine == "sum" and source == "codes" and piece_weights is None and pieces.numbers[1] <= 8
+    summed = summed and n_ids >= 512
+    if summed or (combine == "concat" and source in ("codes", "digits")):
         out = _spread.empty(kind, (pieces.table_rows, width), code, grad)
         bad = kind.kernels.pieces_backward(
             *where, summed, width, kind.ptr(grad), code, _bag._ptr(kind, weights), kind.ptr(out)

@@ -93,7 +93,7 @@ def compress(
     ] = None,
     limit: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0, help="CPU seconds that a format may take on a table of the report; default 60."),
+        typer.Option(min=0, help="CPU seconds that a format may take on a table of the report; default 30."),
     ] = None,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045

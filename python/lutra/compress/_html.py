@@ -21,7 +21,7 @@ from .formats import Format
 
 SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
 #: Seconds of the processors that a format may take on a table, all shares together.
-LIMIT = 60.0
+LIMIT = 30.0
 #: From so many values on, how long the first share takes is told by these numbers of rows beforehand.
 LARGE = 1 << 25
 SAMPLES = (1000, 4000)

@@ -17,7 +17,7 @@ from ._knn import _tuple, check_k
 #: Up to so many tokens the fused kernel is the faster without integer products (measured, docs/heads.md);
 #: beyond, tiles of rows are decoded and multiplied by torch. The first for 16-bit hidden, whose matrix
 #: product is faster.
-FUSED_HALF, FUSED_FLOAT = 14, 24
+FUSED_HALF, FUSED_FLOAT = 10, 24
 _TILE = 1024
 _NAMES = {F32: "float32", F16: "float16", BF16: "bfloat16", F64: "float32"}
 
@@ -115,11 +115,15 @@ def fused_tokens(kernels: Any, packed_kind: str, half: bool) -> int:
 
 
 def _tiles(kind, hidden, packed, packed_kind, group):
-    """(begin, end, rows in the type of hidden)."""
-    code = kind.code(hidden)
+    """(begin, end, rows in the type of hidden); on the CPU the next may overwrite one."""
+    code, dim = kind.code(hidden), hidden.shape[1]
+    place = None  # one for all, whose pages are there already
+    if kind.kernels is not None and not kind.cuda and code != F64:
+        place = kind.empty((min(_TILE, packed.shape[0]), dim), code, hidden)
     for begin in range(0, packed.shape[0], _TILE):
         end = min(begin + _TILE, packed.shape[0])
-        rows = _unpack_rows(kind, packed[begin:end], None, hidden.shape[1], packed_kind, group, _NAMES[code])
+        out = None if place is None else place[: end - begin]
+        rows = _unpack_rows(kind, packed[begin:end], None, dim, packed_kind, group, _NAMES[code], out)
         yield begin, end, kind.cast(rows, F64) if code == F64 else rows
 
 

@@ -34,3 +34,14 @@ def medians(ways: dict[str, Callable[[], object]], seconds: float, most: int = 1
         rounds = min(map(len, found.values()))
         if rounds >= most or (rounds >= 3 and time.perf_counter() - begin > seconds):
             return {name: statistics.median(times) for name, times in found.items()}
+
+
+def median_seconds(function: Callable[[], object], seconds: float = 1.0) -> float:
+    """The median time of a call, after one to warm up."""
+    function()
+    times: list[float] = []
+    while (sum(times) < seconds and len(times) < 50) or len(times) < 3:
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

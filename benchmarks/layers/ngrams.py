@@ -1,36 +1,18 @@
-"""n-gram memories and vector stores: what a look-up and an opening take at the sizes of the documents.
-
-``python benchmarks/bench_ngrams.py`` prints the figures of docs/ngram-memories.md, docs/vector-store.md and
-docs/sent2vec.md (some minutes and several GB of memory), ``--only match`` a section, ``--quick`` all of it on
-small sizes, which ``pytest benchmarks/bench_ngrams.py`` runs. Results are checked before they are timed.
-"""
+"""n-gram memories: longest matches, counted vocabularies, SconeEmbedding and Engram."""
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from layers import sent2vec
 from real_data import data_folder
 
 import lutra
 
-
-def best(function: Callable[[], object], seconds: float = 1.0) -> float:
-    """The median time of a call, after one to warm up."""
-    function()
-    times: list[float] = []
-    while (sum(times) < seconds and len(times) < 50) or len(times) < 3:
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times))
+from .timing import median_seconds
 
 
 def random_fgrams(size: int) -> lutra.vocab.FGrams:
@@ -64,7 +46,9 @@ def match(quick: bool) -> Iterator[str]:
             for name, tokens in (("f-grams in a row", hits), ("random tokens", noise)):
                 for where, v in (("memory", fgrams), ("mapped", mapped)):
                     found = lutra.address.longest_match(tokens, v)
-                    rate = len(tokens) / best(lambda t=tokens, v=v: lutra.address.longest_match(t, v))
+                    rate = len(tokens) / median_seconds(
+                        lambda t=tokens, v=v: lutra.address.longest_match(t, v)
+                    )
                     yield (
                         f"{threads} threads, {name}, {where}: {rate / 1e6:.1f} M tokens/s "
                         f"(mean length {found.lengths.mean():.2f})"
@@ -87,7 +71,8 @@ def match(quick: bool) -> Iterator[str]:
         return out
 
     assert dictionary() == lutra.address.longest_match(part, small).ids.tolist()
-    yield f"a dictionary of {len(known)} tuples: {len(part) / best(dictionary) / 1e6:.2f} M tokens/s"
+    rate = len(part) / median_seconds(dictionary)
+    yield f"a dictionary of {len(known)} tuples: {rate / 1e6:.2f} M tokens/s"
 
 
 def count(quick: bool) -> Iterator[str]:
@@ -130,86 +115,23 @@ def layers(quick: bool) -> Iterator[str]:
         layer = lutra.nn.SconeEmbedding(32_000, dim, fgrams, path=path)
         opened = time.perf_counter() - begin
         yield f"SconeEmbedding with the file: {1e3 * opened:.0f} ms, most of it the tokens' own embeddings"
-        yield f"SconeEmbedding, 64 x 512 tokens: {1e3 * best(lambda: layer(tokens)):.2f} ms"
-        yield f"nn.Embedding, the same tokens: {1e3 * best(lambda: embed(tokens)):.2f} ms"
+        yield f"SconeEmbedding, 64 x 512 tokens: {1e3 * median_seconds(lambda: layer(tokens)):.2f} ms"
+        yield f"nn.Embedding, the same tokens: {1e3 * median_seconds(lambda: embed(tokens)):.2f} ms"
     engram = lutra.nn.Engram(512, 32_000, rows=1_000 if quick else 100_003)
     hidden = torch.randn(8, 512, 512)
     t = tokens[:8]
     with torch.no_grad():
-        yield f"Engram(512), 8 x 512 tokens: {1e3 * best(lambda: engram(hidden, t)):.2f} ms"
-        ours = best(lambda: engram.ids(t))
+        yield f"Engram(512), 8 x 512 tokens: {1e3 * median_seconds(lambda: engram(hidden, t)):.2f} ms"
+        ours = median_seconds(lambda: engram.ids(t))
         from lutra.address._xor_ngrams import composition
 
         args = engram.multipliers, engram.moduli, engram.orders, 0
         assert torch.equal(composition(t, *args), engram.ids(t))
-        theirs = best(lambda: composition(t, *args))
+        theirs = median_seconds(lambda: composition(t, *args))
         yield f"its ids: {1e3 * ours:.3f} ms; in torch's own ops {1e3 * theirs:.3f} ms"
 
 
-_OPEN = """
-import time, sys
-import lutra, lutra.index, safetensors.numpy
-begin = time.perf_counter()
-store = lutra.VectorStore(sys.argv[1])
-opened = time.perf_counter()
-store[sys.argv[2]]
-print(1e3 * (opened - begin), 1e6 * (time.perf_counter() - opened))
-"""
-
-
-def store(quick: bool) -> Iterator[str]:
-    """Opening and asking a vector store."""
-    n, dim = (5_000, 32) if quick else (1_000_000, 100)
-    rng = np.random.default_rng(0)
-    keys = [f"key{i:x}_{i * 7919 % 1000}" for i in range(n)]
-    rows = rng.standard_normal((n, dim), np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in ("float32", "float16", "int8"):
-            path = Path(folder, f"{dtype}.safetensors")
-            begin = time.perf_counter()
-            made = lutra.VectorStore.from_arrays(keys, rows, dtype=dtype)
-            seconds = time.perf_counter() - begin
-            made.save(path)
-            command = [sys.executable, "-c", _OPEN, str(path), keys[n // 2]]
-            runs = [
-                subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-                for _ in range(5)
-            ]
-            opened, first = np.median(np.array(runs, float), 0)
-            s = lutra.VectorStore(path)
-            assert s.rows_of(keys[:1000]).tolist() == list(range(1000))
-            many = [keys[i] for i in rng.integers(0, n, 1000)]
-            one = best(lambda s=s: s[keys[7]], 0.2)
-            similar = best(lambda s=s: s.most_similar(keys[7]), 0.5)
-            several = best(lambda s=s, many=many: s[many], 0.2)
-            unknown = best(lambda s=s: s["keyf00_unheard"], 0.2)
-            yield (
-                f"{n} x {dim} {dtype}, {path.stat().st_size / 1e6:.0f} MB, made in {seconds:.1f} s: a fresh "
-                f"process opens it in {opened:.1f} ms and has its first vector {first:.0f} us later; one key "
-                f"{1e6 * one:.1f} us, 1000 keys {1e6 * several:.0f} us, an unknown one {1e6 * unknown:.0f} "
-                f"us, most_similar {1e3 * similar:.1f} ms"
-            )
-
-
-SECTIONS = {"match": match, "count": count, "layers": layers, "store": store, "sent2vec": sent2vec.lines}
-
-
-def test_sections():
-    for section in SECTIONS.values():
-        assert all(list(section(True)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS))
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    options = parser.parse_args()
-    for name, section in SECTIONS.items():
-        if options.only is None or name in options.only:
-            print(f"== {name}")
-            for line in section(options.quick):
-                print(line, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def lines(quick: bool) -> Iterator[str]:
+    """All of it, a line each."""
+    for part in (match, count, layers):
+        yield from part(quick)

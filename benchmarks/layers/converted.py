@@ -1,25 +1,21 @@
 """Linear layers converted to memory layers: how much of the output's squared error remains.
 
-``python benchmarks/bench_memory_convert.py`` prints the table of docs/memoryformer.md (some minutes on one
-core); ``--quick`` a small case. Inputs: normal values, the rows of a real embedding table (MiniLM's tokens)
-and real sentence embeddings (Debian descriptions), through a random map and through the least-squares map
-from descriptions to their summaries. Without real data only the first is run.
-
-``pytest benchmarks/bench_memory_convert.py`` checks the quick form.
+Inputs: normal values, the rows of a real embedding table (MiniLM's tokens) and real sentence embeddings
+(Debian descriptions), through a random map and through the least-squares map from descriptions to their
+summaries. Without real data only the first is run.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import pytest
+import torch
+from real_data import data_folder
 
-torch = pytest.importorskip("torch")
-from real_data import data_folder  # noqa: E402
-
-import lutra.nn  # noqa: E402
+import lutra.nn
 
 
 def linear(weight):
@@ -48,33 +44,31 @@ def cases(quick: bool):
     yield "descriptions, map to summaries", linear(fitted), docs
 
 
-def errors(quick: bool):
-    """Rows (case, method, tables, held-back error, calibration error, seconds)."""
+def rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """Errors of conversions, relative and squared, held back and seen; seconds of the process."""
     for name, layer, x in cases(quick):
         tables = layer.in_features // 8
         for method in ("rotation", "tree"):
             for count in (tables, 2 * tables):
                 begin = time.process_time()
-                made = lutra.nn.MemoryLinear.from_linear(layer, x, method, num_tables=count)
-                report = made.conversion_error
-                seconds = time.process_time() - begin
-                yield name, method, count, report["held_back"], report["calibration"], seconds
+                report = lutra.nn.MemoryLinear.from_linear(
+                    layer, x, method, num_tables=count
+                ).conversion_error
+                yield {
+                    "inputs": name, "method": method, "tables": count, **report,
+                    "seconds": time.process_time() - begin,
+                }  # fmt: skip
 
 
-def test_more_tables_leave_less():
-    found = list(errors(quick=True))
+def check(found: list[dict[str, Any]]) -> None:
+    """More tables leave less."""
     assert len(found) == 4
     for few, many in (found[:2], found[2:]):
-        assert many[3] < few[3] < 0.6
+        assert many["held_back"] < few["held_back"] < 0.6
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    print("| inputs | method | tables | error held back | calibration | s |\n|---|---|---|---|---|---|")
-    for name, method, count, held, seen, seconds in errors(parser.parse_args().quick):
-        print(f"| {name} | {method} | {count} | {held:.1%} | {seen:.1%} | {seconds:.0f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['inputs']} | {row['method']} | {row['tables']} | {row['held_back']:.1%} | "
+        f"{row['calibration']:.1%} | {row['seconds']:.0f} |"
+    )

@@ -1,1 +1,1 @@
-"""Models for Hugging Face transformers: each module needs it, and registers its classes on import."""
+"""Models for Hugging Face transformers, and tools for models: a module registers what it adds on import."""

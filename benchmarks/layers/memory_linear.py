@@ -7,6 +7,7 @@ from itertools import cycle
 
 import torch
 
+import lutra
 import lutra.nn
 import lutra.optim
 from layers.timing import medians
@@ -51,6 +52,10 @@ def forward(d: int, tokens: int, dtype, made, seconds: float) -> dict:
             "linear": lambda: dense(next(turns[2])),
             "torch": lambda: composed(next(turns[3]), layer.tables, layer.bias),
         }
+        if dtype == torch.float32:  # the kernel alone, without hash and torch
+            hashed = cycle([tuple(lutra.address.sign_hash(x.numpy(), BITS)) for x in xs])
+            tables, bias = layer.tables.numpy(), layer.bias.numpy()
+            ways["gather"] = lambda: lutra.gather.tables(tables, *next(hashed), bias)
         return medians(ways, seconds)
 
 
@@ -118,7 +123,7 @@ def line(row: dict) -> str:
     ours = row["lutra"]
     rest = "; ".join(
         f"{name} {row[name]:.3f} ({row[name] / ours:.1f}x)"
-        for name in ("int8", "lutra fused step", "linear", "torch")
+        for name in ("gather", "int8", "lutra fused step", "linear", "torch")
         if name in row
     )
     return f"{head} lutra {ours:.3f} ms; {rest}"

@@ -19,10 +19,10 @@ void forward(const TablesArgs& a) {
   const double cost = each * static_cast<double>(a.tokens);
   const int64_t block = a.tokens < kTokens ? a.tokens : kTokens, blocks = block ? (a.tokens + block - 1) / block : 0;
   int64_t width = a.dim < kWidth ? a.dim : kWidth;
-  // 20 instead of 40 microseconds make a fork pay: the threads are wanted for the bandwidth of a single token
-  if (cost > 20e3 && blocks * ((a.dim + width - 1) / width) < 2 * num_threads()) width = (a.dim + 127) / 128 * 64;
+  // 10 instead of 40 microseconds make a fork pay: the threads are wanted for the bandwidth of a single token
+  if (cost > 10e3 && blocks * ((a.dim + width - 1) / width) < 2 * num_threads()) width = (a.dim + 127) / 128 * 64;
   const int64_t parts = width ? (a.dim + width - 1) / width : 0;
-  team_for(blocks * parts, cost * 2, [&](int64_t i) {
+  team_for(blocks * parts, cost * 4, [&](int64_t i) {
     const int64_t c0 = i % parts * width, t0 = i / parts * block;
     TableRows<T>::run(a, t0, t0 + block < a.tokens ? t0 + block : a.tokens, c0,
                       c0 + width < a.dim ? c0 + width : a.dim);

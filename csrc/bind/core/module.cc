@@ -4,7 +4,16 @@
 #include "common/features.h"
 #include "common/threads.h"
 
+#include <sys/mman.h>
+
 namespace {
+
+// Asks for huge pages under [at, at + bytes), for memory that is about to be written for the first time.
+void huge_pages(uintptr_t at, size_t bytes) {
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
+}
 
 lutra::Level level_from(const std::string& text) {
   lutra::Level level, best = lutra::best_level();
@@ -35,6 +44,7 @@ PYBIND11_MODULE(_core, m) {
     if (lutra::g_features.vbmi) names.append("vbmi");
     return names;
   });
+  m.def("huge_pages", &huge_pages);
   m.def("num_threads", &lutra::num_threads);
   m.def("set_num_threads", &lutra::set_num_threads);
   lutra::register_address(m);

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _backend, _checks
 from .._arrays import eager, quick, torch_kind, type_name
 from ..address import sign_hash
 from ..address._sign_hash import SCORES
@@ -18,7 +18,7 @@ from ..gather import tables as gather_tables
 from ..torch_ops import ops, plain
 from ._autocast import autocast_output, autocasts
 from ._hashes import make_projection, tree_codes
-from ._memory_ops import TouchedRows, memory_linear
+from ._memory_ops import TouchedLayer, TouchedRows, memory_linear
 
 _quick = quick("memory_linear")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -199,7 +199,9 @@ class MemoryLinear(torch.nn.Module):
         self.projection = make_projection(
             projection, self.in_features, self.num_tables * self.bits, **options
         )
-        self.tables = torch.nn.Parameter(torch.empty((self.num_tables, 2**self.bits, width), **options))
+        tables = torch.empty((self.num_tables, 2**self.bits, width), **options)
+        _ask_for_huge_pages(tables)
+        self.tables = torch.nn.Parameter(tables)
         self.register_parameter("bias", torch.nn.Parameter(torch.empty(width, **options)) if bias else None)
         if learn_temperature:
             shape = (self.num_tables, 1) if learn_temperature == "table" else ()
@@ -262,14 +264,29 @@ class MemoryLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output, shape (..., out_features), or a tuple of them, for ``x`` of (..., in_features)."""
-        ordinary = not (self.learn_temperature or self.quantized or self.score == "none")
-        if self._attachment is not None or self.sparse:
-            ordinary = ordinary and not (self.tables.requires_grad and torch.is_grad_enabled())
+        out = self._quickly(x)
+        if out is None:
+            out = self._usually(x)
+        return out if type(self.out_features) is int else out.split(self.out_features, -1)
+
+    def _quickly(self, x: Tensor) -> Tensor | None:
+        """Inference in one call of the kernels, or None: at one token each attribute of a module counts."""
+        if self.projection is not None or self.learn_temperature or self.score == "none":
+            return None
+        if not eager(x) or torch.is_autocast_enabled("cpu"):
+            return None
+        own, kept = self._parameters, self._buffers
+        tables = kept.get("tables") if self.quantized else own.get("tables")
+        return _quick(
+            x, tables, own.get("bias"), self.bits, self.score, self._temperature,
+            kept.get("scale"), kept.get("minimum"),
+        )  # fmt: skip
+
+    def _usually(self, x: Tensor) -> Tensor:
+        ordinary = not (self.learn_temperature or self.quantized or self.score == "none" or self._touches())
         if ordinary and self.projection is None:
-            out = self._sum_rows(x)
-        else:
-            out = self._general(x, ordinary)
-        return out if isinstance(self.out_features, int) else out.split(self.out_features, -1)
+            return self._sum_rows(x)
+        return self._general(x, ordinary)
 
     def _sum_rows(self, x: Tensor) -> Tensor:
         """Hash and look-up in one call: fixed temperature, a score, tables of a floating-point type."""
@@ -320,6 +337,10 @@ class MemoryLinear(torch.nn.Module):
             out = _quick(*arguments, self.scale, self.minimum)
             if out is not None:
                 return out
+        if self._touches() and self.score in SCORES and not self.learn_temperature:
+            options = self.bits, self.score, self._temperature
+            out = TouchedLayer.apply(self.tables, self._take(), x, self.bias, *options)
+            return autocast_output(out)
         codes, weights = self._hash(x)
         if not self.quantized:
             out = self._gather(codes, weights)
@@ -328,14 +349,17 @@ class MemoryLinear(torch.nn.Module):
         return autocast_output(out)
 
     def _gather(self, codes: Tensor, weights: Tensor) -> Tensor:
-        tables = self.tables
-        if tables.requires_grad and torch.is_grad_enabled():
-            if self._attachment is not None:
-                take = self._attachment.take_tables(self)
-                return TouchedRows.apply(tables, take, codes, weights, self.bias)
-            if self.sparse:
-                return TouchedRows.apply(tables, None, codes, weights, self.bias)
-        return gather_tables(tables, codes, weights, self.bias)
+        if self._touches():
+            return TouchedRows.apply(self.tables, self._take(), codes, weights, self.bias)
+        return gather_tables(self.tables, codes, weights, self.bias)
+
+    def _touches(self) -> bool:
+        """Whether the tables' gradient is wanted, and not as a dense tensor."""
+        wanted = self._attachment is not None or self.sparse
+        return wanted and self.tables.requires_grad and torch.is_grad_enabled()
+
+    def _take(self) -> Any:
+        return None if self._attachment is None else self._attachment.take_tables(self)
 
     def _hash(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and weights of what is to be hashed."""
@@ -414,6 +438,12 @@ class MemoryLinear(torch.nn.Module):
         if self.sparse:
             text += ", sparse=True"
         return text + (", quantized" if self.quantized else "")
+
+
+def _ask_for_huge_pages(tables: Tensor) -> None:
+    """Rows that lie anywhere are found through far fewer entries of the processor's page tables."""
+    if type(tables) is Tensor and tables.is_cpu and _backend.core is not None:
+        _backend.core.huge_pages(tables.data_ptr(), tables.nbytes)
 
 
 def _bits(bits, width, dtype) -> int:

@@ -179,21 +179,50 @@ class TouchedRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         tables, codes, weights = ctx.saved_tensors
-        kind, n_tables = torch_kind(grad.is_cuda), tables.shape[0]
-        to_tables = to_weights = to_bias = None
+        kind = torch_kind(grad.is_cuda)
+        to_weights = None
         if ctx.needs_input_grad[3]:
             to_weights = _tables_backward(kind, grad, tables, codes, weights, False, True)[1]
             to_weights = to_weights.to(weights.dtype)
-        flat = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[4]:
-            to_bias = _bias_grad(flat, ctx.bias_dtype)
-        if ctx.needs_input_grad[0]:
-            codes, weights = codes.reshape(-1, n_tables), weights.detach().reshape(-1, n_tables)
-            if ctx.take is None:
-                to_tables = _touched(kind, tables, flat, codes, weights)
-            else:
-                ctx.take(flat, codes, weights)
+        to_tables, to_bias = _hand_over(ctx, kind, grad, tables, codes, weights, ctx.needs_input_grad[4])
         return to_tables, None, None, to_weights, to_bias
+
+
+class TouchedLayer(torch.autograd.Function):
+    """As `TouchedRows`, with the hash (of a fixed temperature) in the same node."""
+
+    @staticmethod
+    def forward(ctx, tables, take, x, bias, bits, score, temperature):
+        ctx.take, ctx.bias_dtype = take, None if bias is None else bias.dtype
+        ctx.options = bits, score, temperature
+        out, codes, weights = memory_linear(torch_kind(x.is_cuda), x, tables, bias, *ctx.options)
+        ctx.save_for_backward(x, tables, codes, weights)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, tables, codes, weights = ctx.saved_tensors
+        kind, to_x = torch_kind(grad.is_cuda), None
+        if ctx.needs_input_grad[2]:
+            to_weights = _tables_backward(kind, grad, tables, codes, weights, False, True)[1]
+            to_x = _sign_hash_backward(kind, to_weights.to(weights.dtype), x, *ctx.options)
+        to_tables, to_bias = _hand_over(ctx, kind, grad, tables, codes, weights, ctx.needs_input_grad[3])
+        return to_tables, None, to_x, to_bias, None, None, None
+
+
+def _hand_over(ctx, kind, grad, tables, codes, weights, need_bias):
+    """Gradients of the tables (sparse; None where ``ctx.take`` takes what it is made of) and of the bias."""
+    flat, to_tables = grad.reshape(-1, grad.shape[-1]), None
+    to_bias = _bias_grad(flat, ctx.bias_dtype) if need_bias else None
+    if ctx.needs_input_grad[0]:
+        n_tables = tables.shape[0]
+        codes, weights = codes.reshape(-1, n_tables), weights.detach().reshape(-1, n_tables)
+        if ctx.take is None:
+            to_tables = _touched(kind, tables, flat, codes, weights)
+        else:
+            ctx.take(flat, codes, weights)
+    return to_tables, to_bias
 
 
 def _touched(kind, tables, grad, codes, weights):

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 import lutra.nn  # noqa: E402
 import lutra.optim  # noqa: E402
+from lutra.nn._sae_ops import make_codes  # noqa: E402
 
 F = torch.nn.functional
 
@@ -63,6 +64,45 @@ def test_ties_and_too_few_positive(simd_level):
         codes = layer.encode(torch.zeros(2, 4))
     assert codes.ids.tolist() == [[1, 3, 5, 0]] * 2
     assert codes.values.tolist() == [[2, 2, 1, 0]] * 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_codes_with_zero_latents_zero_inputs_and_ties(simd_level, training):
+    layer = lutra.nn.TopKSAE(8, 400, 3).train(training)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-2, 3, layer.weight.shape))
+        layer.weight[::2] = 0
+        layer.bias.copy_(torch.randint(-3, 4, layer.bias.shape))
+        x = torch.randint(-1, 2, (90, 8)).float()
+        x[::4] = 0
+        assert make_codes(len(x), layer.weight, layer.bias, 3) is not None
+        activations = (x @ layer.weight.T + layer.bias).numpy()
+        want = np.argsort(-activations, axis=1, kind="stable")[:, :3]
+        for _ in range(2):
+            np.testing.assert_array_equal(layer.encode(x).ids, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [3, 60])
+def test_half_precision_weights(simd_level, dtype, inputs):
+    layer = sae().to(dtype)
+    x = torch.randn(inputs, 24)
+    with torch.no_grad():
+        for training in (True, False):
+            codes = layer.train(training).encode(x)
+            want = dense(copy.deepcopy(layer).float(), x)[0]
+            torch.testing.assert_close(codes.values.float(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_biases_beyond_the_screen(simd_level):
+    layer = sae().eval()
+    x = torch.randn(200, 24)
+    with torch.no_grad():
+        layer.bias[7] = 1e8
+        assert (layer.encode(x).ids[:, 0] == 7).all() and layer._screen is None
+        layer.bias[7] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            layer.encode(x)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -75,6 +75,7 @@ struct Block {
   int64_t first, count;
   const float* factor;  // of each row of the block, or null: 1 / |x| (cosine), 1 / (1 - |x|^2) (poincare); and W more
   const double* wide;   // the same, for poincare
+  const float* bias = nullptr;  // of each row of the block, or null: added to its sum (ip)
   int64_t number(int64_t i) const { return numbers ? numbers[i] : first + i; }
 };
 
@@ -105,6 +106,7 @@ struct Finds {
   bool started;      // whether `pass` is set
   bool other_order;  // the sums that meet `pass` are of another order than a score
   float bound;       // ip in another order: not below |x| of any row of the block
+  float shift;       // and not below |bias|
 };
 
 // arcosh(1 + y) for y >= 0.
@@ -118,7 +120,9 @@ LUTRA_INLINE float pass_for(const Finds* s, int64_t query, float score) {
   const float tiny = s->other_order ? static_cast<float>(c.d) * 3e-38f : 0.0f;  // of terms that are subnormal
   float pass = score;
   switch (c.metric) {
-    case Metric::ip: pass = score - (s->other_order ? c_d * c.norm[query] * s->bound + tiny : 0.0f); break;
+    case Metric::ip:
+      pass = score - (s->other_order ? c_d * c.norm[query] * s->bound + 3e-7f * s->shift + tiny : 0.0f);
+      break;
     case Metric::cosine: pass = score - 1.1f * c_d; break;
     case Metric::l1:
     case Metric::l2: pass = score + score * 2 * c_d + tiny; break;
@@ -184,6 +188,7 @@ struct ExactCall {
   Metric metric;
   DType storage;
   const uint8_t* keep;
+  const float* bias = nullptr;  // KnnArgs
 };
 int scan_threads(const ExactCall& a);
 

@@ -24,7 +24,8 @@ float dot(const float* q, const float* x, int64_t d) {  // in the order of a sco
 template <Kind K>
 __attribute__((noinline)) void candidate(const Queries& c, int64_t query, const Block& b, int64_t i, Finds* s) {
   const float* x = static_cast<const float*>(b.x) + i * b.ldx;
-  offer(s, query, b, i, dot<K>(c.q + query * c.ld, x, c.d));
+  const float sum = dot<K>(c.q + query * c.ld, x, c.d);
+  offer(s, query, b, i, b.bias ? sum + b.bias[i] : sum);
 }
 
 // One tile: rows i .. i + R - 1 of the block, V vectors of queries from the panel (d, V * W), whose first is `first`.
@@ -51,6 +52,7 @@ LUTRA_INLINE void tile(const Queries& c, const float* panel, const Block& b, int
     const vf t = load(s->pass + first + v * W);
     for (int r = 0; r < R; ++r) {
       if (b.factor) sum[r][v] *= b.factor[i + r];
+      if (b.bias) sum[r][v] += b.bias[i + r];
       any |= mask[r][v] = passes<K>(sum[r][v], t);
     }
   }

@@ -100,7 +100,12 @@ void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
     if (linear)  // line after line: the processor's own prefetcher sees that
       for (int r = 0; r < R; ++r)
         next[r] = next[0] + r / G * G * b.d + r % G * (64 / static_cast<int64_t>(sizeof(*next[0])));
-    const vf sums = tile<K, T, Q>(q, c.ld, x, next, linear ? G : 1, b.d);
+    vf sums = tile<K, T, Q>(q, c.ld, x, next, linear ? G : 1, b.d);
+    if (b.bias) {
+      for (int i = 0; i < Q; ++i)
+        for (int r = 0; r < R; ++r) factors[i * R + r] = b.bias[i0 + r < b.count ? i0 + r : b.count - 1];
+      sums += load(factors);
+    }
     vf score = sums;
     if (b.factor) {  // readable for W values more than there are rows
       for (int i = 0; i < Q; ++i) memcpy(factors + i * R, b.factor + i0, R * sizeof(float));

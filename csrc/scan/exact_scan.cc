@@ -54,7 +54,8 @@ class Worker {
     if (!a_.keep) {
       for (int64_t i = begin; i < end; i += capacity_) {
         const char* x = static_cast<const char*>(a_.x) + i * a_.ldx * element_bytes(a_.storage);
-        run(Block{x, a_.ldx, a_.d, nullptr, nullptr, i, end - i < capacity_ ? end - i : capacity_, nullptr, nullptr});
+        const int64_t count = end - i < capacity_ ? end - i : capacity_;
+        run(Block{x, a_.ldx, a_.d, nullptr, nullptr, i, count, nullptr, nullptr, a_.bias ? a_.bias + i : nullptr});
       }
       return;
     }
@@ -97,6 +98,7 @@ class Worker {
       storage = DType::f32;
     }
     if (lanes_ && a_.metric == Metric::ip) s_->bound = norm_bound(b);
+    if (lanes_ && b.bias) s_->shift = most_of(b.bias, b.count);
     if (!s_->started || (lanes_ && a_.metric == Metric::ip)) {
       s_->started = true;
       for (int64_t i = 0; i < c_.count; ++i) {
@@ -174,6 +176,7 @@ void exact_pass(const ExactCall& a, int64_t first, int64_t count, int threads, F
     s.started = false;
     s.other_order = lanes > 0;
     s.bound = 0;
+    s.shift = 0;
     for (int64_t i = count; i < (count + W - 1) / W * W; ++i) s.pass[i] = sign_of(a.metric) * __builtin_inff();
   }
   scan_blocks(a.n, block, threads, [&](int t, int64_t begin, int64_t end) {

@@ -80,6 +80,9 @@ LUTRA_INLINE void products(const uint8_t* rows, const int8_t* queries, int64_t s
   }
 }
 
+// Where a bias is divided by scales, they are not smaller: the quotients stay in the range of floats.
+constexpr float kLeastScale = 1e-15f;
+
 struct Quantized {
   float scale;    // x ~ scale * code
   float square;   // |x|^2

@@ -13,7 +13,7 @@ void knn(const KnnArgs& a) {
   if (a.assign && best_one::suits(a) &&
       (a.metric == Metric::ip ? best_one::search<Metric::ip>(a) : best_one::search<Metric::l2>(a)))
     return;
-  const ExactCall call{a.q, a.x, a.nq, a.n, a.d, a.ldq, a.ldx, a.metric, a.storage, a.keep};
+  const ExactCall call{a.q, a.x, a.nq, a.n, a.d, a.ldq, a.ldx, a.metric, a.storage, a.keep, a.bias};
   const int threads = scan_threads(call);
   Buffer<Finds> finds(threads);
   const int64_t queries = pass_queries(a.k, a.n, threads, W * kLaneVectors);

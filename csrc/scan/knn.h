@@ -37,6 +37,7 @@ struct KnnArgs {
   DType storage = DType::f32;
   const uint8_t* keep = nullptr;
   bool assign = false;
+  const float* bias = nullptr;  // (n,), added to each row's score; ip without `keep` only, on the CPU
 };
 
 struct RescoreArgs {

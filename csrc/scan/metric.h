@@ -20,6 +20,20 @@ LUTRA_INLINE vf accumulate(vf sum, vf q, vf x) {
 
 LUTRA_INLINE float sign_of(Metric m) { return m == Metric::ip || m == Metric::cosine ? 1.0f : -1.0f; }
 
+// The largest of |x|.
+static inline float most_of(const float* x, int64_t n) {
+  vf most = {};
+  int64_t i = 0;
+  for (; i < n; i += W) {
+    const vf v = i + W <= n ? load(x + i) : load_first(x + i, static_cast<int>(n - i));
+    const vf size = (vf)((vi)v & 0x7fffffff);
+    most = size > most ? size : most;
+  }
+  float top = 0;
+  for (int l = 0; l < W; ++l) top = most[l] > top ? most[l] : top;
+  return top;
+}
+
 // 1 / |x|, 0 for a zero vector; in double where fp32 sums could overflow or lose small values.
 LUTRA_INLINE float inverse_norm(const float* x, int64_t d) {
   vf sum = {};

@@ -109,7 +109,8 @@ __attribute__((noinline)) void flush(Scan* s) {
     if (w.bound <= best->threshold) continue;
     ++s->passed;
     const float sign = sign_of(a.metric);
-    const float key = sign * s->score(q.exact + w.query * (a.d + W), a.x, w.row, a.ldx, a.d);
+    float key = sign * s->score(q.exact + w.query * (a.d + W), a.x, w.row, a.ldx, a.d);
+    if (a.bias) key += a.bias[w.row];
     if (key != key) {
       if (s->best->bad < 0 || w.row < s->best->bad) s->best->bad = w.row;
       continue;
@@ -125,7 +126,7 @@ __attribute__((noinline)) void flush(Scan* s) {
 }
 
 // The rows of a tile that pass: sums are as the tile left them.
-template <bool L2, int V, int Q>
+template <bool Half, int V, int Q>
 __attribute__((noinline)) void gather_passing(Scan* s, const vi (*sum)[Q], int64_t first_row, int64_t first_query) {
   const ScreenArgs& a = *s->a;
   const Queries& q = *s->q;
@@ -135,7 +136,7 @@ __attribute__((noinline)) void gather_passing(Scan* s, const vi (*sum)[Q], int64
     for (int v = 0; v < V; ++v) {
       const int64_t row0 = first_row + v * W;
       vf f = __builtin_convertvector(sum[v][i], vf);
-      if (L2) f -= load(a.half + row0) * q.inverse[query];
+      if (Half) f -= load(a.half + row0) * q.inverse[query];
       const vf over = f - load(a.inverse + row0) * s->threshold[query];
       uint32_t mask = ~mask_bits((vi)over) & ((1u << W) - 1);
       if (!mask) continue;
@@ -155,7 +156,7 @@ __attribute__((noinline)) void gather_passing(Scan* s, const vi (*sum)[Q], int64
   }
 }
 
-template <class Dot, bool L2, int R, int Q, bool Ahead>
+template <class Dot, bool Half, int R, int Q, bool Ahead>
 LUTRA_INLINE void tile(Scan* s, const uint8_t* rows, int64_t steps, int64_t first_row, int64_t first_query) {
   constexpr int V = R * kParts;
   const Queries& q = *s->q;
@@ -169,40 +170,40 @@ LUTRA_INLINE void tile(Scan* s, const uint8_t* rows, int64_t steps, int64_t firs
     const vf unit = splat(q.inverse[first_query + i]);
     for (int v = 0; v < V; ++v) {
       vf f = __builtin_convertvector(sum[v][i], vf) - load(s->a->inverse + first_row + v * W) * t;
-      if (L2) f -= load(s->a->half + first_row + v * W) * unit;
+      if (Half) f -= load(s->a->half + first_row + v * W) * unit;
       negative &= (vi)f;
     }
   }
   if (__builtin_expect(mask_bits(negative) == (1u << W) - 1, 1)) return;
-  gather_passing<L2, V, Q>(s, sum, first_row, first_query);
+  gather_passing<Half, V, Q>(s, sum, first_row, first_query);
 }
 
-template <class Dot, bool L2, int R>
+template <class Dot, bool Half, int R>
 void row_tile(Scan* s, const uint8_t* rows, int64_t steps, int64_t first_row) {
   int64_t i = 0;
   const int64_t slots = s->q->slots;
   if (slots >= kWide) {  // the first group reads the rows from memory, the others from the L1
-    tile<Dot, L2, R, kWide, true>(s, rows, steps, first_row, 0);
+    tile<Dot, Half, R, kWide, true>(s, rows, steps, first_row, 0);
     i = kWide;
   }
-  for (; i + kWide <= slots; i += kWide) tile<Dot, L2, R, kWide, false>(s, rows, steps, first_row, i);
+  for (; i + kWide <= slots; i += kWide) tile<Dot, Half, R, kWide, false>(s, rows, steps, first_row, i);
   switch (slots - i) {
-    case 1: return tile<Dot, L2, R, 1, true>(s, rows, steps, first_row, i);
-    case 2: return tile<Dot, L2, R, 2, true>(s, rows, steps, first_row, i);
-    case 4: return tile<Dot, L2, R, 4, true>(s, rows, steps, first_row, i);
+    case 1: return tile<Dot, Half, R, 1, true>(s, rows, steps, first_row, i);
+    case 2: return tile<Dot, Half, R, 2, true>(s, rows, steps, first_row, i);
+    case 4: return tile<Dot, Half, R, 4, true>(s, rows, steps, first_row, i);
   }
 }
 
-template <class Dot, bool L2>
+template <class Dot, bool Half>
 void rows_block(Scan* s, int64_t begin, int64_t end) {  // rows, from a multiple of kBlock on
   const int64_t steps = steps_of(s->a->d), bytes = steps * 4 * kBlock;
   const int64_t blocks = (end + kBlock - 1) / kBlock;
   int64_t b = begin / kBlock;
   for (; b + kRows <= blocks; b += kRows) {
-    row_tile<Dot, L2, kRows>(s, s->a->codes + b * bytes, steps, b * kBlock);
+    row_tile<Dot, Half, kRows>(s, s->a->codes + b * bytes, steps, b * kBlock);
     if (s->count) flush(s);
   }
-  for (; b < blocks; ++b) row_tile<Dot, L2, 1>(s, s->a->codes + b * bytes, steps, b * kBlock);
+  for (; b < blocks; ++b) row_tile<Dot, Half, 1>(s, s->a->codes + b * bytes, steps, b * kBlock);
   if (s->count) flush(s);
 }
 
@@ -217,6 +218,7 @@ void code_queries(const ScreenArgs& a, int64_t first, float limit, float* work, 
   const int64_t steps = steps_of(a.d);
   const bool l2 = a.metric == Metric::l2;
   const float lost = a.bounds[0], length = a.bounds[1], raw = a.bounds[2], centred = a.bounds[3];
+  const float shift = a.bias ? most_of(a.bias, a.n) : 0.0f;
   q->slope = l2 ? 2.0f : 1.0f;
   for (int64_t i = 0; i < q->slots; ++i) {
     const int64_t group = i / kWide * kWide;
@@ -238,7 +240,8 @@ void code_queries(const ScreenArgs& a, int64_t first, float limit, float* work, 
       norm += static_cast<double>(exact[j]) * exact[j];
     }
     for (int64_t j = a.d; j < a.d + W; ++j) exact[j] = 0;
-    const Quantized z = quantize(exact, 1.0f, l2 ? a.mean : nullptr, a.d, limit, work, bytes);
+    Quantized z = quantize(exact, 1.0f, l2 ? a.mean : nullptr, a.d, limit, work, bytes);
+    if (a.bias && z.scale < kLeastScale) z = quantize(exact, 1.0f, nullptr, a.d, limit, work, bytes, kLeastScale);
     put_query(bytes, steps, static_cast<int>(i - group), static_cast<int>(width), place);
     const float bound = (z.norm * lost + z.lost * length) / z.scale;
     q->start[i] = static_cast<int32_t>(-128 * static_cast<int64_t>(z.total) +
@@ -248,13 +251,13 @@ void code_queries(const ScreenArgs& a, int64_t first, float limit, float* work, 
     q->shift[i] = l2 ? -z.square : static_cast<float>(offset);
     // Sums of d terms in W lanes, the subtraction of the mean, the norms, and the float arithmetic of the thresholds.
     const float unit = 1.2e-7f * (a.d / W + 16), length_q = static_cast<float>(sqrt(norm));
-    q->slack[i] =
-        unit * (length_q + z.norm) * (raw + centred) + (l2 ? unit * (centred * centred + z.norm * z.norm) : 0);
+    q->slack[i] = unit * ((length_q + z.norm) * (raw + centred) + (l2 ? centred * centred + z.norm * z.norm : shift));
     if (!(q->slack[i] < 1e25f) || !(z.norm < 1e15f) || !(length_q < 1e15f)) *a.bad = -2;
   }
 }
 
-template <class Dot, Metric M>
+// Half: a term of each row is subtracted from its sums, half its square (l2) or minus its bias.
+template <class Dot, Metric M, bool Half = M == Metric::l2>
 void pass(const ScreenArgs& a, int64_t first, int64_t count, int threads) {
   const int64_t steps = steps_of(a.d), slots = slots_of(count);
   Buffer<int8_t> codes(slots * steps * 4), bytes(a.d + W);
@@ -293,7 +296,7 @@ void pass(const ScreenArgs& a, int64_t first, int64_t count, int threads) {
     block = (int64_t{256} << 10) / (steps * 4 + 1) / tile_rows * tile_rows;
   if (block < tile_rows) block = tile_rows;
   scan_blocks(a.n, block, threads,
-              [&](int t, int64_t begin, int64_t end) { rows_block<Dot, M == Metric::l2>(&scans[t], begin, end); });
+              [&](int t, int64_t begin, int64_t end) { rows_block<Dot, Half>(&scans[t], begin, end); });
   for (int t = 0; t < threads; ++t) *a.passed += scans[t].passed;
   selections.finish(first, a.scores, a.ids, a.bad);
 }
@@ -310,7 +313,11 @@ void search(const ScreenArgs& a) {
     switch (a.metric) {
       case Metric::l2: pass<Dot, Metric::l2>(a, first, count, threads); break;
       case Metric::cosine: pass<Dot, Metric::cosine>(a, first, count, threads); break;
-      default: pass<Dot, Metric::ip>(a, first, count, threads);
+      default:
+        if (a.bias)
+          pass<Dot, Metric::ip, true>(a, first, count, threads);
+        else
+          pass<Dot, Metric::ip>(a, first, count, threads);
     }
   }
 }

@@ -4,7 +4,7 @@
 //   x (n, d) fp32; x' = x - mean, or x / |x| - mean where `normalize` (cosine); any mean will do, that of the rows
 //   makes the codes finest. Each row has codes and a scale of its own (int8.h):
 //   codes (ceil(n / 16), ceil(d / 4), 16, 4) uint8: code + 128; dimensions and rows that are not there: 128
-//   inverse (16 ceil(n / 16),): 1 / scale;  half: |x'|^2 / (2 scale)
+//   inverse (16 ceil(n / 16),): 1 / scale;  half: |x'|^2 / (2 scale), or with a bias -bias / scale
 //   bounds (4,), over all rows: the largest lost / scale, |code|, |x| and |x'|: what the codes can be wrong by.
 //
 // With A = <q, x'> (ip, cosine) or <q', x'> - |x'|^2 / 2 (l2, q' = q - mean), which order the rows as the metric does,
@@ -27,8 +27,9 @@ struct ScreenEncodeArgs {
   uint8_t* codes;  // of the whole collection, as the others
   float* inverse;
   float* half;
-  float* bounds;  // made larger where these rows need it
-  int64_t* bad;   // the first row with NaN or infinities, or whose norm overflows; or -1
+  float* bounds;                // made larger where these rows need it
+  int64_t* bad;                 // the first row with NaN or infinities, or whose norm overflows; or -1
+  const float* bias = nullptr;  // of these rows: the codes are for scores <q, x> + bias; |bias| <= 1e6
 };
 
 struct ScreenArgs {
@@ -48,6 +49,7 @@ struct ScreenArgs {
   int64_t* ids;
   int64_t* passed;  // how many rows were scored exactly, over all queries
   int64_t* bad;     // a row with a NaN score, -1, or -2: scores that leave fp32; nothing is computed, use knn
+  const float* bias = nullptr;  // (n,): that of the codes; metric ip
 };
 
 }  // namespace lutra

@@ -8,6 +8,21 @@
 namespace lutra {
 namespace LUTRA_NS {
 
+namespace {
+
+float norm_above(const float* x, int64_t d) {  // |x|, rounded up as quantize does
+  vf sum = {};
+  int64_t j = 0;
+  for (; j + W <= d; j += W) sum += load(x + j) * load(x + j);
+  if (j < d) {
+    const vf tail = load_first(x + j, static_cast<int>(d - j));
+    sum += tail * tail;
+  }
+  return sqrtf(reduce_add(sum)) * 1.00001f;
+}
+
+}  // namespace
+
 void screen_encode(const ScreenEncodeArgs& a) {
   using namespace int8;
   const int64_t steps = steps_of(a.d), bytes = steps * 4 * kBlock;
@@ -34,13 +49,14 @@ void screen_encode(const ScreenEncodeArgs& a) {
           continue;
         }
         const float* x = a.x + row * a.ldx;
-        const Quantized raw = a.normalize ? Quantized{} : quantize(x, 1, nullptr, a.d, 127, work.data, codes.data);
         const float factor = a.normalize ? inverse_norm(x, a.d) : 1.0f;
-        const Quantized z = quantize(x, factor, a.mean, a.d, 127, work.data, codes.data);
+        Quantized z = quantize(x, factor, a.mean, a.d, 127, work.data, codes.data);
+        if (a.bias && z.scale < kLeastScale)
+          z = quantize(x, factor, a.mean, a.d, 127, work.data, codes.data, kLeastScale);
         put_row(codes.data, steps, r, a.codes + b * bytes);
         a.inverse[number] = 1 / z.scale;
-        a.half[number] = 0.5f * z.square / z.scale;
-        const float norm = a.normalize ? 1.0f : raw.norm;
+        a.half[number] = a.bias ? -a.bias[row] / z.scale : 0.5f * z.square / z.scale;
+        const float norm = a.normalize ? 1.0f : norm_above(x, a.d);
         const float all[4] = {z.lost / z.scale, z.length, norm, z.norm};
         if (!(norm < 1e15f && z.norm < 1e15f && factor < 1e30f) && bad[c] < 0) bad[c] = row;
         for (int i = 0; i < 4; ++i) bound[i] = all[i] > bound[i] ? all[i] : bound[i];

@@ -115,7 +115,7 @@ void register_scan(py::module_& m) {
   m.def("quick_nearest", &quick_nearest);
   m.def("range_search", &range_search);
   m.def("knn", [](Ptr q, int64_t ldq, Ptr x, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k, int metric,
-                  Ptr scores, Ptr ids, int storage, Ptr keep, bool assign) {
+                  Ptr scores, Ptr ids, int storage, Ptr keep, bool assign, Ptr bias) {
     int64_t bad = -1;
     KnnArgs a{q.as<float>(nq ? (nq - 1) * ldq + d : 0),
               static_cast<const float*>(matrix(x, n, ldx, d, storage)),
@@ -131,7 +131,8 @@ void register_scan(py::module_& m) {
               &bad,
               static_cast<DType>(storage),
               keep.as<uint8_t>((n + 7) / 8),
-              assign};
+              assign,
+              bias.as<float>(n)};
     run(&knn, a, static_cast<double>(knn_cost(nq, n, d)));
     return bad;
   });

@@ -7,7 +7,7 @@ namespace lutra {
 void register_screen(py::module_& m) {
   m.def("has_vnni", &has_vnni);
   m.def("screen_encode", [](Ptr x, int64_t ldx, int64_t n, int64_t d, int64_t first, Ptr mean, bool normalize,
-                            Ptr codes, Ptr inverse, Ptr half, Ptr bounds) {
+                            Ptr codes, Ptr inverse, Ptr half, Ptr bounds, Ptr bias) {
     int64_t bad = -1;
     const int64_t rows = (first + n + 15) / 16 * 16;
     ScreenEncodeArgs a{x.as<float>(n ? (n - 1) * ldx + d : 0),
@@ -21,14 +21,15 @@ void register_screen(py::module_& m) {
                        inverse.as<float>(rows),
                        half.as<float>(rows),
                        bounds.as<float>(4),
-                       &bad};
+                       &bad,
+                       bias.as<float>(n)};
     run(&screen_encode, a, static_cast<double>(n) * (d + 20));
     return bad;
   });
   // (a row with a NaN score, -1 or -2; how many rows were scored exactly)
   m.def("screen",
         [](Ptr q, int64_t ldq, Ptr x, int dtype, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k, int metric,
-           Ptr codes, Ptr inverse, Ptr half, Ptr mean, Ptr bounds, Ptr keep, bool vnni, Ptr scores, Ptr ids) {
+           Ptr codes, Ptr inverse, Ptr half, Ptr mean, Ptr bounds, Ptr keep, bool vnni, Ptr scores, Ptr ids, Ptr bias) {
           int64_t bad = -1, passed = 0;
           const int64_t rows = (n + 15) / 16 * 16;
           ScreenArgs a{q.as<float>(nq ? (nq - 1) * ldq + d : 0),
@@ -51,7 +52,8 @@ void register_screen(py::module_& m) {
                        scores.as<float>(nq * k),
                        ids.as<int64_t>(nq * k),
                        &passed,
-                       &bad};
+                       &bad,
+                       bias.as<float>(n)};
           run(&screen, a, static_cast<double>(nq) * n * (d / 64 + 1));
           return std::make_pair(bad, passed);
         });

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .. import _checks
 from ..gather import bag, row_dots
-from ..scan import quantize_int8
 from ..torch_ops import ops, plain
 from ._product_keys import flat_inputs
-from ._sae_ops import codes_pay, select, with_bias
+from ._sae_ops import make_codes, select
 
 
 class SparseCodes(NamedTuple):
@@ -79,9 +78,8 @@ class TopKSAE(torch.nn.Module):
     The k latents are found by an exact scan with selection inside (`lutra.scan.knn_screened` over 8-bit codes
     of the encoder, which misses none, or `lutra.scan.knn`): nothing of size (inputs, n) is written. Of equal
     activations the lower latent is taken. Where fewer than k are positive, the next ones come with value 0.
-    The codes take d + 9 bytes a latent, besides a copy of the encoder that holds the bias. In training they
-    are made for each call that pays for it (128 inputs); in evaluation they are kept, until the encoder or
-    the mode changes.
+    The codes take d + 8 bytes a latent. In training they are made for each call that pays for it (32
+    inputs); in evaluation they are kept, until the encoder or the mode changes.
 
     Gradients flow through the chosen entries: k rows of encoder and decoder an input. CUDA tensors and
     float64 are computed with torch's own ops, which write the activations.
@@ -102,7 +100,6 @@ class TopKSAE(torch.nn.Module):
 
     unused: Tensor
     _made_for: Any
-    _rows: Any
     _screen: Any
     _inputs: int
 
@@ -185,15 +182,15 @@ class TopKSAE(torch.nn.Module):
         made_for = (weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
         if made_for != self._made_for:
             self._forget()
-            self._made_for, self._rows = made_for, with_bias(weight, bias)
+            self._made_for = made_for
         self._inputs += len(x)
-        if self._screen is None and codes_pay(self._inputs, self._rows, k):
-            self._screen = quantize_int8(self._rows)
-        return select(x, self._rows, self._screen, k)
+        if self._screen is None:
+            self._screen = make_codes(self._inputs, weight, bias, k)
+        return select(x, weight, bias, self._screen, k)
 
     def _forget(self) -> None:
-        """What evaluation keeps: the encoder with its bias, and 8-bit codes of it once they have paid."""
-        self._made_for = self._rows = self._screen = None
+        """What evaluation keeps: 8-bit codes of the encoder, once they have paid."""
+        self._made_for = self._screen = None
         self._inputs = 0
 
     def train(self, mode: bool = True) -> TopKSAE:
@@ -202,7 +199,7 @@ class TopKSAE(torch.nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles make their own
-        return {**self.__dict__, "_made_for": None, "_rows": None, "_screen": None, "_inputs": 0}
+        return {**self.__dict__, "_made_for": None, "_screen": None, "_inputs": 0}
 
     # ---------------------------------------------------------------- decode
     def decode(self, codes: SparseCodes | tuple[Tensor, Tensor]) -> Tensor:

@@ -5,27 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scan import knn, knn_screened, quantize_int8
+from .._arrays import torch_kind
+from ..scan import knn
+from ..scan._knn import _knn
+from ..scan._screen import _knn_screened, _quantize_int8
 from ..torch_ops.library import register
 
 #: A scan of 8-bit codes saves, over this many inputs, what making the codes costs.
-PAYS_AFTER = 128
+PAYS_AFTER = 32
+#: Rows whose mean the codes leave out: any will do, and codes are made often.
+_SAMPLE = 256
+#: Beyond, a bias leaves no room for the scores in the screen's floats.
+_LARGEST_BIAS = 1e6
 
 
-def with_bias(weight: Tensor, bias: Tensor) -> Tensor:
-    """The rows of a linear map with the bias as a column more."""
-    return torch.cat([weight, bias.unsqueeze(1)], 1)
+def make_codes(inputs: int, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, ...] | None:
+    """8-bit codes of a linear map (`lutra.scan.quantize_int8`), where over so many inputs they pay."""
+    kind = torch_kind(False)
+    if kind.kernels is None or inputs < PAYS_AFTER or len(weight) < 32 * k:
+        return None
+    bias = bias.float().contiguous()
+    if not bias.abs().max() <= _LARGEST_BIAS:
+        return None
+    return _quantize_int8(kind, weight, False, bias, _SAMPLE)
 
 
-def codes_pay(inputs: int, rows: Tensor, k: int) -> bool:
-    return inputs >= PAYS_AFTER and len(rows) >= 32 * k
-
-
-def select(x: Tensor, rows: Tensor, screen: object, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of ``rows[:, :-1] @ x + rows[:, -1]`` for each of x (inputs, d), float32."""
-    one = torch.nn.functional.pad(x, (0, 1), value=1.0)
-    scores, ids = knn(one, rows, k) if screen is None else knn_screened(one, rows, screen, k)  # type: ignore
-    return scores, ids
+def select(
+    x: Tensor, weight: Tensor, bias: Tensor, codes: tuple[Tensor, ...] | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest of ``weight @ x + bias`` for each of x (inputs, d), float32, on the CPU."""
+    kind = torch_kind(False)
+    if kind.kernels is None:
+        rows = torch.cat([weight, bias.unsqueeze(1)], 1)
+        return knn(torch.nn.functional.pad(x, (0, 1), value=1.0), rows, k)
+    bias = bias.float().contiguous()
+    if codes is None:
+        return _knn(kind, x, weight, k, "ip", None, bias)
+    numbers, inverse, half, mean, bounds = codes
+    return _knn_screened(kind, x, weight, numbers, inverse, half, mean, bounds, k=k, bias=bias)
 
 
 def _linear_topk(kind, x, weight, bias, k):
@@ -33,8 +50,7 @@ def _linear_topk(kind, x, weight, bias, k):
     if kind.cuda or x.dtype == torch.float64:
         found = torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).T).topk(k, 1)
         return found.values, found.indices
-    rows = with_bias(weight, bias)
-    return select(x, rows, quantize_int8(rows) if codes_pay(len(x), rows, k) else None, k)
+    return select(x, weight, bias, make_codes(len(x), weight, bias, k), k)
 
 
 register(

@@ -191,8 +191,11 @@ def check_k(kind, k):
     return k
 
 
-def search(kind, queries, database, k, metric, names, op, keep=None):
-    """knn under the argument names of its caller (`lutra.address.nearest` is the same kernel)."""
+def search(kind, queries, database, k, metric, names, op, keep=None, bias=None):
+    """knn under the argument names of its caller (`lutra.address.nearest` is the same kernel).
+
+    With ``bias`` (n,), float32, for metric 'ip' and kernels of the CPU, the scores are ``<q, x> + bias``.
+    """
     k = check_k(kind, k)
     metric_code = exact_metric(kind, metric)
     queries, code = pair(kind, queries, database, names)
@@ -213,6 +216,7 @@ def search(kind, queries, database, k, metric, names, op, keep=None):
         more = kind.launch(queries, kind.scratch("knn", queries, nq, n, d, k, metric_code))
     else:
         more = code, None if keep is None else kind.ptr(keep), op == "nearest"
+        more = *more, None if bias is None else kind.ptr(kind.dense(bias))
     bad = kernels.knn(
         kind.ptr(queries), d, kind.ptr(database), d, nq, n, d, k, metric_code,
         kind.ptr(scores), kind.ptr(ids), *more,
@@ -222,8 +226,8 @@ def search(kind, queries, database, k, metric, names, op, keep=None):
     return scores, ids
 
 
-def _knn(kind, queries, database, k=10, metric="ip", keep=None):
-    return search(kind, queries, database, k, metric, ("queries", "database"), "knn", keep)
+def _knn(kind, queries, database, k=10, metric="ip", keep=None, bias=None):
+    return search(kind, queries, database, k, metric, ("queries", "database"), "knn", keep, bias)
 
 
 def _rescore(kind, queries, database, candidates, k, metric="ip"):

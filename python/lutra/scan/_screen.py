@@ -76,7 +76,8 @@ def quantize_int8(x: Any, metric: str = "ip") -> Screen:
     return Screen(*call("quantize_int8", _quantize_int8, (x,), (metric == "cosine",)))
 
 
-def _quantize_int8(kind, x, normalize=False):
+def _quantize_int8(kind, x, normalize=False, bias=None, sample=_SAMPLE):
+    """Codes; with ``bias`` (n,), float32, for scores ``<q, x> + bias``."""
     _checks.ndim(x, "x", 2)
     code = _checks.dtype(kind, x, "x", (F32, F16, BF16, I8, U8))
     n, d = x.shape
@@ -88,8 +89,9 @@ def _quantize_int8(kind, x, normalize=False):
         return tuple(kind.from_numpy(p, F32 if p.dtype == np.float32 else U8, x) for p in parts)
     x = kind.dense(x)
     out = empty(kind, x, n, d)
-    out = (*out[:3], kind.from_numpy(mean_of(kind.to_numpy(x), normalize), F32, x), out[4])
-    encode(kind, x, 0, normalize, out)
+    mean = mean_of(kind.to_numpy(x), normalize, sample)
+    out = (*out[:3], kind.from_numpy(mean, F32, x), out[4])
+    encode(kind, x, 0, normalize, out, bias=bias)
     return out
 
 
@@ -108,10 +110,10 @@ def empty(kind, like, n, d):
     return (*(kind.empty(shape, code, like) for shape, code in shapes), bounds)
 
 
-def mean_of(x: np.ndarray, normalize: bool) -> np.ndarray:
+def mean_of(x: np.ndarray, normalize: bool, sample: int = _SAMPLE) -> np.ndarray:
     """The mean of some rows (any mean will do, as long as it stays the same)."""
     with np.errstate(over="ignore", invalid="ignore"):
-        rows = x[:: max(1, len(x) // _SAMPLE)]
+        rows = x[:: max(1, len(x) // sample)]
         rows = reference.unit(rows) if normalize else rows
         mean = (
             rows.mean(0, dtype=np.float64).astype(np.float32)
@@ -121,13 +123,14 @@ def mean_of(x: np.ndarray, normalize: bool) -> np.ndarray:
     return np.where(np.isfinite(mean), mean, np.float32(0))
 
 
-def encode(kind, x, first, normalize, screen, name="x"):
+def encode(kind, x, first, normalize, screen, name="x", bias=None):
     """Codes of float32 rows ``x``, number ``first`` and on of the collection, into the arrays of a screen."""
     codes, inverse, half, mean, bounds = (kind.ptr(a) for a in screen)
     n, d = x.shape
     bad = kind.kernels.screen_encode(
-        kind.ptr(x), d, n, d, first, mean, normalize, codes, inverse, half, bounds
-    )
+        kind.ptr(x), d, n, d, first, mean, normalize, codes, inverse, half, bounds,
+        None if bias is None else kind.ptr(bias),
+    )  # fmt: skip
     if bad >= 0:
         raise ValueError(
             f"row {bad} of {name} holds NaN or infinite values, or its norm is 1e15 or more; "
@@ -231,8 +234,9 @@ def _check(kind, queries, database, screen, keep, metric):
 
 
 def _knn_screened(
-    kind, queries, database, codes, inverse, half, mean, bounds, keep=None, k=10, metric="ip", counts=None
-):
+    kind, queries, database, codes, inverse, half, mean, bounds, keep=None, k=10, metric="ip", counts=None,
+    bias=None,
+):  # fmt: skip
     k = _checks.integer("k", k, 1)
     metric_code = _checks.choice("metric", metric, METRICS)
     screen = codes, inverse, half, mean, bounds
@@ -246,7 +250,7 @@ def _knn_screened(
         bad, passed = kernels.screen(
             kind.ptr(queries), d, kind.ptr(database), kind.code(database), d, nq, n, d, k, metric_code,
             *(kind.ptr(a) for a in screen), None if keep is None else kind.ptr(keep), _VNNI,
-            kind.ptr(scores), kind.ptr(ids),
+            kind.ptr(scores), kind.ptr(ids), None if bias is None else kind.ptr(bias),
         )  # fmt: skip
         if counts is not None:
             counts.append(passed)
@@ -254,7 +258,7 @@ def _knn_screened(
             raise ValueError(nan_message("database", bad))
         if bad == -1:
             return scores, ids
-        return _knn(kind, queries, database, k, metric, keep)  # scores beyond what the bounds are made for
+        return _knn(kind, queries, database, k, metric, keep, bias)  # scores beyond the bounds
     q, x, bits = (None if a is None else kind.to_numpy(a) for a in (queries, database, keep))
     scores, ids = reference.knn_screened(q, x, None, k, metric, bits)
     return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)

@@ -5,6 +5,7 @@
 #include "address/product_keys.h"
 
 #include "address/product_select.h"
+#include "common/parts.h"
 #include "common/team.h"
 #include "scan/reduce_all.h"
 
@@ -38,13 +39,6 @@ void floats(const void* from, DType dtype, int64_t at, int64_t count, float* out
 }
 
 // ---------------------------------------------------------------------------------------------- along the rows
-template <class T>
-LUTRA_INLINE vf load_tail(const typename T::type* p, int64_t n) {
-  typename T::type tail[W] = {};
-  memcpy(tail, p, n * sizeof(tail[0]));
-  return T::load(tail);
-}
-
 // Scores of W keys that lie one after another; q has zeros behind dim.
 template <class T>
 LUTRA_INLINE vf row_tile(const float* q, const typename T::type* keys, int64_t dim) {
@@ -65,7 +59,7 @@ LUTRA_INLINE vf row_tile(const float* q, const typename T::type* keys, int64_t d
   if (j < dim)
 #pragma GCC unroll 16
     for (int r = 0; r < W; ++r)
-      sum[place(r)] = fused(sum[place(r)], load(q + j), load_tail<T>(keys + r * dim + j, dim - j));
+      sum[place(r)] = fused(sum[place(r)], load(q + j), load_part<T>(keys + r * dim + j, static_cast<int>(dim - j)));
   return reduce_all<Kind::dot>(sum);
 }
 
@@ -124,7 +118,7 @@ void pack(const void* all, int64_t from, int64_t first, int64_t n, int64_t dim, 
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) v[i] = T::load(x[i] + j);
       } else {
-        for (int i = 0; i < W; ++i) v[i] = load_tail<T>(x[i] + j, columns);
+        for (int i = 0; i < W; ++i) v[i] = load_part<T>(x[i] + j, columns);
       }
       transpose(v);
       for (int64_t l = 0; l < columns; ++l) store(panel + (j + l) * kPanel + g * W, v[l]);

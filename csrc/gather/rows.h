@@ -12,7 +12,7 @@
 // ahead; into the second 16 rows ahead 1630, 32 ahead 1570, 48 ahead 1160, 96 ahead 1170. Rows of 128 bytes:
 // 1420, 1170; 860, 700, 860, 940.
 #pragma once
-#include "common/simd.h"
+#include "common/parts.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -90,38 +90,6 @@ LUTRA_INLINE void prefetch_first(const RowTable<T>& t, const RowList& rows, int6
 }
 
 LUTRA_INLINE vf vector_max(vf a, vf b) { return (b > a) | (b != b) ? b : a; }  // NaN wins, the first stays
-
-// `columns` values at p as a vector padded with zeros.
-template <class T>
-LUTRA_INLINE vf load_part(const typename T::type* p, int columns) {
-  typename T::type padded[W] = {};
-  memcpy(padded, p, columns * sizeof(padded[0]));
-  return T::load(padded);
-}
-template <class T>
-LUTRA_INLINE void store_part(typename T::type* p, vf v, int columns) {
-  typename T::type padded[W];
-  T::store(padded, v);
-  memcpy(p, padded, columns * sizeof(padded[0]));
-}
-
-#if defined(LUTRA_LEVEL_v4)
-// By masks, no wider than needed: a load that reaches into the next line waits for it, masked out or not.
-template <>
-inline __attribute__((always_inline)) vf load_part<F32>(const float* p, int columns) {
-  const unsigned mask = (1u << columns) - 1;
-  if (columns <= 4) return (vf)_mm512_zextps128_ps512(_mm_maskz_loadu_ps(static_cast<__mmask8>(mask), p));
-  if (columns <= 8) return (vf)_mm512_zextps256_ps512(_mm256_maskz_loadu_ps(static_cast<__mmask8>(mask), p));
-  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
-}
-template <>
-inline __attribute__((always_inline)) void store_part<F32>(float* p, vf v, int columns) {
-  const unsigned mask = (1u << columns) - 1;
-  if (columns <= 4) return _mm_mask_storeu_ps(p, static_cast<__mmask8>(mask), _mm512_castps512_ps128((__m512)v));
-  if (columns <= 8) return _mm256_mask_storeu_ps(p, static_cast<__mmask8>(mask), _mm512_castps512_ps256((__m512)v));
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
-}
-#endif
 
 // Reduce NV vectors of columns that begin at `first`; the last of them begins at `last`. With `part` > 0 (NV is 1)
 // the row has only that many columns. Of rows ahead, `reach` columns are prefetched. `start` is added first (may be

@@ -3,19 +3,12 @@
 // additions and twice as many shuffles for W sums, in the order in which reduce_add would take each. So a vector holds
 // the W scores of a tile and is compared with the thresholds at once.
 // Limits: reading the rows (one query); the FMA rate, at 12 queries nearly as well as the lanes way.
+#include "common/parts.h"
 #include "scan/reduce_all.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
-
-template <class T>
-LUTRA_INLINE vf load_tail(const typename T::type* p, int n) {
-  if constexpr (sizeof(*p) == 4) return load_first(p, n);
-  typename T::type t[W] = {};
-  for (int i = 0; i < n; ++i) t[i] = p[i];
-  return T::load(t);
-}
 
 // ------------------------------------------------------------------------------------------ a tile
 // Scores of W / Q rows with Q queries: query i with row r in lane i * R + r. `next`: rows that will be wanted soon.
@@ -50,7 +43,7 @@ LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const*
     if (j < d) {
 #pragma GCC unroll 8
       for (int r = 0; r < G; ++r) {
-        const vf xj = load_tail<T>(x[g + r] + j, static_cast<int>(d - j));
+        const vf xj = load_part<T>(x[g + r] + j, static_cast<int>(d - j));
 #pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) part[r][i] = step<K>(part[r][i], load(q + i * ldq + j), xj);
       }
@@ -182,7 +175,7 @@ void factors_of(Metric metric, const Block& b, float* factor, double* wide) {
       if (j < b.d)
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-          const vf xj = load_tail<T>(x[g + r] + j, static_cast<int>(b.d - j));
+          const vf xj = load_part<T>(x[g + r] + j, static_cast<int>(b.d - j));
           part[r] = fused(part[r], xj, xj);
         }
 #pragma GCC unroll 4
@@ -211,7 +204,7 @@ void convert(const Block& b, float* out, int64_t ld) {
         __builtin_prefetch(row_at<T>(b, i + 4) + j);
     int64_t j = 0;
     for (; j + W <= b.d; j += W) store(out + j, T::load(x + j));
-    if (j < b.d) store(out + j, load_tail<T>(x + j, static_cast<int>(b.d - j)));
+    if (j < b.d) store(out + j, load_part<T>(x + j, static_cast<int>(b.d - j)));
   }
 }
 

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 import lutra.nn  # noqa: E402
 import lutra.optim  # noqa: E402
+from lutra import _backend  # noqa: E402
 from lutra.nn._sae_ops import make_codes  # noqa: E402
 
 F = torch.nn.functional
@@ -75,7 +76,8 @@ def test_codes_with_zero_latents_zero_inputs_and_ties(simd_level, training):
         layer.bias.copy_(torch.randint(-3, 4, layer.bias.shape))
         x = torch.randint(-1, 2, (90, 8)).float()
         x[::4] = 0
-        assert make_codes(len(x), layer.weight, layer.bias, 3) is not None
+        made = make_codes(len(x), layer.weight, layer.bias, 3)
+        assert (made is None) == (_backend.core is None)  # the screen is compiled
         activations = (x @ layer.weight.T + layer.bias).numpy()
         want = np.argsort(-activations, axis=1, kind="stable")[:, :3]
         for _ in range(2):
@@ -142,7 +144,7 @@ def test_what_evaluation_keeps_follows_the_encoder():
     x = torch.randn(200, 24)
     with torch.no_grad():
         before = layer.encode(x).values
-        assert layer._screen is not None
+        assert (layer._screen is None) == (_backend.core is None)  # the screen is compiled
         layer.weight.mul_(2)
         after = layer.encode(x)
         torch.testing.assert_close(after.values, dense(layer, x)[0], rtol=1e-4, atol=1e-5)

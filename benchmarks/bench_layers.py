@@ -8,7 +8,7 @@ the ways take turns; times are medians in milliseconds, of the process's time on
 on more.
 
 ``pytest benchmarks/bench_layers.py`` runs the quick form. A section is a file in ``layers/``: ``rows(quick)``
-and ``line(row)``, or ``lines(quick)`` of text; ``check(rows)`` asserts what quick rows must show.
+and ``line(row)``, or ``lines(quick)`` of text; ``expect(rows)`` asserts what quick rows must show.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def test_quick(name):
     assert found
     for row in found:
         assert all(v >= 0 for v in row.values() if isinstance(v, float)), row
-    if hasattr(section, "check"):
-        section.check(found)
+    if hasattr(section, "expect"):
+        section.expect(found)
 
 
 def main() -> None:

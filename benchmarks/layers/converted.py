@@ -60,7 +60,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def check(found: list[dict[str, Any]]) -> None:
+def expect(found: list[dict[str, Any]]) -> None:
     """More tables leave less."""
     assert len(found) == 4
     for few, many in (found[:2], found[2:]):

@@ -101,7 +101,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def check(found: list[dict[str, Any]]) -> None:
+def expect(found: list[dict[str, Any]]) -> None:
     """A short training explains some of the variance, and steering finds more of what it steers to."""
     assert found[0]["fvu"] < 0.6 and found[0]["rebuilt"] > 0.5 * found[0]["own text in 10"]
     steered = {r["word"]: r["hits"] for r in found if r["what"] == "steer"}

@@ -90,7 +90,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def check(found: list[dict[str, Any]]) -> None:
+def expect(found: list[dict[str, Any]]) -> None:
     """Selections of several tokens are faster than torch's expression, also at small sizes."""
     for row in found:
         if row["what"] in ("product_keys", "encode, evaluation") and row["tokens"] > 1:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import turns
-from .product_keys import check as check
+from .product_keys import expect as expect
 from .product_keys import line as line  # the same form
 
 

@@ -63,7 +63,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def check(found: list[dict[str, Any]]) -> None:
+def expect(found: list[dict[str, Any]]) -> None:
     """Each has learned something."""
     assert [r["arch"] for r in found] == list(ARCHITECTURES)
     assert all(r["held out"] < r["first"] - 0.5 for r in found), found

@@ -3,23 +3,11 @@
 
 #include "common/team.h"
 #include "gather/segment_sums.h"
+#include "gather/touched.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
-
-// The first of the touched rows that is not below `row`.
-int64_t lower_bound(const int64_t* touched, int64_t count, int64_t row) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (touched[middle] < row)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
 
 template <class T>
 void backward(const BagBackwardArgs& a) {

@@ -1,5 +1,5 @@
-// What the gradients of single entries (weights, dots of pieces) share: entries of no bag get zeros, the others go by
-// ranges of bags to the threads.
+// What is worked out for single entries (gradients of weights, dots and addresses of pieces): entries of no bag get a
+// constant, the others go by ranges of bags to the threads.
 #pragma once
 #include "common/simd.h"
 #include "common/team.h"
@@ -8,14 +8,14 @@
 namespace lutra {
 namespace LUTRA_NS {
 
-// fn(ids, b0, b1) for ranges of bags, ids of their own type; `each` floats of `out` belong to an entry, which costs
-// about `nanoseconds`.
-template <class Fn>
-static inline void each_entry(const BagIds& bag, const BagBounds& bounds, float* out, int64_t each, double nanoseconds,
-                              const Fn& fn) {
+// fn(ids, b0, b1) for ranges of bags, ids of their own type; `each` values of `out` belong to an entry, which costs
+// about `nanoseconds`; those of entries of no bag become `unused`.
+template <class Out, class Fn>
+static inline void each_entry(const BagIds& bag, const BagBounds& bounds, Out* out, int64_t each, double nanoseconds,
+                              const Fn& fn, Out unused = 0) {
   const int64_t first = bounds.begin(0), last = bounds.begin(bag.bags);
-  for (int64_t i = 0; i < first * each && i < bag.n_ids * each; ++i) out[i] = 0;
-  for (int64_t i = last * each; i < bag.n_ids * each; ++i) out[i] = 0;
+  for (int64_t i = 0; i < first * each && i < bag.n_ids * each; ++i) out[i] = unused;
+  for (int64_t i = last * each; i < bag.n_ids * each; ++i) out[i] = unused;
   const double cost = static_cast<double>(last - first) * nanoseconds;
   const int64_t grain = cost <= 30e3 ? bag.bags : static_cast<int64_t>(bag.bags / (cost / 30e3)) + 1;
   team_ranges(bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {

@@ -1,19 +1,21 @@
 // Gradients of tables in which pieces of different rows, and different pieces of a row, may meet anywhere.
 #include "common/parallel.h"
 #include "common/team.h"
+#include "gather/entry_grads.h"
 #include "gather/pieces.h"
 #include "gather/pieces_source.h"
 #include "gather/rows.h"
+#include "gather/touched.h"
 
 namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
 template <class T, class Id>
-void addresses(const PieceAddressesArgs& a, const BagBounds& bounds, int64_t b0, int64_t b1, BadFirst* bad) {
+void addresses(const PieceAddressesArgs& a, const BagBounds& bounds, const Id* ids, int64_t b0, int64_t b1,
+               BadFirst* bad) {
   const PieceSource& s = a.source;
   const int64_t m = s.m;
-  const auto* ids = static_cast<const Id*>(a.bag.ids);
   const auto* own = static_cast<const typename T::type*>(a.piece_weights);
   int64_t list[256];
   for (int64_t b = b0; b < b1; ++b) {
@@ -46,30 +48,10 @@ void addresses(const PieceAddressesArgs& a, const BagBounds& bounds, int64_t b0,
 
 template <class T>
 void all_addresses(const PieceAddressesArgs& a, const BagBounds& bounds, BadFirst* bad) {
-  const int64_t m = a.source.m, first = bounds.begin(0), last = bounds.begin(a.bag.bags), n = last - first;
-  for (int64_t i = 0; i < first * m && i < a.bag.n_ids * m; ++i) a.at[i] = a.source.table_rows;
-  for (int64_t i = last * m; i < a.bag.n_ids * m; ++i) a.at[i] = a.source.table_rows;
-  const double cost = static_cast<double>(n) * (4 + 4 * static_cast<double>(m));
-  const int64_t grain = cost <= 30e3 ? a.bag.bags : static_cast<int64_t>(a.bag.bags / (cost / 30e3)) + 1;
-  team_ranges(a.bag.bags, grain, cost, [&](int64_t b0, int64_t b1) {
-    if (a.bag.id_type == DType::i32)
-      addresses<T, int32_t>(a, bounds, b0, b1, bad);
-    else
-      addresses<T, int64_t>(a, bounds, b0, b1, bad);
-  });
-}
-
-// The first of the touched addresses that is not below `at`.
-int64_t lower_bound(const PieceSumsArgs& a, int64_t at) {
-  int64_t low = 0, high = a.count;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (a.touched[middle] < at)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
+  const int64_t m = a.source.m;
+  each_entry(
+      a.bag, bounds, a.at, m, 4 + 4 * static_cast<double>(m),
+      [&](const auto* ids, int64_t b0, int64_t b1) { addresses<T>(a, bounds, ids, b0, b1, bad); }, a.source.table_rows);
 }
 
 // ---- robe: pieces overlap, so a task is a range of the array; what reaches into it is cut.
@@ -105,8 +87,8 @@ void robe_range(const PieceSumsArgs& a, int64_t r0, int64_t r1) {
     }
   };
   if (r0 < a.width)  // those that went round the end come first
-    add(lower_bound(a, a.table_rows - a.width + 1), a.count, a.table_rows);
-  add(lower_bound(a, r0 - a.width + 1), lower_bound(a, r1), 0);
+    add(lower_bound(a.touched, a.count, a.table_rows - a.width + 1), a.count, a.table_rows);
+  add(lower_bound(a.touched, a.count, r0 - a.width + 1), lower_bound(a.touched, a.count, r1), 0);
   auto* out = static_cast<type*>(a.grad_table);
   for (int64_t r = r0; r < r1; ++r) T::put(out + r, sums[r - r0]);
 }
@@ -122,8 +104,8 @@ void product_rows(const PieceSumsArgs& a, int64_t r0, int64_t r1) {
   auto* out = static_cast<type*>(a.grad_table);
   Buffer<float> sums(dim);
   int64_t row = r0;
-  const int64_t k1 = lower_bound(a, r1), last = a.starts[k1];
-  for (int64_t k = lower_bound(a, r0); k < k1; ++k) {
+  const int64_t k1 = lower_bound(a.touched, a.count, r1), last = a.starts[k1];
+  for (int64_t k = lower_bound(a.touched, a.count, r0); k < k1; ++k) {
     memset(out + row * dim, 0, static_cast<size_t>((a.touched[k] - row) * bytes));
     memset(sums.data, 0, static_cast<size_t>(dim) * sizeof(float));
     for (int64_t e = a.starts[k]; e < a.starts[k + 1]; ++e) {

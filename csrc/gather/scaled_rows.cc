@@ -5,6 +5,7 @@
 #include "gather/entry_grads.h"
 #include "gather/pieces_source.h"
 #include "gather/rows.h"
+#include "gather/touched.h"
 
 namespace lutra {
 namespace LUTRA_NS {
@@ -35,17 +36,6 @@ struct Grads {
 
   int64_t row_of(int64_t key) const { return per == 1 ? key : key / per; }
   int64_t id_of(int64_t key) const { return per == 1 ? key : key % per * a.n + key / per; }
-  int64_t lower_bound(int64_t key) const {
-    int64_t low = 0, high = a.count;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (a.touched[middle] < key)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  }
 
   // The vectors of a row: fn(column, columns of the vector).
   template <class Fn>
@@ -60,7 +50,7 @@ struct Grads {
   void run(int64_t r0, int64_t r1) const {
     constexpr int64_t kAhead = 48;
     const int64_t dim = a.dim, row_bytes = dim * static_cast<int64_t>(sizeof(type));
-    const int64_t k0 = lower_bound(r0 * per), k1 = lower_bound(r1 * per);
+    const int64_t k0 = lower_bound(a.touched, a.count, r0 * per), k1 = lower_bound(a.touched, a.count, r1 * per);
     auto* out = static_cast<type*>(a.grad_table);
     auto* to_scale = static_cast<type*>(a.grad_scale);
     Buffer<float> segment(dim + W), sums(dim + W);  // whole vectors

@@ -34,8 +34,8 @@ static inline float most_of(const float* x, int64_t n) {
   return top;
 }
 
-// 1 / |x|, 0 for a zero vector; in double where fp32 sums could overflow or lose small values.
-LUTRA_INLINE float inverse_norm(const float* x, int64_t d) {
+// |x|^2.
+LUTRA_INLINE float square_norm(const float* x, int64_t d) {
   vf sum = {};
   int64_t j = 0;
   for (; j + W <= d; j += W) sum += load(x + j) * load(x + j);
@@ -43,10 +43,15 @@ LUTRA_INLINE float inverse_norm(const float* x, int64_t d) {
     const vf tail = load_first(x + j, static_cast<int>(d - j));
     sum += tail * tail;
   }
-  const float s = reduce_add(sum);
+  return reduce_add(sum);
+}
+
+// 1 / |x|, 0 for a zero vector; in double where fp32 sums could overflow or lose small values.
+LUTRA_INLINE float inverse_norm(const float* x, int64_t d) {
+  const float s = square_norm(x, d);
   if (s > 1e-24f && s < 1e37f) return 1.0f / sqrtf(s);
   double wide = 0;
-  for (j = 0; j < d; ++j) wide += static_cast<double>(x[j]) * x[j];
+  for (int64_t j = 0; j < d; ++j) wide += static_cast<double>(x[j]) * x[j];
   return wide == 0 ? 0.0f : static_cast<float>(1.0 / sqrt(wide));
 }
 

@@ -11,14 +11,7 @@ namespace LUTRA_NS {
 namespace {
 
 float norm_above(const float* x, int64_t d) {  // |x|, rounded up as quantize does
-  vf sum = {};
-  int64_t j = 0;
-  for (; j + W <= d; j += W) sum += load(x + j) * load(x + j);
-  if (j < d) {
-    const vf tail = load_first(x + j, static_cast<int>(d - j));
-    sum += tail * tail;
-  }
-  return sqrtf(reduce_add(sum)) * 1.00001f;
+  return sqrtf(square_norm(x, d)) * 1.00001f;
 }
 
 }  // namespace

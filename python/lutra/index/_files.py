@@ -184,6 +184,11 @@ class File:
             self.fail("the metadata 'config' is no JSON object")
         self._unread = set(self._header)
 
+    def expect(self, kind: str, what: str) -> None:
+        """Refuse a file of another kind; ``what`` is the one wanted, in words."""
+        if self.kind != kind:
+            self.fail(f"it holds {self.kind!r}, not {what}")
+
     def fail(self, problem: str, cause: BaseException | None = None) -> NoReturn:
         raise ValueError(f"{self.path}: {problem}") from cause
 

@@ -78,8 +78,7 @@ class Memories:
         """Memories that were saved; mapped, unless ``mmap`` is False. Errors as of `MemoryBank.load`."""
         with open(path, "rb") as opened:
             file = _files.File(path, opened)
-            if file.kind != _KIND:
-                file.fail(f"it holds {file.kind!r}, not Memories")
+            file.expect(_KIND, "Memories")
             configs = file.config.get("banks")
             if not isinstance(configs, dict) or not configs or not all(k.isdigit() for k in configs):
                 file.fail("its config names no banks")

@@ -244,8 +244,7 @@ class Triggers(dict[str, LayerTriggers]):
         """
         with open(path, "rb") as opened:
             file = _files.File(path, opened)
-            if file.kind != _KIND:
-                file.fail(f"it holds {file.kind!r}, not Triggers")
+            file.expect(_KIND, "Triggers")
             shapes = file.config.get("layers")
             if not isinstance(shapes, dict):
                 file.fail("its config names no layers")

@@ -354,8 +354,7 @@ class MemoryBank:
         """
         with open(path, "rb") as opened:
             file = _files.File(path, opened)
-            if file.kind != KIND:
-                file.fail(f"it holds {file.kind!r}, not a MemoryBank")
+            file.expect(KIND, "a MemoryBank")
         return bank_of(cls, file, file.config, "", mmap, device)
 
 

@@ -312,8 +312,7 @@ class Sent2Vec:
         path = os.fsdecode(path)
         with open(path, "rb") as opened:
             file = _files.File(path, opened)
-            if file.kind != _KIND:
-                file.fail(f"it holds {file.kind!r}, not a Sent2Vec")
+            file.expect(_KIND, "a Sent2Vec")
             dim, n, n_rows, n_bytes = (file.integer(k, 1) for k in ("dim", "n_words", "rows", "word_bytes"))
             total, losses = file.integer("total"), file.config.get("loss")
             try:

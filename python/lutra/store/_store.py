@@ -87,8 +87,7 @@ class VectorStore:
         self.path: str | None = os.path.abspath(os.fsdecode(path))
         with open(self.path, "rb") as opened:
             file = _files.File(self.path, opened)
-            if file.kind != _KIND:
-                file.fail(f"it holds {file.kind!r}, not a vector store")
+            file.expect(_KIND, "a vector store")
             n, dim, size, n_buckets, seed, rows = (
                 file.integer(k) for k in ("n", "dim", "key_bytes", "n_buckets", "seed", "ngram_rows")
             )

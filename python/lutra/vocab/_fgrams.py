@@ -175,8 +175,7 @@ class FGrams:
         self = cls.__new__(cls)
         with open(path, "rb") as opened:
             file = _files.File(path, opened)
-            if file.kind != _KIND:
-                file.fail(f"it holds {file.kind!r}, not an FGrams")
+            file.expect(_KIND, "an FGrams")
             size, width, n_buckets = (file.integer(k) for k in ("size", "width", "n_buckets"))
             self.lost = file.integer("lost")
             if n_buckets < 1 or (width < 2) != (size == 0):

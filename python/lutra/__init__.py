@@ -2,7 +2,8 @@
 
 Three verbs: `lutra.address` (where to look), `lutra.gather` (the rows found there), `lutra.scan` (the best of
 a collection). `lutra.nn` has layers for torch, `lutra.index` collections that are searched and
-saved, `lutra.quant` codes of a few bytes a vector, `lutra.compress` tables of embeddings in few bytes.
+saved, `lutra.quant` codes of a few bytes a vector, `lutra.compress` tables of embeddings in few bytes,
+`lutra.metrics` measures of what a search found.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from ._backend import get_num_threads, set_num_threads, simd_level
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import compress, index, mine, nn, quant, reference, sent2vec, store, vocab
+    from . import compress, index, metrics, mine, nn, quant, reference, sent2vec, store, vocab
     from .sent2vec import Sent2Vec
     from .store import VectorStore
 
-_LAZY = ("compress", "index", "mine", "nn", "quant", "reference", "sent2vec", "store", "torch_ops", "vocab")
+_LAZY = (
+    "compress", "index", "metrics", "mine", "nn", "quant", "reference", "sent2vec", "store", "torch_ops",
+    "vocab",
+)  # fmt: skip
 
 
 def __getattr__(name: str):
@@ -38,5 +42,6 @@ def __dir__():
 
 __all__ = [
     "Sent2Vec", "VectorStore", "__version__", "address", "compress", "gather", "get_num_threads", "index",
-    "mine", "nn", "quant", "reference", "scan", "sent2vec", "set_num_threads", "simd_level", "store", "vocab",
+    "metrics", "mine", "nn", "quant", "reference", "scan", "sent2vec", "set_num_threads", "simd_level",
+    "store", "vocab",
 ]  # fmt: skip

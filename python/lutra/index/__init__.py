@@ -13,6 +13,7 @@ from ._kmeans import KMeans, kmeans
 from ._kmeans_variants import balanced_assignment
 from ._load import load
 from ._refine import refine
+from ._tokens import as_tokens
 from .auto import auto
 from .base import Index
 from .binary import Binary
@@ -42,6 +43,7 @@ __all__ = [
     "Store",
     "Transformed",
     "Tuned",
+    "as_tokens",
     "auto",
     "balanced_assignment",
     "compact",

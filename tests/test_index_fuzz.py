@@ -40,6 +40,13 @@ binary.add(x[:200])
 binary.save(folder / "binary")
 files.append((folder / "binary").read_bytes())
 
+for dtype in ("float32", "int8", "pq"):
+    blocks = lutra.index.Blocks(D, 8, dtype)
+    blocks.train(x, n_iter=1)
+    blocks.add(x[:200], np.arange(200)[::-1] * 3)
+    blocks.save(folder / "blocks")
+    files.append((folder / "blocks").read_bytes())
+
 INTERESTING = [0, 1, -1, 2, 15, 16, 255, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -2**63, 10**30, 0.5,
                None, "", "x", [], {}, True, "l2", "ip", [1], {"kind": "PQ"}]
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lutra.index import PQ, Flat, load
+from lutra.index import PQ, Blocks, Flat, load
 
 D = 3
 COORDINATES = st.integers(-4, 4)  # small integers: scores are exact in float32, and full of ties
@@ -20,13 +20,15 @@ IDS = st.integers(0, 60) | st.integers(2**62, 2**62 + 9)
 class Model(RuleBasedStateMachine):
     """An index and what it should hold: a dict from id to vector, in the order of addition."""
 
-    @initialize(metric=st.sampled_from(["ip", "l2"]), coded=st.booleans())
-    def begin(self, metric, coded):
+    @initialize(metric=st.sampled_from(["ip", "l2"]), kind=st.sampled_from(["flat", "pq", "blocks"]))
+    def begin(self, metric, kind):
         self.folder = tempfile.TemporaryDirectory()
-        self.metric = metric
+        self.metric = "ip" if kind == "blocks" else metric
         self.next = 0
         self.rows = {}
-        if coded:
+        if kind == "blocks":
+            self.index = Blocks(D, 1, "float16")
+        elif kind == "pq":
             # A codebook of nine exact values for each coordinate, so that a code is its vector.
             self.index = PQ(D, D, bits=4, metric=metric)
             values = np.resize(np.arange(-4, 5), 16)[:, None].astype(np.float32)

@@ -66,6 +66,7 @@ void run(void (*kernel)(const Args&), const Args& args, double nanoseconds) {
 void register_address(py::module_& m);
 void register_assign(py::module_& m);
 void register_binary(py::module_& m);
+void register_blocks(py::module_& m);
 void register_factors(py::module_& m);
 void register_fast_scan(py::module_& m);
 void register_fgrams(py::module_& m);

@@ -50,6 +50,7 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_address(m);
   lutra::register_assign(m);
   lutra::register_binary(m);
+  lutra::register_blocks(m);
   lutra::register_factors(m);
   lutra::register_fast_scan(m);
   lutra::register_fgrams(m);

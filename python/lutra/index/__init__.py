@@ -1,8 +1,8 @@
 """Index: collections of vectors that are searched, changed and saved.
 
-`Flat` searches exactly, `PQ` and `Codes` a compressed copy, `Binary` packed bits or signs, `IVF` the lists
-nearest to a query, `HNSW` a graph; `load` opens what their ``save`` wrote. `kmeans`,
-`balanced_assignment` and `refine` are parts of them.
+`Flat` searches exactly, `PQ` and `Codes` a compressed copy, `Binary` packed bits or signs, `Blocks` encodings
+by queries that have some of their blocks only, `IVF` the lists nearest to a query, `HNSW` a graph; `load`
+opens what their ``save`` wrote. `kmeans`, `balanced_assignment` and `refine` are parts of them.
 """
 
 from .._results import Neighbors
@@ -17,6 +17,7 @@ from ._tokens import as_tokens
 from .auto import auto
 from .base import Index
 from .binary import Binary
+from .blocks import Blocks
 from .codes import Codes
 from .factory import factory
 from .flat import Flat
@@ -34,6 +35,7 @@ __all__ = [
     "IVF",
     "PQ",
     "Binary",
+    "Blocks",
     "Codes",
     "Flat",
     "Funnel",

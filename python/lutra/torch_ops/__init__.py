@@ -17,6 +17,7 @@ from . import (  # noqa: F401  (registers the ops)
     binary,
     csr,
     fast_scan,
+    fde,
     gather,
     hashes,
     longest_match,

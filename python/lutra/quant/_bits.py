@@ -15,10 +15,11 @@ def pack(entries: np.ndarray, bits: int) -> np.ndarray:
     n, m = entries.shape
     if bits == 8:
         return np.ascontiguousarray(entries)
-    if bits == 4:
-        out = np.zeros((n, packed_size(m, 4)), np.uint8)
-        out[:] = entries[:, 0::2]
-        out[:, : m // 2] |= entries[:, 1::2] << 4
+    if bits in (2, 4):
+        per, out = 8 // bits, np.zeros((n, packed_size(m, bits)), np.uint8)
+        for j in range(per):
+            part = entries[:, j::per]
+            out[:, : part.shape[1]] |= part << (j * bits)
         return out
     planes = np.unpackbits(entries[:, :, None], axis=2, count=bits, bitorder="little")
     return np.packbits(planes.reshape(n, m * bits), axis=1, bitorder="little")
@@ -29,10 +30,11 @@ def unpack(codes: np.ndarray, m: int, bits: int) -> np.ndarray:
     if bits == 8:
         return np.ascontiguousarray(codes[:, :m])
     n = len(codes)
-    if bits == 4:
-        out = np.empty((n, m), np.uint8)
-        out[:, 0::2] = codes & 15
-        out[:, 1::2] = codes[:, : m // 2] >> 4
+    if bits in (2, 4):
+        per, out = 8 // bits, np.empty((n, m), np.uint8)
+        for j in range(per):
+            part = out[:, j::per]
+            part[:] = (codes[:, : part.shape[1]] >> (j * bits)) & ((1 << bits) - 1)
         return out
     planes = np.unpackbits(codes, axis=1, count=m * bits, bitorder="little")
     return np.packbits(planes.reshape(n, m, bits), axis=2, bitorder="little")[:, :, 0]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..index._files import File
+from ._trained import Trained
 from .base import Quantizer
 from .opq import OPQ
 from .pq import PQ
 from .rabitq import RaBitQ
+from .residual import ResidualQuantizer
 from .rotated import RotatedSQ
 from .rq import RQ
 from .sq import SQ
 
 KINDS: dict[str, type[Quantizer]] = {kind.__name__: kind for kind in (PQ, OPQ, RQ, SQ, RaBitQ, RotatedSQ)}
+#: Those that are no part of an index of single vectors.
+_OTHERS: dict[str, type[Trained]] = {"ResidualQuantizer": ResidualQuantizer}
 _PREFIX = "quantizer "
 
 
@@ -23,17 +28,21 @@ def build(kind: Any, config: Any) -> Quantizer:
 
     A ValueError where they come from a file that is wrong.
     """
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"a quantizer of kind {kind!r}; this lutra knows {', '.join(KINDS)}")
+    return _build(KINDS, kind, config)
+
+
+def _build(kinds: Mapping[str, Callable[..., Any]], kind: Any, config: Any) -> Any:
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"a quantizer of kind {kind!r}; this lutra knows {', '.join(kinds)}")
     if not isinstance(config, dict):
         raise ValueError(f"the arguments of a quantizer must be a JSON object, got {config!r}")
     try:
-        return KINDS[kind](**config)
+        return kinds[kind](**config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the metadata do not describe a {kind}: {error}") from error
 
 
-def load(path: str | os.PathLike[str]) -> Quantizer:
+def load(path: str | os.PathLike[str]) -> Any:
     """Load a quantizer that was saved with ``quantizer.save(path)``.
 
     Parameters
@@ -42,7 +51,7 @@ def load(path: str | os.PathLike[str]) -> Quantizer:
 
     Returns
     -------
-    Quantizer
+    Quantizer or ResidualQuantizer
         Of the kind that was saved.
 
     Raises
@@ -63,7 +72,7 @@ def load(path: str | os.PathLike[str]) -> Quantizer:
         if type(trained) is not bool:
             file.fail("no 'trained' in the metadata")
         try:
-            quantizer = build(file.kind[len(_PREFIX) :], config)
+            quantizer = _build({**KINDS, **_OTHERS}, file.kind[len(_PREFIX) :], config)
             if trained:
                 layout = quantizer._layout()
                 quantizer._restore({k: file.tensor(k, *v, mmap=False)[0] for k, v in layout.items()})

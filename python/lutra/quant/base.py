@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import _checks
 from .._arrays import U8, kind_of
-from ..index import _files
 from ..index._home import HOST, adopt, check_matrix, deliver, to_float32
 from ..index._progress import Progress
+from ._trained import Trained
 
 PART = 1 << 14  # rows that are coded at a time, so that what lies between vectors and codes stays small
 TABLE_METRICS = {"ip": 0, "l2": 1}
@@ -44,7 +43,7 @@ class RowTerms(NamedTuple):
     mul: Any
 
 
-class Quantizer(ABC):
+class Quantizer(Trained):
     """The interface of all quantizers.
 
     A quantizer is made with its dimensions, trained on a sample, and then codes vectors: ``encode`` gives
@@ -91,27 +90,6 @@ class Quantizer(ABC):
     def _uses_directions(self) -> bool:
         """Whether training and encoding take ``directions``: the vectors whose residuals are coded."""
         return False
-
-    @property
-    @abstractmethod
-    def is_trained(self) -> bool:
-        """Whether ``encode`` and ``decode`` may be called."""
-
-    @abstractmethod
-    def _config(self) -> dict[str, Any]:
-        """The constructor's arguments, as JSON can hold them."""
-
-    @abstractmethod
-    def _layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type ('F32', 'U8', ...) and shape of each tensor of the trained state."""
-
-    @abstractmethod
-    def _tensors(self) -> dict[str, np.ndarray]:
-        """The trained state; empty before training."""
-
-    @abstractmethod
-    def _assign(self, tensors: dict[str, np.ndarray]) -> None:
-        """Take over a state whose types and shapes are right; a ValueError where its values cannot be."""
 
     @abstractmethod
     def _encode(self, x: np.ndarray) -> np.ndarray:
@@ -274,37 +252,7 @@ class Quantizer(ABC):
         the highest bit alone stands for, +-that. None: no scan by the highest bits."""
         return None
 
-    # ---- files
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the quantizer to a file that `lutra.quant.load` reads, in one step: the old file or the new.
-
-        Raises
-        ------
-        OSError
-            The file cannot be written; what was there is as it was.
-        """
-        tensors = [_files.Tensor.of_array(name, a) for name, a in self._tensors().items()]
-        config = {**self._config(), "trained": self.is_trained}
-        _files.write(path, tensors, _files.describe(f"quantizer {type(self).__name__}", config))
-
-    def _restore(self, tensors: dict[str, np.ndarray]) -> None:
-        """Take over a trained state; a ValueError that says which tensor does not fit."""
-        layout = self._layout()
-        if tensors.keys() != layout.keys():
-            raise ValueError(f"the state of {type(self).__name__} is {sorted(layout)}, got {sorted(tensors)}")
-        for name, (dtype, shape) in layout.items():
-            a = tensors[name]
-            if a.shape != shape or a.dtype != _files._DTYPES[dtype]:
-                raise ValueError(f"{name!r} must be {dtype} {shape}, got {a.dtype} {a.shape}")
-            if a.dtype.kind == "f" and not np.isfinite(a).all():
-                raise ValueError(f"{name!r} holds NaN or infinities")
-        self._assign({name: np.ascontiguousarray(a) for name, a in tensors.items()})
-
     # ---- checks
-    def _need_training(self) -> None:
-        if not self.is_trained:
-            raise ValueError(f"this {type(self).__name__} is not trained: call train(x) with a sample first")
-
     def _need_tables(self) -> None:
         if self.scan == "decode":
             raise ValueError(
@@ -318,10 +266,6 @@ class Quantizer(ABC):
         if len(native.shape) != 2 or native.shape[1] != self.code_size:
             raise ValueError(f"codes must have shape (n, {self.code_size}), got {tuple(native.shape)}")
         return HOST.kind.dense(HOST.bring(native))
-
-    def __repr__(self) -> str:
-        text = ", ".join(f"{name}={value!r}" for name, value in self._config().items())
-        return f"{type(self).__name__}({text})"
 
 
 def vectors(x: Any, name: str, d: int) -> Any:

@@ -5,6 +5,7 @@ from ._binary import binary, rescore_bits
 from ._fast_scan import fast_scan, pack4, unpack4
 from ._knn import knn, rescore
 from ._lookups import lookups, lookups_topk, pq_logits
+from ._maxsim_tokens import ResidualTokens
 from ._packed_logits import packed_logits, packed_topk
 from ._pq import pq
 from ._range import range_search
@@ -13,6 +14,7 @@ from ._screen import Screen, knn_screened, quantize_int8
 __all__ = [
     "Neighbors",
     "RangeResult",
+    "ResidualTokens",
     "Screen",
     "binary",
     "fast_scan",

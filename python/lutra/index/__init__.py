@@ -12,6 +12,8 @@ from ._faiss import read_faiss, to_faiss, write_faiss
 from ._kmeans import KMeans, kmeans
 from ._kmeans_variants import balanced_assignment
 from ._load import load
+from ._pool_tokens import pool_tokens
+from ._prune_tokens import prune_tokens
 from ._refine import refine
 from ._tokens import as_tokens
 from .auto import auto
@@ -55,6 +57,8 @@ __all__ = [
     "kmeans",
     "load",
     "open",
+    "pool_tokens",
+    "prune_tokens",
     "read_faiss",
     "refine",
     "to_faiss",

@@ -11,11 +11,19 @@ namespace LUTRA_NS {
 namespace {
 
 // ------------------------------------------------------------------------------------------ a tile
-// Scores of W / Q rows with Q queries: query i with row r in lane i * R + r. `next`: rows that will be wanted soon.
+// Rows of a tile that are read side by side: one query has sums enough under way in one row after another, which is the
+// order that the processor's own prefetcher follows best.
+template <int Q>
+constexpr int side_by_side() {
+  return Q == 1 ? 1 : W / Q < 8 ? W / Q : 8;
+}
+
+// Scores of W / Q rows with Q queries: query i with row r in lane i * R + r. `next`: rows that will be wanted soon; a
+// stride of 0: nothing is fetched ahead.
 template <Kind K, class T, int Q>
 LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const* x, const typename T::type* const* next,
                      int64_t stride, int64_t d) {
-  constexpr int R = W / Q, G = R < 8 ? R : 8;  // G rows are summed together
+  constexpr int R = W / Q, G = side_by_side<Q>();
   vf sum[W];
 #pragma GCC unroll 8
   for (int g = 0; g < R; g += G) {
@@ -29,7 +37,7 @@ LUTRA_INLINE vf tile(const float* q, int64_t ldq, const typename T::type* const*
       vf qj[Q];
 #pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) qj[i] = load(q + i * ldq + j);
-      if (j * sizeof(typename T::type) % 64 < W * sizeof(typename T::type)) {  // a new line
+      if (stride && j * sizeof(typename T::type) % 64 < W * sizeof(typename T::type)) {  // a new line
 #pragma GCC unroll 8
         for (int r = 0; r < G; ++r) __builtin_prefetch(next[g + r] + j * stride, 0, 2);
       }
@@ -76,7 +84,7 @@ LUTRA_INLINE void rows_at(const Block& b, int64_t i, const typename T::type** ou
 // Queries first .. first + Q - 1 with all rows of the block.
 template <Kind K, class T, int Q>
 void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
-  constexpr int R = W / Q, kAhead = 64, G = R < 8 ? R : 8;
+  constexpr int R = W / Q, kAhead = 64, G = side_by_side<Q>();
   const bool linear = !b.rows && b.ldx == b.d;
   const float* q = c.q + first * c.ld;
   alignas(64) float raw[W], thresholds[W], factors[W];
@@ -93,7 +101,7 @@ void rows_group(const Queries& c, int64_t first, const Block& b, Finds* s) {
     if (linear)  // line after line: the processor's own prefetcher sees that
       for (int r = 0; r < R; ++r)
         next[r] = next[0] + r / G * G * b.d + r % G * (64 / static_cast<int64_t>(sizeof(*next[0])));
-    vf sums = tile<K, T, Q>(q, c.ld, x, next, linear ? G : 1, b.d);
+    vf sums = tile<K, T, Q>(q, c.ld, x, next, !linear ? 1 : G > 1 ? G : 0, b.d);
     if (b.bias) {
       for (int i = 0; i < Q; ++i)
         for (int r = 0; r < R; ++r) factors[i * R + r] = b.bias[i0 + r < b.count ? i0 + r : b.count - 1];

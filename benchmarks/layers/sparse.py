@@ -16,11 +16,11 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
 
     import lutra.nn
 
-    d, sizes = (128, [(16384, 32)]) if quick else (384, [(8192, 32), (32768, 32), (32768, 128)])
+    d, sizes = (128, [(16384, 32)]) if quick else (384, [(8192, 32), (32768, 32), (32768, 128), (10**6, 64)])
     for n, k in sizes:
         torch.manual_seed(0)
         layer = lutra.nn.TopKSAE(d, n, k, sparse=True)
-        for tokens in (1, 64) if quick else (1, 64, 512):
+        for tokens in (1, 64) if quick or n == 10**6 else (1, 64, 512):
             x = torch.randn(tokens, d)
 
             def dense(x, layer=layer, k=k):

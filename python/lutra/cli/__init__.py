@@ -1,4 +1,7 @@
-"""The command line: ``lutra info``, ``lutra demo`` and ``lutra bench`` (``pip install "lutra[cli]"``)."""
+"""The command line: ``lutra info``, ``demo``, ``bench``, ``compress``, ``index`` and ``search``.
+
+It needs what ``pip install "lutra[cli]"`` brings.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from .. import compress as compression
 from ..compress._report import size_text
+from .output import fail
 
 
 def run(
@@ -72,8 +73,3 @@ def _size(path: Path) -> int:
     if path.is_dir():
         return sum(f.stat().st_size for f in path.glob("*.safetensors"))
     return path.stat().st_size
-
-
-def fail(error: BaseException) -> None:
-    print(f"lutra: {error}", file=sys.stderr)
-    raise SystemExit(1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .. import _backend, index
 from ..bench.timing import interleaved
-from . import stdlib_texts
+from . import output, stdlib_texts
 from .embedding import Fields, HashedText, split_identifier
 from .stdlib_texts import Text
 
@@ -169,12 +166,6 @@ def competitors(collection: Collection, k: int) -> dict[str, Callable[[np.ndarra
 
 
 # ---------------------------------------------------------------- printing
-def _console() -> Console:
-    """The terminal; a pipe or a file has no width of its own and gets whole lines."""
-    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console() if wide else Console(width=120)
-
-
 def hits_table(question: str, hits: Sequence[Hit], width: int = 120) -> Table:
     table = Table(title=f"[bold]{escape(question)}[/]", title_justify="left")
     table.add_column("score", justify="right")
@@ -244,11 +235,8 @@ def show(question: str, top: int = 10) -> None:
     if not question.strip():
         raise SystemExit('lutra demo: the question is empty; ask for example: lutra demo "compress a file"')
     started = time.perf_counter()
-    console = _console()
-    columns = (
-        TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = output.console()
+    with output.progress() as progress:
 
         def bar(description: str, total: int) -> Callable[[int], object]:
             task = progress.add_task(description, total=total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from .. import _checks, scan
 from ._auto_table import Table
 from ._home import HOST, check_matrix, to_float32
+from ._ids import Ids
 from .factory import factory
 from .tune import Search, Trial, Tuned
 
@@ -57,6 +58,7 @@ def auto(
     metric: str = "l2",
     k: int = 10,
     queries: Any = None,
+    ids: Any = None,
     seconds: float | None = None,
     verbose: bool = True,
     seed: int = 0,
@@ -80,6 +82,8 @@ def auto(
     queries : array, shape (nq, d), optional
         Like those to come, best of all real ones. Default: vectors of ``x``, each without itself among its
         neighbours.
+    ids : array or list of int, shape (n,), optional
+        Unique and not negative. Default: 0, 1, 2, ...
     seconds : float, optional
         About how long all may take; candidates whose building would exceed it are left out.
     verbose : bool, default True
@@ -90,7 +94,7 @@ def auto(
     Returns
     -------
     Index
-        Trained, filled with all of ``x`` under the ids 0, 1, 2, ..., its search parameters set. Its attribute
+        Trained, filled with all of ``x``, its search parameters set. Its attribute
         ``tried`` is the list of candidates (`Tried`), ``tuned`` the last measurement (`Tuned`).
 
     Raises
@@ -123,12 +127,13 @@ def auto(
     n, d = native.shape
     if n < 2:
         raise ValueError(f"x has {n} rows; at least 2 are needed")
+    names = None if ids is None else Ids().check_new(ids, n)
     limit = memory_of(memory, n, d)
     rng = np.random.default_rng(seed)
     split = _split(native, queries, rng, k)
     table = Table(verbose, n, d, metric, recall, limit, len(split.sample), len(split.queries))
     tried = _explore(split, n, d, metric, k, recall, limit, seconds, started, table)
-    index = _build(native, split, tried, metric, k, recall, limit, table)
+    index = _build(native, names, split, tried, metric, k, recall, limit, table)
     index.tried = tried
     return index
 
@@ -309,19 +314,22 @@ def _measure(
 
 # ---- the index of all vectors
 def _build(
-    native: Any, split: _Split, tried: list[Tried], metric: str, k: int, recall: float, limit: float,
-    table: Table,
+    native: Any, names: np.ndarray | None, split: _Split, tried: list[Tried], metric: str, k: int,
+    recall: float, limit: float, table: Table,
 ) -> Any:  # fmt: skip
     n = native.shape[0]
     measured = [t for t in tried if t.tuned is not None]
     good = sorted((t for t in measured if t.tuned and t.tuned.reached), key=lambda t: t.seconds)
     rest = sorted((t for t in measured if t not in good), key=lambda t: -t.tuned.recall if t.tuned else 0.0)
     truth = _truth(native, split, k, metric)
+    if names is not None:
+        split = replace(split, own=None if split.own is None else names[split.own])
+        truth = names[truth]
     best: Any = None
     for entry in [*good[:3], *(rest[:1] if not good else [])]:
         index = factory(entry.text, native.shape[1], metric)
         index.train(native)
-        index.add(native)
+        index.add(native, names)
         if index.nbytes > limit and index.nbytes > 1.02 * limit:
             entry.note = "too large"
             continue

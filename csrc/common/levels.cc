@@ -17,6 +17,7 @@ Features found_features() {
   if (best_level() == Level::v4) {
     f.vnni = __builtin_cpu_supports("avx512vnni");
     f.vbmi = __builtin_cpu_supports("avx512vbmi");
+    f.bf16 = __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return f;

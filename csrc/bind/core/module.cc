@@ -42,6 +42,7 @@ PYBIND11_MODULE(_core, m) {
     pybind11::list names;
     if (lutra::g_features.vnni) names.append("vnni");
     if (lutra::g_features.vbmi) names.append("vbmi");
+    if (lutra::g_features.bf16) names.append("bf16");
     return names;
   });
   m.def("huge_pages", &huge_pages);
@@ -53,13 +54,13 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_blocks(m);
   lutra::register_factors(m);
   lutra::register_fast_scan(m);
-  lutra::register_fde(m);
   lutra::register_fgrams(m);
   lutra::register_gather(m);
   lutra::register_graph(m);
   lutra::register_ivf(m);
   lutra::register_lists(m);
   lutra::register_lookups(m);
+  lutra::register_maxsim(m);
   lutra::register_packed(m);
   lutra::register_pieces(m);
   lutra::register_quant(m);

@@ -5,6 +5,7 @@ from ._binary import binary, rescore_bits
 from ._fast_scan import fast_scan, pack4, unpack4
 from ._knn import knn, rescore
 from ._lookups import lookups, lookups_topk, pq_logits
+from ._maxsim import maxsim, maxsim_padded
 from ._maxsim_tokens import ResidualTokens
 from ._packed_logits import packed_logits, packed_topk
 from ._pq import pq
@@ -22,6 +23,8 @@ __all__ = [
     "knn_screened",
     "lookups",
     "lookups_topk",
+    "maxsim",
+    "maxsim_padded",
     "pack4",
     "packed_logits",
     "packed_topk",

@@ -22,6 +22,7 @@ from . import (  # noqa: F401  (registers the ops)
     hashes,
     longest_match,
     lookups,
+    maxsim,
     packed,
     packed_logits,
     pieces,

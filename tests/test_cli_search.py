@@ -12,6 +12,7 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 import lutra
+from lutra import _backend
 from lutra.cli.app import app
 
 needs_multi = pytest.mark.skipif(not hasattr(lutra.index, "MultiVector"), reason="no MultiVector yet")
@@ -94,6 +95,7 @@ def test_ids(files):
     np.testing.assert_array_equal(lutra.index.load(files / "b").ids, np.arange(40)[::-1])
 
 
+@pytest.mark.skipif(_backend.core is None, reason="the NumPy reference takes too long")
 def test_chosen_by_measuring(files):
     text = run("index", files / "named.npz", "-o", files / "x.lutra", "--recall", "0.9", "--memory", "100%")
     assert "recall 0.9" in text  # the table of what was tried

@@ -156,6 +156,18 @@ def test_auto_holds_queries_out_of_the_vectors(capsys):
     np.testing.assert_array_equal(index.ids, np.arange(2000))
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_auto_with_ids(given):
+    x = vectors(600)
+    ids = np.random.default_rng(1).permutation(600) * 3 + 5
+    queries = vectors(50, 2) if given else None
+    index = auto(x, ids=ids, queries=queries, verbose=False)
+    np.testing.assert_array_equal(index.ids, ids)
+    assert index.tuned.recall >= 0.95  # measured by these ids
+    q = vectors(50, 3)
+    assert recall(index.search(q, 10).ids, ids[exact(x, q, 10, "l2")]) > 0.9
+
+
 def test_auto_errors():
     x = vectors(300)
     with pytest.raises(ValueError, match="smallest candidate takes"):

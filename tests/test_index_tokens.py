@@ -47,6 +47,14 @@ def test_masks():
     for given in (mask, mask.astype(np.int64), mask.astype(np.uint8), mask.tolist()):
         check(as_tokens(x, 4, given), docs)
     check(as_tokens({"token_embeddings": x, "attention_mask": mask.astype(int), "input_ids": None}), docs)
+    check(
+        as_tokens({"token_embeddings": list(x), "masks": list(mask), "attention_mask": list(mask | True)}),
+        docs,
+    )
+    check(
+        as_tokens([{"token_embeddings": a, "attention_mask": m.astype(int)} for a, m in zip(x, mask)]), docs
+    )
+    check(as_tokens([{"token_embeddings": doc} for doc in docs]), docs)
     inside = mask.copy()
     inside[2, 1] = False  # a mask need not end where it begins to be false
     expected = [docs[0], docs[1], np.delete(docs[2], 1, 0), docs[3]]
@@ -158,6 +166,7 @@ X = np.zeros((5, 4), np.float32)
             r"x\[1\] has vectors of 3 dimensions; they must have d = 4",
             lambda: as_tokens([X, X[:, :3]]),
         ),
+        (ValueError, "encode without padding", lambda: as_tokens([X[None], X[None]])),
         (ValueError, "must have d = 5", lambda: as_tokens([X], 5)),
         (ValueError, "must have d = 5", lambda: as_tokens((X, [0, 5]), 5)),
         (ValueError, "must have d = 5", lambda: as_tokens(X[None], 5)),

@@ -52,8 +52,8 @@ def pool_tokens(
     Notes
     -----
     Clusters are those of Ward's method on the directions of a document's tokens, whose squared distances are
-    2 - 2 cos. Cost: n^2 distances and steps for a document of n tokens, on one thread. Queries are left as
-    they are.
+    2 - 2 cos; pylate gives Ward's method 1 - cos as if those were distances. Cost: n^2 distances and steps
+    for a document of n tokens, on one thread. Queries are left as they are.
 
     References
     ----------

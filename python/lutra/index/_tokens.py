@@ -27,7 +27,8 @@ def as_tokens(x: Any, d: int | None = None, mask: Any = None) -> tuple[Any, Any]
           models returns;
         - an array (documents, length, d): all of it, or padded, with ``mask``;
         - a tuple (tokens, ptr): an array (n, d), and offsets (documents + 1,) that rise from 0 to n;
-        - a dict with 'token_embeddings' and 'attention_mask', as sentence-transformers modules pass on;
+        - what they return with ``output_value=None``: a dict with 'token_embeddings' and 'masks' or
+          'attention_mask', or a list of such dicts;
         - a nested tensor of torch (layout jagged).
 
         NumPy, torch or CuPy, all of one library, device and dtype; float32, float16, bfloat16, float64, int8
@@ -65,6 +66,9 @@ def as_tokens(x: Any, d: int | None = None, mask: Any = None) -> tuple[Any, Any]
     """
     if isinstance(x, Mapping):
         x, mask = _of_mapping(x, mask)
+    elif isinstance(x, list) and x and all(isinstance(entry, Mapping) for entry in x):
+        x, masks = (list(part) for part in zip(*(_of_mapping(entry, None) for entry in x)))
+        mask = masks if mask is None and masks[0] is not None else mask
     if isinstance(x, tuple) and len(x) == 2 and not _is_matrix(x[1]):
         tokens, ptr = _ragged(*x, d)
     elif isinstance(x, (list, tuple)) or (isinstance(x, np.ndarray) and x.dtype == object and x.ndim == 1):
@@ -88,7 +92,9 @@ def _of_mapping(x: Mapping[Any, Any], mask: Any) -> tuple[Any, Any]:
         raise TypeError(
             f"x is a dict without 'token_embeddings' (it has {sorted(map(str, x))}); give {FORMS}"
         )
-    return x["token_embeddings"], x.get("attention_mask") if mask is None else mask
+    if mask is None:  # pylate's 'masks' leave out its list of tokens to skip, too
+        mask = x.get("masks", x.get("attention_mask"))
+    return x["token_embeddings"], mask
 
 
 def _is_matrix(a: Any) -> bool:
@@ -154,6 +160,8 @@ def _documents(documents: list[Any], d: int | None, mask: Any) -> tuple[Any, Any
         name = f"x[{i}]"
         if len(a.shape) != 2:
             hint = "; a list of vectors is one document: give [numpy.stack(x)]" if len(a.shape) == 1 else ""
+            if len(a.shape) == 3:  # pylate with padding=True
+                hint = "; encode without padding, or concatenate them and give the mask"
             raise ValueError(f"{name} must be 2-d (tokens, dimensions), got shape {tuple(a.shape)}{hint}")
         _checks.same_kind(kind, a, name, first, "x[0]")
         if a.dtype != first.dtype:

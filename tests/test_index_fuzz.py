@@ -13,7 +13,7 @@ PROGRAM = r"""
 import json, pathlib, sys, tempfile, warnings
 import numpy as np
 import lutra
-from lutra.index import Transformed, factory, load, transforms, IVF
+from lutra.index import IVF, MultiVector, Transformed, factory, load, transforms
 from lutra import quant
 
 warnings.simplefilter("ignore")
@@ -46,6 +46,14 @@ for dtype in ("float32", "int8", "pq"):
     blocks.add(x[:200], np.arange(200)[::-1] * 3)
     blocks.save(folder / "blocks")
     files.append((folder / "blocks").read_bytes())
+
+for inner, tokens in (("float16", "int8"), ("pq", "residual2"), ("HNSW4", "float16")):
+    many = MultiVector(4, inner, tokens, repetitions=2, k_sim=2, d_proj=4)
+    sets = [x[i:i + i % 7, :4] for i in range(260)]
+    many.train(sets, progress=False)
+    many.add(sets[:40], ids=np.arange(40)[::-1] * 3, progress=False)
+    many.save(folder / inner)
+    files.append((folder / inner).read_bytes())
 
 INTERESTING = [0, 1, -1, 2, 15, 16, 255, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -2**63, 10**30, 0.5,
                None, "", "x", [], {}, True, "l2", "ip", [1], {"kind": "PQ"}]
@@ -137,6 +145,8 @@ for turn in range(count):
     if index.d > 4096 or index.ntotal > 10**6:
         continue
     q = np.random.default_rng(1).standard_normal((3, index.d)).astype(np.float32)
+    if isinstance(index, MultiVector):
+        q = [q[:2], q]
     for action in (lambda: index.search(q, 5), lambda: index.reconstruct(index.ids[:9]),
                    lambda: index.add(q), lambda: index.remove_ids(index.ids[::7]),
                    lambda: index.search(q, 400)):

@@ -1,8 +1,9 @@
 """Index: collections of vectors that are searched, changed and saved.
 
 `Flat` searches exactly, `PQ` and `Codes` a compressed copy, `Binary` packed bits or signs, `Blocks` encodings
-by queries that have some of their blocks only, `IVF` the lists nearest to a query, `HNSW` a graph; `load`
-opens what their ``save`` wrote. `kmeans`, `balanced_assignment` and `refine` are parts of them.
+by queries that have some of their blocks only, `IVF` the lists nearest to a query, `HNSW` a graph,
+`MultiVector` documents of many vectors; `load` opens what their ``save`` wrote. `kmeans`,
+`balanced_assignment` and `refine` are parts of them.
 """
 
 from .._results import Neighbors
@@ -26,6 +27,7 @@ from .flat import Flat
 from .funnel import Funnel, funnel
 from .hnsw import HNSW
 from .ivf import IVF
+from .multivector import MultiVector
 from .pq import PQ
 from .segments import Store, compact, create
 from .segments import open_store as open
@@ -43,6 +45,7 @@ __all__ = [
     "Funnel",
     "Index",
     "KMeans",
+    "MultiVector",
     "Neighbors",
     "Store",
     "Transformed",

@@ -1,0 +1,184 @@
+"""The tokens of many documents, one after another, in one of several formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import quant
+from .._arrays import BF16, F16, F32, I8, U8
+from ..scan import ResidualTokens
+from . import _files
+from ._home import HOST
+from ._rows import Rows
+
+#: Formats of stored tokens: the dtype code, or the bits of residual codes.
+FORMATS = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
+RESIDUAL = {f"residual{bits}": bits for bits in (1, 2, 4, 8)}
+_PART = 1 << 18  # tokens that are converted at a time
+
+
+class TokenStore:
+    """Tokens (n, d) of documents, ragged, with room to grow; mapped where they come from a file.
+
+    ``docs`` and ``options`` are what `lutra.scan.maxsim` takes.
+    """
+
+    def __init__(self, d: int, format: str) -> None:
+        if format not in FORMATS and format not in RESIDUAL:
+            known = ", ".join(map(repr, (*FORMATS, *RESIDUAL)))
+            raise ValueError(f"tokens must be one of {known}, got {format!r}")
+        self.d, self.format = d, format
+        self._ptr = np.zeros(1, np.int64)
+        self.n = 0
+        self.quantizer: Any = None
+        if format in RESIDUAL:
+            self.bits = RESIDUAL[format]
+            self.rows = {
+                "token_codes": Rows(HOST, (d * self.bits + 7) // 8, U8),
+                "token_centroids": Rows(HOST, 4, U8),  # int32
+            }
+        else:
+            self.rows = {"tokens": Rows(HOST, d, FORMATS[format])}
+            if format == "int8":
+                self.rows["token_scale"] = Rows(HOST, 1, F32)
+
+    # ---- what is there
+    @property
+    def ptr(self) -> np.ndarray:
+        """Where each document begins, and the end: (documents + 1,) int64. A view."""
+        return self._ptr[: self.n + 1]
+
+    @property
+    def ntokens(self) -> int:
+        return int(self._ptr[self.n])
+
+    @property
+    def is_trained(self) -> bool:
+        return self.format not in RESIDUAL or self.quantizer is not None
+
+    @property
+    def nbytes(self) -> int:
+        books = 0
+        if self.quantizer is not None:
+            books = self.quantizer.centroids.nbytes + self.quantizer.values.nbytes
+        return sum(rows.nbytes for rows in self.rows.values()) + 8 * (self.n + 1) + books
+
+    @property
+    def docs(self) -> Any:
+        """The tokens as `lutra.scan.maxsim` takes them. Views."""
+        if self.format not in RESIDUAL:
+            return self.rows["tokens"].view
+        ids = self.rows["token_centroids"].view
+        ids = np.ascontiguousarray(ids).view(np.int32)[:, 0] if len(ids) else np.empty(0, np.int32)
+        q = self.quantizer
+        return ResidualTokens(self.rows["token_codes"].view, ids, q.centroids, q.values, q.normalize)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"doc_scale": self.rows["token_scale"].view[:, 0]} if self.format == "int8" else {}
+
+    def decode(self, position: int) -> np.ndarray:
+        """The tokens of one document, float32."""
+        low, high = self._ptr[position : position + 2]
+        if self.format in RESIDUAL:
+            codes, ids, *books = self.docs
+            return self.quantizer.decode(ResidualTokens(codes[low:high], ids[low:high], *books))
+        tokens = self.rows["tokens"].view[low:high].astype(np.float32)
+        return tokens * self.rows["token_scale"].view[low:high] if self.format == "int8" else tokens
+
+    # ---- changes
+    def train(self, tokens: np.ndarray, **options: Any) -> None:
+        if self.format in RESIDUAL:
+            quantizer = quant.ResidualQuantizer(self.d, self.bits)
+            quantizer.train(tokens, **options)
+            self.quantizer = quantizer
+
+    def put(self, tokens: np.ndarray, ptr: np.ndarray) -> None:
+        """Write tokens behind the others; `grow` makes them count."""
+        room = {name: rows.room(len(tokens)) for name, rows in self.rows.items()}
+        for i in range(0, len(tokens), _PART):
+            part = np.asarray(tokens[i : i + _PART], np.float32)
+            to = {name: out[i : i + _PART] for name, out in room.items()}
+            if self.format in RESIDUAL:
+                coded = self.quantizer.encode(part)
+                to["token_codes"][:] = coded.codes
+                to["token_centroids"][:] = np.ascontiguousarray(coded.centroid_ids, np.int32)[:, None].view(
+                    np.uint8
+                )
+            elif self.format == "int8":
+                scale = np.maximum(np.abs(part).max(1, keepdims=True), np.float32(1e-30)) / np.float32(127)
+                to["token_scale"][:] = scale
+                to["tokens"][:] = np.rint(part / scale)
+            else:
+                with np.errstate(over="ignore"):
+                    to["tokens"][:] = part
+                if self.format == "float16":
+                    good = np.isfinite(to["tokens"]).all(1)
+                    if not good.all():
+                        row = int(good.argmin()) + i
+                        raise ValueError(f"tokens[{row}] holds values that are too large for float16")
+
+    def grow(self, ptr: np.ndarray) -> None:
+        count, tokens = len(ptr) - 1, int(ptr[-1])
+        if self.n + count + 1 > len(self._ptr):
+            grown = np.empty(max(self.n + count + 1, (self.n + 1) * 3 // 2), np.int64)
+            grown[: self.n + 1] = self.ptr
+            self._ptr = grown
+        self._ptr[self.n + 1 : self.n + count + 1] = self.ntokens + ptr[1:]
+        self.n += count
+        for rows in self.rows.values():
+            rows.grow(tokens)
+
+    def keep(self, positions: np.ndarray) -> None:
+        """Keep the documents at increasing positions."""
+        lengths = np.diff(self.ptr)
+        stay = np.zeros(self.n, bool)
+        stay[positions] = True
+        rows = np.flatnonzero(np.repeat(stay, lengths))
+        for each in self.rows.values():
+            each.keep(rows)
+        self._ptr = np.concatenate([[0], np.cumsum(lengths[positions])])
+        self.n = len(positions)
+
+    # ---- files
+    def tensors(self) -> list[_files.Tensor]:
+        found = [_files.Tensor.of_rows(name, rows) for name, rows in self.rows.items()]
+        found.append(_files.Tensor.of_array("token_ptr", self.ptr))
+        if self.quantizer is not None:
+            found.append(_files.Tensor.of_array("token_books", self.quantizer.centroids))
+            found.append(_files.Tensor.of_array("token_values", self.quantizer.values))
+        return found
+
+    def config(self) -> dict[str, Any]:
+        q = self.quantizer
+        return {} if q is None else {"num_centroids": len(q.centroids), "normalize": bool(q.normalize)}
+
+    def restore(self, file: _files.File, n: int, config: dict[str, Any], mmap: bool) -> None:
+        self._ptr = file.tensor("token_ptr", "I64", (n + 1,), mmap=False)[0]
+        self.n = n
+        if self._ptr[0] != 0 or (np.diff(self._ptr) < 0).any():
+            file.fail("the tensor 'token_ptr' does not rise from 0")
+        for name, rows in self.rows.items():
+            shape = (self.ntokens, rows.width)
+            array, mapped = file.tensor(name, _files.NAMES[rows.code], shape, mmap=mmap)
+            self.rows[name] = Rows.of(array, rows.code, mapped=mapped)
+        if self.format in RESIDUAL and file.has("token_books"):
+            count, normalize = config.get("num_centroids"), config.get("normalize")
+            if type(count) is not int or count < 1 or type(normalize) is not bool:
+                file.fail(f"the tokens' config is {config!r}: no number of centroids, or no 'normalize'")
+            centroids = file.tensor("token_books", "F32", (count, self.d), mmap=False)[0]
+            values = file.tensor("token_values", "F32", (1 << self.bits,), mmap=False)[0]
+            if not (np.isfinite(centroids).all() and np.isfinite(values).all()):
+                file.fail("the centroids or values of the tokens are not finite")
+            ids = self.rows["token_centroids"].view
+            ids = np.ascontiguousarray(ids).view(np.int32) if len(ids) else np.empty((0, 1), np.int32)
+            if len(ids) and (ids.min() < 0 or ids.max() >= count):
+                file.fail("the tensor 'token_centroids' names centroids that are not there")
+            try:
+                self.quantizer = quant.ResidualQuantizer.of(centroids, values, self.bits, normalize)
+            except ValueError as error:
+                file.fail(f"the books of the tokens: {error}", error)
+        elif self.format in RESIDUAL and self.ntokens:
+            file.fail("the tensor 'token_books' is missing")

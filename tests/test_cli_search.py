@@ -15,8 +15,6 @@ import lutra
 from lutra import _backend
 from lutra.cli.app import app
 
-needs_multi = pytest.mark.skipif(not hasattr(lutra.index, "MultiVector"), reason="no MultiVector yet")
-
 
 def run(*arguments, code=0):
     """What a command prints; it must exit with ``code``."""
@@ -215,7 +213,6 @@ def test_stores(files):
 
 
 # ---------------------------------------------------------------- many vectors a document
-@needs_multi
 def test_tokens(files):
     text = run("index", files / "tokens.npz", "-o", files / "m.lutra")
     assert "11 documents with 45 vectors of 16 dimensions" in text
@@ -239,7 +236,6 @@ def test_tokens(files):
     assert text.count("│") == 5 * 20
 
 
-@needs_multi
 def test_options_of_tokens(files):
     run(
         "index", files / "tokens.npz", "-o", files / "m.lutra", "--factory", "Flat", "--tokens", "int8",
@@ -250,7 +246,6 @@ def test_options_of_tokens(files):
     assert loaded.encoder.dim == 3 * 4 * 4 and type(loaded.index).__name__ == "Flat"
 
 
-@needs_multi
 def test_padded_tokens(files):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((6, 5, 16)).astype(np.float32)
@@ -262,7 +257,6 @@ def test_padded_tokens(files):
     assert facts["ids"] == [[i + 100] for i in range(6)]
 
 
-@needs_multi
 def test_kinds_must_fit(files, index):
     assert "single vectors" in fails("search", index, files / "tokens.npz")
     assert "--candidates" in fails("search", index, files / "queries.npy", "--candidates", 5)

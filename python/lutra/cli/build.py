@@ -119,8 +119,8 @@ def _multi(data: vectors.Vectors, names: Any, verbose: bool, **options: Any) -> 
     factory = given.pop("factory", None)
     if factory is not None:
         given["index"] = factory
-    index = indexes.__dict__["MultiVector"](x.shape[1], **given)  # at run time: it may be missing
+    index = indexes.MultiVector(x.shape[1], **given)
     if not index.is_trained:
-        index.train(x, ptr)
-    index.add(x, ptr, names)
+        index.train(x, ptr=ptr)
+    index.add(x, names, ptr=ptr)
     return index

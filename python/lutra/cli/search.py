@@ -87,7 +87,7 @@ def _run(r: Request) -> None:
 
 def search(index: Any, data: vectors.Vectors, k: int, r: Request) -> tuple[Neighbors, float]:
     """The results of all queries, and the seconds that the searches took."""
-    multi, name = isinstance(index, getattr(indexes, "MultiVector", ())), str(r.path)
+    multi, name = isinstance(index, indexes.MultiVector), str(r.path)
     if multi and data.ptr is None:
         raise ValueError(
             f"{name} holds documents of many vectors each, the queries ({data.what}) are single vectors; "

@@ -7,6 +7,7 @@
 #include "address/product_select.h"
 #include "common/parts.h"
 #include "common/team.h"
+#include "common/transpose.h"
 #include "scan/reduce_all.h"
 
 namespace lutra {
@@ -85,25 +86,6 @@ void row_scores(const float* q, int64_t ldq, int64_t count, const void* all, int
 }
 
 // ---------------------------------------------------------------------------------------------- packed keys
-// Lane l of vector i becomes lane i of vector l: in log W steps halves, quarters, ... change places.
-LUTRA_INLINE void transpose(vf* v) {
-#pragma GCC unroll 4
-  for (int step = W / 2; step > 0; step /= 2) {
-    vi low, high;  // lanes of a pair: W and on are those of the second
-    for (int l = 0; l < W; ++l) {
-      low[l] = l & step ? W + l - step : l;
-      high[l] = l & step ? W + l : l + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i & step) continue;
-      const vf a = v[i], b = v[i + step];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
-
 // A panel (dim, kPanel) of the keys first, first + 1, ...; behind the last, the last again.
 template <class T>
 void pack(const void* all, int64_t from, int64_t first, int64_t n, int64_t dim, float* panel) {

@@ -69,6 +69,7 @@ void register_binary(py::module_& m);
 void register_blocks(py::module_& m);
 void register_factors(py::module_& m);
 void register_fast_scan(py::module_& m);
+void register_fde(py::module_& m);
 void register_fgrams(py::module_& m);
 void register_gather(py::module_& m);
 void register_graph(py::module_& m);

@@ -54,6 +54,7 @@ PYBIND11_MODULE(_core, m) {
   lutra::register_blocks(m);
   lutra::register_factors(m);
   lutra::register_fast_scan(m);
+  lutra::register_fde(m);
   lutra::register_fgrams(m);
   lutra::register_gather(m);
   lutra::register_graph(m);

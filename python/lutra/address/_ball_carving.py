@@ -5,9 +5,11 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
+import numpy as np
+
 from .._arrays import F32, F64, I64, Kind, call, type_name
 from ..reference import fde as reference
-from ._ragged import check_finite, check_ptr, ragged
+from ._ragged import check_finite, check_ptr, odd_row, ragged
 
 
 def ball_carving(tokens: Any, ptr: Any, threshold: float = 0.7) -> tuple[Any, Any]:
@@ -63,9 +65,23 @@ def ball_carving(tokens: Any, ptr: Any, threshold: float = 0.7) -> tuple[Any, An
 
 def _ball_carving(kind: Kind, tokens: Any, ptr: Any, threshold: float) -> tuple[Any, Any]:
     code = ragged(kind, tokens, ptr)
-    host = kind.to_numpy(tokens)
-    begin = kind.to_numpy(ptr)
-    check_finite(host)
-    check_ptr(begin, host.shape[0])
-    sums, bounds = reference.ball_carving(host, begin, threshold)
-    return kind.from_numpy(sums, F64 if code == F64 else F32, tokens), kind.from_numpy(bounds, I64, tokens)
+    if kind.cuda or kind.kernels is None or code == F64:
+        host = kind.to_numpy(tokens)
+        begin = kind.to_numpy(ptr)
+        check_finite(host)
+        check_ptr(begin, host.shape[0])
+        sums, bounds = reference.ball_carving(host, begin, threshold)
+        return kind.from_numpy(sums, F64 if code == F64 else F32, tokens), kind.from_numpy(
+            bounds, I64, tokens
+        )
+    (n, d), queries = tokens.shape, ptr.shape[0] - 1
+    tokens, ptr = kind.dense(tokens), kind.dense(ptr)
+    balls, where = np.empty(n, np.int32), np.zeros(queries + 1, np.int64)
+    of = (kind.ptr(tokens), code, n, d, kind.ptr(ptr), queries)
+    bad = kind.kernels.balls(*of, threshold, balls, where[1:])
+    if bad != -1:
+        raise odd_row(bad)
+    np.cumsum(where, out=where)
+    out = kind.empty((int(where[-1]), d), F32, tokens)
+    kind.kernels.ball_sums(*of, balls, where, kind.ptr(out), int(where[-1]))
+    return out, kind.from_numpy(where, I64, tokens)

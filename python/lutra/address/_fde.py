@@ -11,11 +11,12 @@ import numpy as np
 from .. import _checks
 from .._arrays import F32, F64, I32, I64, Kind, call, is_torch
 from ..reference import fde as reference
-from ._ragged import check_finite, ragged
+from ._ragged import check_finite, odd_row, ragged
 
 PROJECTIONS: dict[Any, int] = {"signs": 0, "count": 1, None: 2}
 MOST_BITS = 16
 _MOST_VALUES = (1 << 31) - 1
+_LANES = 16  # of the widest vectors: rows of the projections are padded to it
 
 
 class BlockRows(NamedTuple):
@@ -243,6 +244,28 @@ def tables_of(encoder: FDE) -> _Tables:
     return _Tables(encoder.planes, psi, scale, final)
 
 
+class _Packed(NamedTuple):
+    """The same as csrc/address/fde.h has it."""
+
+    planes: np.ndarray
+    psi: np.ndarray | None
+    ld_psi: int
+    scale: float
+    final_map: np.ndarray | None
+
+
+@lru_cache(maxsize=8)
+def packed_of(encoder: FDE) -> _Packed:
+    planes, psi, scale, final = tables_of(encoder)
+    columns = np.ascontiguousarray(planes.transpose(1, 0, 2)).reshape(encoder.d, -1)
+    ld, final_map = -(-encoder.width // _LANES) * _LANES, None
+    if psi is not None and ld > encoder.width:
+        psi = np.pad(psi, ((0, 0), (0, 0), (0, ld - encoder.width)))
+    if final is not None:
+        final_map = np.where(final[1] < 0, final[0] | np.int32(-1 << 31), final[0])
+    return _Packed(columns, psi, ld, scale, final_map)
+
+
 @lru_cache(maxsize=64)
 def encoder_of(d, repetitions, k_sim, d_proj, projection, fill_empty, final_dim, seed) -> FDE:
     """The encoder behind the options of an op."""
@@ -318,13 +341,29 @@ def _fde(
         from ..torch_ops.fde import compose
 
         return compose(tokens, ptr, encoder, query)
-    host = kind.to_numpy(tokens)
-    check_finite(host)
-    planes, psi, scale, final = tables_of(encoder)
-    out = reference.fde(
-        host, kind.to_numpy(ptr), planes, psi, scale, query=query, fill_empty=fill_empty, final=final
-    )
-    return kind.from_numpy(out, F64 if code == F64 else F32, tokens)
+    if kind.cuda or kind.kernels is None or code == F64:
+        host = kind.to_numpy(tokens)
+        check_finite(host)
+        planes, psi, scale, final = tables_of(encoder)
+        result = reference.fde(
+            host, kind.to_numpy(ptr), planes, psi, scale, query=query, fill_empty=fill_empty, final=final
+        )
+        return kind.from_numpy(result, F64 if code == F64 else F32, tokens)
+    tokens, ptr = kind.dense(tokens), kind.dense(ptr)
+    out = kind.empty((ptr.shape[0] - 1, encoder.dim), F32, tokens)
+    _run(kind, tokens, ptr, code, encoder, query, kind.ptr(out))
+    return out
+
+
+def _run(kind, tokens, ptr, code, encoder, query, out, partitions=None, sparse=(None, None, None, 0)) -> None:
+    packed = packed_of(encoder)
+    bad = kind.kernels.fde(
+        kind.ptr(tokens), code, *tokens.shape, kind.ptr(ptr), ptr.shape[0] - 1, packed.planes,
+        encoder.repetitions, encoder.k_sim, packed.psi, encoder.width, packed.ld_psi, packed.scale, query,
+        encoder.fill_empty, packed.final_map, encoder.final_dim or 0, out, partitions, *sparse,
+    )  # fmt: skip
+    if bad != -1:
+        raise odd_row(bad)
 
 
 def _fde_blocks(
@@ -337,11 +376,31 @@ def _fde_blocks(
         from ..torch_ops.fde import compose_blocks
 
         return compose_blocks(tokens, ptr, encoder)
-    host = kind.to_numpy(tokens)
-    check_finite(host)
-    rows, blocks, values = reference.fde_blocks(host, kind.to_numpy(ptr), *tables_of(encoder)[:3])
-    return (
-        kind.from_numpy(rows, I64, tokens),
-        kind.from_numpy(blocks, I32, tokens),
-        kind.from_numpy(values, F64 if code == F64 else F32, tokens),
+    if kind.cuda or kind.kernels is None or code == F64:
+        host = kind.to_numpy(tokens)
+        check_finite(host)
+        rows, blocks, values = reference.fde_blocks(host, kind.to_numpy(ptr), *tables_of(encoder)[:3])
+        return (
+            kind.from_numpy(rows, I64, tokens),
+            kind.from_numpy(blocks, I32, tokens),
+            kind.from_numpy(values, F64 if code == F64 else F32, tokens),
+        )
+    tokens, ptr = kind.dense(tokens), kind.dense(ptr)
+    queries = ptr.shape[0] - 1
+    partitions = np.empty((tokens.shape[0], repetitions), np.int32)
+    bad = kind.kernels.simhash(
+        kind.ptr(tokens), code, *tokens.shape, packed_of(encoder).planes, repetitions, k_sim, partitions
     )
+    if bad != -1:
+        raise odd_row(bad)
+    rows = np.zeros(queries + 1, np.int64)
+    kind.kernels.fde_count(
+        partitions, partitions.shape[0], kind.ptr(ptr), queries, repetitions, k_sim, rows[1:]
+    )
+    np.cumsum(rows, out=rows)
+    found = int(rows[-1])
+    blocks = kind.empty((found,), I32, tokens)
+    values = kind.empty((found, encoder.width), F32, tokens)
+    sparse = (rows, kind.ptr(blocks), kind.ptr(values), found)
+    _run(kind, tokens, ptr, code, encoder, True, None, partitions, sparse)
+    return kind.from_numpy(rows, I64, tokens), blocks, values

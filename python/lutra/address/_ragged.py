@@ -9,6 +9,8 @@ import numpy as np
 from .. import _checks
 from .._arrays import F64, FLOATS, I64, Kind
 
+MOST_ROWS = (1 << 31) - 1
+
 
 def ragged(kind: Kind, tokens: Any, ptr: Any, d: int | None = None, name: str = "tokens") -> int:
     """The dtype code of ``tokens`` (n, d), cut by ``ptr``. Values are looked at on the CPU only."""
@@ -25,6 +27,8 @@ def ragged(kind: Kind, tokens: Any, ptr: Any, d: int | None = None, name: str = 
         raise ValueError(
             f"ptr is empty; it must hold 0 and where each set of {name} ends, up to {tokens.shape[0]}"
         )
+    if tokens.shape[0] > MOST_ROWS:
+        raise ValueError(f"{name} has {tokens.shape[0]} rows; at most {MOST_ROWS} in one call")
     if not kind.cuda:
         check_ptr(kind.to_numpy(ptr), tokens.shape[0], name)
     return code
@@ -43,8 +47,12 @@ def check_ptr(values: np.ndarray, n: int, name: str = "tokens") -> None:
         raise ValueError(f"ptr must not fall: ptr[{i}] is {values[i]}, ptr[{i + 1}] is {values[i + 1]}")
 
 
+def odd_row(i: int, name: str = "tokens") -> ValueError:
+    return ValueError(f"{name}[{i}] holds NaN or infinity")
+
+
 def check_finite(tokens: np.ndarray, name: str = "tokens") -> None:
     """ValueError for the first row with NaN or infinity."""
     fine = np.isfinite(tokens).all(1)
     if not fine.all():
-        raise ValueError(f"{name}[{int(fine.argmin())}] holds NaN or infinity")
+        raise odd_row(int(fine.argmin()), name)

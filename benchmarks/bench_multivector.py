@@ -12,10 +12,10 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("torch")
-from multivector import maxsim, quality
+from multivector import fde, maxsim, quality
 from sections import check_quick, run
 
-SECTIONS = {"maxsim": maxsim, "quality": quality}
+SECTIONS = {"fde": fde, "maxsim": maxsim, "quality": quality}
 
 
 @pytest.mark.parametrize("name", SECTIONS)

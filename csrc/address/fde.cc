@@ -40,7 +40,7 @@ class Encoder {
         step_(s.chunk), copies_(sizeof(*tokens_) != 4 || ld_ != a.d),
         tokens_(static_cast<const typename T::type*>(a.tokens)), tile_(a.d * kTileRows),
         numbers_(a.repetitions * step_), rows_(copies_ ? s.longest * ld_ : 0), count_(number_), end_(number_),
-        source_(number_), key_(number_ + W), taken_(s.blocks), first_(s.blocks), filler_(s.blocks), order_(s.longest),
+        source_(number_), key_(number_ + W), taken_(s.blocks + 1), first_(s.blocks), filler_(s.blocks), order_(s.longest),
         sums_(s.blocks * ld_), products_(2 * s.blocks * ld_out_), factor_(2 * s.blocks), row_(2 * s.blocks) {
     for (int p = 0; p < number_; ++p) count_[p] = 0;
   }
@@ -94,7 +94,8 @@ class Encoder {
       const int count = to - t < kTileRows ? static_cast<int>(to - t) : kTileRows;
       const int odd = turn_rows<T>(tokens_ + t * a_.d, a_.d, count, tile_.data);
       if (odd >= 0) return t + odd;
-      tile_numbers(tile_.data, a_.d, a_.planes, a_.repetitions, a_.k_sim, numbers_.data + (t - from), step_);
+      tile_numbers(tile_.data, a_.d, a_.planes, a_.repetitions, a_.k_sim, numbers_.data + (t - from), step_,
+                   tokens_ + (t + count) * a_.d, tile_bytes<T>(a_.n - t - count, a_.d));
     }
     return -1;
   }
@@ -115,8 +116,12 @@ class Encoder {
   // The partitions with tokens in the order of their first ones, and the sum of each; how many.
   int64_t gather(const float* rows, const int32_t* number, int64_t length) {
     int64_t taken = 0, at = 0;
-    for (int64_t t = 0; t < length; ++t)
-      if (count_[number[t]]++ == 0) taken_[taken++] = number[t];
+    for (int64_t t = 0; t < length; ++t) {  // without branches, which nobody could predict
+      const int32_t p = number[t], before = count_[p];
+      taken_[taken] = p;
+      taken += before == 0;
+      count_[p] = before + 1;
+    }
     for (int64_t o = 0; o < taken; ++o) {
       end_[taken_[o]] = static_cast<int32_t>(at);
       at += count_[taken_[o]];

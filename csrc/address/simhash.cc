@@ -26,7 +26,8 @@ void hash_rows(const SimhashArgs& a, BadFirst* bad) {
       const int count = end - i < kTileRows ? static_cast<int>(end - i) : kTileRows;
       const int found = turn_rows<T>(x + i * a.d, a.d, count, tile.data);
       if (found >= 0) return bad->report(i + found);
-      tile_numbers(tile.data, a.d, a.planes, a.repetitions, a.k, numbers.data, kTileRows);
+      tile_numbers(tile.data, a.d, a.planes, a.repetitions, a.k, numbers.data, kTileRows, x + (i + count) * a.d,
+                   tile_bytes<T>(a.n - i - count, a.d));
       for (int t = 0; t < count; ++t)
         for (int64_t r = 0; r < a.repetitions; ++r) a.out[(i + t) * a.repetitions + r] = numbers[r * kTileRows + t];
     }

@@ -145,7 +145,7 @@ def test_codes_give_the_queries_a_gradient():
 
 def test_the_composition_for_cuda_gives_the_same():
     from lutra._arrays import torch_kind
-    from lutra.scan._maxsim import _Call
+    from lutra.scan._maxsim_call import Call
     from lutra.scan._maxsim_composed import composed, composed_backward
 
     q, x = torch.randint(-3, 4, (8, 6)).float(), torch.randint(-3, 4, (11, 6)).float()
@@ -164,7 +164,7 @@ def test_the_composition_for_cuda_gives_the_same():
             (x, none, masks),
             (residual[0], residual[1:4], masks),
         ):
-            c = _Call(torch_kind(False), q, QP, docs, XP, cand, None, xm, qm, codes)
+            c = Call(torch_kind(False), q, QP, docs, XP, cand, None, xm, qm, codes)
             c.unit = True
             scores, argmax = composed(c)
             want, rows = reference.maxsim(*c.numpy())

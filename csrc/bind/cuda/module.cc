@@ -34,5 +34,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_name", &device_name);
   lutra::register_address(m);
   lutra::register_gather(m);
+  lutra::register_maxsim(m);
   lutra::register_scan(m);
 }

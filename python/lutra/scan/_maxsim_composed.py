@@ -35,7 +35,7 @@ def _pad(ptr, rows, mask, device):
 
 
 def composed(c: Any) -> tuple[Any, Any]:
-    """Scores and arg-maxima of a checked call (`lutra.scan._maxsim._Call`)."""
+    """Scores and arg-maxima of a checked call (`lutra.scan._maxsim_call.Call`)."""
     wide = torch.float64 if c.q.dtype == torch.float64 else torch.float32
     x = decode(c.x, c.codes[0], c.codes[1], c.codes[2], c.unit) if c.coded else c.x
     device, q_rows, x_rows = c.q.device, c.q.shape[0], x.shape[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..scan._maxsim import _maxsim, _maxsim_backward, _maxsim_topk
+from ..scan._maxsim_run import _maxsim, _maxsim_backward, _maxsim_topk
 from .library import gradient, register
 
 ops = torch.ops.lutra

@@ -31,7 +31,7 @@ def data(quick: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Documents and queries, each tokens and offsets; query i belongs to document i."""
     folder = data_folder()
     if folder is None:
-        rng, n, d = np.random.default_rng(0), 100 if quick else 800, 128
+        rng, n, d = np.random.default_rng(0), 300 if quick else 800, 128
         words = rng.standard_normal((2000, d)).astype(np.float32)
         documents = [rng.choice(2000, rng.integers(20, 120), replace=False) for _ in range(n)]
         queries = [rng.choice(document, 9, replace=False) for document in documents]
@@ -46,14 +46,14 @@ def data(quick: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         d, dp, q, qp = (file[n] for n in ("doc_tokens", "doc_ptr", "query_tokens", "query_ptr"))
     dp, qp = dp.astype(np.int64), qp.astype(np.int64)
     if quick:
-        dp, qp = dp[:101], qp[:101]
+        dp, qp = dp[:301], qp[:301]
     return d[: dp[-1]].astype(np.float32), dp, q[: qp[-1]].astype(np.float32), qp
 
 
 def timed(search: Callable[[], Any], quick: bool) -> tuple[Any, float]:
     """The result, and the median seconds of a call."""
     result, times = search(), []
-    while len(times) < 3 or (sum(times) < 0.5 and not quick):
+    while len(times) < (1 if quick else 3) or (sum(times) < 0.5 and not quick):
         begin = time.perf_counter()
         search()
         times.append(time.perf_counter() - begin)
@@ -137,16 +137,17 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
             _drawn.setdefault(name, []).append((count, row["recall"], row["ms"]))
             yield row
     some = 20 if quick else 80
+    size = {"repetitions": 5, "k_sim": 4} if quick else {}
     for kind in ("float16", "int8", "pq", "SQ4", "IVF16,SQfp16", "HNSW16,SQfp16"):
-        index = b.build(kind)
+        index = b.build(kind, **size)
         if kind.startswith("IVF"):
             index.index.nprobe = 8
             kind += ", 8 lists"
         yield b.row(f"encodings {kind}", b.search(index, candidates=some), index.nbytes, candidates=some)
-    carved = b.build("float16", ball_carving=0.7)
+    carved = b.build("float16", ball_carving=0.7, **size)
     yield b.row("ball carving .7", b.search(carved, candidates=some), carved.nbytes, candidates=some)
     for tokens in ("int8", "residual4", "residual2", "residual1"):
-        index = b.build("float16", tokens)
+        index = b.build("float16", tokens, **size)
         row = b.row(f"tokens {tokens}", b.search(index, candidates=some), index._tokens.nbytes)
         yield {**row, "candidates": some}
         if tokens == "residual2":

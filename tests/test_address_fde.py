@@ -368,7 +368,7 @@ def test_bad_arguments_are_named(change, error, text):
 @pytest.mark.parametrize("e", ENCODERS, ids=str)
 def test_the_composition_in_torch_is_the_same(e):
     """What CUDA tensors are computed with where there is no kernel."""
-    from lutra.torch_ops.fde import compose, compose_blocks
+    from lutra.torch_ops.fde import compose, compose_blocks, occupied
 
     for lengths in ((3, 0, 9, 1), (0, 0), (0, 5)):
         tokens, ptr = make(7, lengths, seed=4)
@@ -381,6 +381,9 @@ def test_the_composition_in_torch_is_the_same(e):
             planes, psi, scale, _ = tables_of(e)
             for one, want in zip(got, reference.fde_blocks(tokens, ptr, planes, psi, scale)):
                 np.testing.assert_allclose(one.numpy(), want, rtol=3e-6, atol=1e-5)
+            dense = torch.from_numpy(expected(tokens, ptr, e, True))
+            for one, want in zip(occupied(dense, *pair, e), got):
+                torch.testing.assert_close(one, want, rtol=3e-6, atol=1e-5)
 
 
 @pytest.mark.traces

@@ -40,8 +40,9 @@ class Encoder {
         step_(s.chunk), copies_(sizeof(*tokens_) != 4 || ld_ != a.d),
         tokens_(static_cast<const typename T::type*>(a.tokens)), tile_(a.d * kTileRows),
         numbers_(a.repetitions * step_), rows_(copies_ ? s.longest * ld_ : 0), count_(number_), end_(number_),
-        source_(number_), key_(number_ + W), taken_(s.blocks + 1), first_(s.blocks), filler_(s.blocks), order_(s.longest),
-        sums_(s.blocks * ld_), products_(2 * s.blocks * ld_out_), factor_(2 * s.blocks), row_(2 * s.blocks) {
+        source_(number_), key_(number_ + W), taken_(s.blocks + 1), first_(s.blocks), filler_(s.blocks),
+        order_(s.longest), sums_(s.blocks * ld_), products_(2 * s.blocks * ld_out_), factor_(2 * s.blocks),
+        row_(2 * s.blocks) {
     for (int p = 0; p < number_; ++p) count_[p] = 0;
   }
 

@@ -61,3 +61,13 @@ struct FdeCountArgs {
 
 LUTRA_KERNEL(fde, ::lutra::FdeArgs)
 LUTRA_KERNEL(fde_count, ::lutra::FdeCountArgs)
+
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+// The CUDA kernel writes dense encodings only, without final_map, for k_sim <= 11; it computes the partitions itself,
+// in this many bytes.
+int64_t fde_workspace(int64_t n, int64_t repetitions);
+}  // namespace cuda
+}  // namespace lutra
+#endif

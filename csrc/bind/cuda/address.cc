@@ -1,4 +1,6 @@
+#include "address/fde.h"
 #include "address/sign_hash.h"
+#include "address/simhash.h"
 #include "address/token_ngrams.h"
 #include "bind/cuda/intake.h"
 
@@ -41,6 +43,42 @@ void register_address(py::module_& m) {
                       total,
                       n_ids};
     cuda::token_ngrams(a, Launch{device, stream.p});
+  });
+  m.def("simhash", [](Address x, int dtype, int64_t n, int64_t d, Address planes, int64_t repetitions, int k,
+                      Address out, int device, Address stream) {
+    SimhashArgs a{x.p, static_cast<DType>(dtype), n, d, planes.as<float>(), repetitions, k, out.as<int32_t>(), nullptr};
+    cuda::simhash(a, Launch{device, stream.p});
+    return -1;  // nothing is looked for
+  });
+  m.def("fde_workspace",
+        [](int64_t n, int64_t repetitions, int, Address) { return cuda::fde_workspace(n, repetitions); });
+  m.def("fde", [](Address tokens, int dtype, int64_t n, int64_t d, Address ptr, int64_t documents, Address planes,
+                  int64_t repetitions, int k_sim, Address psi, int64_t width, int64_t ld_psi, float scale, bool query,
+                  bool fill, Address out, Address workspace, int device, Address stream) {
+    FdeArgs a{tokens.p,
+              static_cast<DType>(dtype),
+              n,
+              d,
+              ptr.as<int64_t>(),
+              documents,
+              planes.as<float>(),
+              repetitions,
+              k_sim,
+              psi.as<float>(),
+              width,
+              ld_psi,
+              scale,
+              query,
+              fill,
+              nullptr,
+              0,
+              out.as<float>(),
+              nullptr,
+              nullptr,
+              nullptr,
+              nullptr,
+              nullptr};
+    cuda::fde(a, Launch{device, stream.p, workspace.p});
   });
 }
 

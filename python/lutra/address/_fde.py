@@ -316,6 +316,9 @@ def fde(tokens: Any, ptr: Any, encoder: FDE, *, query: bool = False, sparse: boo
     Cost: ``2 d repetitions k_sim`` operations a token to partition it, ``d repetitions`` additions a token,
     and ``2 d d_proj`` operations for each block that has tokens, and for each token that fills empty ones.
 
+    On CUDA a kernel encodes ``k_sim`` up to 11 and ``d`` up to 4096; torch's own ops do the rest, and
+    ``final_dim``. An encoder's first call on a device copies its arrays there.
+
     References
     ----------
     See `FDE`.
@@ -337,6 +340,13 @@ def _fde(
 ) -> Any:  # fmt: skip
     encoder = encoder_of(d, repetitions, k_sim, d_proj, projection, fill_empty, final_dim, seed)
     code = ragged(kind, tokens, ptr, d)
+    if _on_device(kind, code, encoder):
+        out = _dense_on_device(kind, tokens, ptr, code, encoder, query)
+        if final_dim is None:
+            return out
+        from ..torch_ops.fde import sketched
+
+        return sketched(out, encoder)
     if kind.cuda and kind.name == "torch":
         from ..torch_ops.fde import compose
 
@@ -355,6 +365,41 @@ def _fde(
     return out
 
 
+# ---------------------------------------------------------------- CUDA
+_MOST_BITS_CUDA, _MOST_D_CUDA = 11, 4096  # of the kernel: what shared memory holds
+_tables_on_device: dict[Any, tuple[Any, Any]] = {}
+
+
+def _on_device(kind: Kind, code: int, e: FDE) -> bool:
+    """Whether the CUDA kernel encodes this; the final sketch follows in torch's own ops."""
+    return (
+        kind.cuda and kind.kernels is not None and code != F64 and e.k_sim <= _MOST_BITS_CUDA
+        and e.d <= _MOST_D_CUDA and (e.final_dim is None or kind.name == "torch")
+    )  # fmt: skip
+
+
+def _dense_on_device(kind: Kind, tokens: Any, ptr: Any, code: int, e: FDE, query: bool) -> Any:
+    packed = packed_of(e)
+    key = e, kind.name, str(tokens.device)
+    if key not in _tables_on_device:
+        while len(_tables_on_device) >= 8:
+            _tables_on_device.pop(next(iter(_tables_on_device)))
+        psi = None if packed.psi is None else kind.from_numpy(packed.psi, F32, tokens)
+        _tables_on_device[key] = kind.from_numpy(packed.planes, F32, tokens), psi
+    planes, psi = _tables_on_device[key]
+    tokens, ptr = kind.dense(tokens), kind.dense(ptr)
+    documents = ptr.shape[0] - 1
+    out = kind.empty((documents, e.num_blocks * e.width), F32, tokens)
+    scratch = kind.scratch("fde", tokens, tokens.shape[0], e.repetitions)
+    kind.kernels.fde(
+        kind.ptr(tokens), code, *tokens.shape, kind.ptr(ptr), documents, kind.ptr(planes), e.repetitions,
+        e.k_sim, None if psi is None else kind.ptr(psi), e.width, packed.ld_psi, packed.scale, query,
+        e.fill_empty, kind.ptr(out), *kind.launch(tokens, scratch),
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------- the CPU
 def _run(kind, tokens, ptr, code, encoder, query, out, partitions=None, sparse=(None, None, None, 0)) -> None:
     packed = packed_of(encoder)
     bad = kind.kernels.fde(
@@ -373,9 +418,13 @@ def _fde_blocks(
     encoder = encoder_of(d, repetitions, k_sim, d_proj, projection, fill_empty, final_dim, seed)
     code = ragged(kind, tokens, ptr, d)
     if kind.cuda and kind.name == "torch":
-        from ..torch_ops.fde import compose_blocks
+        from ..torch_ops import fde as composed
 
-        return compose_blocks(tokens, ptr, encoder)
+        if not _on_device(kind, code, encoder):
+            return composed.compose_blocks(tokens, ptr, encoder)
+        return composed.occupied(
+            _dense_on_device(kind, tokens, ptr, code, encoder, True), tokens, ptr, encoder
+        )
     if kind.cuda or kind.kernels is None or code == F64:
         host = kind.to_numpy(tokens)
         check_finite(host)

@@ -78,22 +78,23 @@ def _simhash(kind: Kind, x: Any, planes: Any) -> Any:
     _checks.same_kind(kind, planes, "planes", x, "x")
     of_planes = _checks.dtype(kind, planes, "planes", (F32, F64))
     shape = shape_of(x, planes)
-    if kind.cuda and kind.name == "torch":
-        from ..torch_ops.fde import compose_simhash
+    if kind.kernels is None or F64 in (code, of_planes):
+        if kind.cuda and kind.name == "torch":
+            from ..torch_ops.fde import compose_simhash
 
-        return compose_simhash(x, planes)
-    if kind.cuda or kind.kernels is None or F64 in (code, of_planes):
+            return compose_simhash(x, planes)
         host = kind.to_numpy(x)
         check_finite(host, "x")
         return kind.from_numpy(reference.simhash(host, kind.to_numpy(planes)), I32, x)
     n, d = x.shape
     x, out = kind.dense(x), kind.empty(shape, I32, x)
     if len(planes.shape) == 3:  # columns: the planes of one repetition after those of another
-        planes = kind.dense(planes.swapaxes(0, 1)).reshape(d, -1)
+        planes = planes.swapaxes(0, 1).reshape(d, -1)
+    planes = kind.dense(planes)
     repetitions = shape[1] if len(shape) == 2 else 1
     k = planes.shape[1] // repetitions if repetitions else 0
     bad = kind.kernels.simhash(
-        kind.ptr(x), code, n, d, kind.ptr(kind.dense(planes)), repetitions, k, kind.ptr(out)
+        kind.ptr(x), code, n, d, kind.ptr(planes), repetitions, k, kind.ptr(out), *kind.launch(x)
     )
     if bad != -1:
         raise odd_row(bad, "x")

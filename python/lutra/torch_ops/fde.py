@@ -67,14 +67,29 @@ def _blocks(tokens: Tensor, ptr: Tensor, e: encodings.FDE, query: bool) -> tuple
 def compose(tokens: Tensor, ptr: Tensor, e: encodings.FDE, query: bool) -> Tensor:
     """Encodings, on any device."""
     out = _blocks(tokens, ptr, e, query)[0].flatten(1)
+    return out if e.final_dim is None else sketched(out, e)
+
+
+def sketched(out: Tensor, e: encodings.FDE) -> Tensor:
+    """The final count-sketch: sums in a fixed order."""
     final = encodings.tables_of(e).final
-    if final is None:
-        return out
+    assert final is not None
     target, sign, length = final
     to, order = torch.sort(torch.from_numpy(target).to(out.device), stable=True)
     begin = torch.searchsorted(to, torch.arange(length + 1, device=out.device, dtype=to.dtype))
     weights = torch.from_numpy(sign).to(out)[order]
     return ops.bag(out.T.contiguous(), order, begin, weights, None, None, "sum", None, True).T.contiguous()
+
+
+def occupied(dense: Tensor, tokens: Tensor, ptr: Tensor, e: encodings.FDE) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of dense encodings that have tokens."""
+    planes = torch.from_numpy(e.planes.copy()).to(tokens.device)
+    numbers = ops.simhash(tokens, planes).long()
+    document = torch.searchsorted(ptr, torch.arange(tokens.shape[0], device=ptr.device), right=True) - 1
+    numbers += torch.arange(e.repetitions, device=ptr.device) << e.k_sim
+    found = torch.unique(document[:, None] * e.num_blocks + numbers)
+    begin = torch.searchsorted(found, torch.arange(ptr.shape[0], device=ptr.device) * e.num_blocks)
+    return begin, (found % e.num_blocks).int(), dense.view(-1, e.width)[found]
 
 
 def compose_blocks(tokens: Tensor, ptr: Tensor, e: encodings.FDE) -> tuple[Tensor, Tensor, Tensor]:

@@ -171,7 +171,7 @@ LUTRA_VBMI_BLOCKS void rounded_sums(const Query& q, const uint8_t* panel, int32_
       const __m512i t2 = _mm512_load_si512(t + 128), t3 = _mm512_load_si512(t + 192);
 #pragma GCC unroll 8
       for (int p = 0; p < kParts; ++p) {
-        __builtin_prefetch(ahead + p * 64);
+        __builtin_prefetch(ahead + p * 64, 0, 2);
         const __m512i code = _mm512_loadu_si512(codes + p * 64);
         const __m512i low = _mm512_permutex2var_epi8(t0, code, t1), high = _mm512_permutex2var_epi8(t2, code, t3);
         const __m512i entry = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high);

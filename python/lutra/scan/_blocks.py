@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 def screened(k: int) -> int:
     """How many of the best by rounded tables are scored by exact ones."""
-    return 4 * k + 32
+    return k + k // 2 + 24
 
 
 def dense_rows(q: np.ndarray, width: int) -> Rows:

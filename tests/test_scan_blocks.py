@@ -181,6 +181,24 @@ def test_nan_is_reported(simd_level):
         _blocks.scan(rows, panels, 3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_rows_are_laid_into_lanes(dtype, simd_level, threads):
+    """Additions that begin and end anywhere in a panel."""
+    rng = np.random.default_rng(6)
+    panels, parts = Panels(7, 81, 256, np.dtype(dtype)), []
+    for n in (1, 15, 17, 40, 63, 65, 100, 300, 0, 7):
+        parts.append(stored(rng, n, 567, dtype))
+        panels.reserve(n + 9)
+        panels.write(0, parts[-1][: n // 2])
+        panels.write(n // 2, parts[-1][n // 2 :])
+        panels.grow(n)
+    x = np.concatenate(parts)
+    for i in range(0, len(x), 256):
+        panel = panels.arrays[i // 256].reshape(567, 256)
+        np.testing.assert_array_equal(panel[:, : len(x) - i].T, x[i : i + 256])
+    np.testing.assert_array_equal(panels.take(np.arange(len(x))), x)
+
+
 def test_dense_rows():
     q = np.zeros((3, 6), np.float32)
     q[0, 1], q[0, 5], q[2, 2] = 1, 2, 3

@@ -92,6 +92,11 @@ LUTRA_INLINE void tile(const typename T::type* x, const typename T::type* next, 
       if (Ahead)
         for (int v = 0; v < V; ++v)
           if (v * W * sizeof(*row) % 64 == 0) __builtin_prefetch(next + w * kLanes + lane + v * W, 0, 2);
+      if (Q == 1) {  // no vector is needed twice: none is kept
+        const vf value = splat(values[0][w]);
+        for (int v = 0; v < V; ++v) sum[0][v] += T::load(row + v * W) * value;
+        continue;
+      }
       vf part[V];
       for (int v = 0; v < V; ++v) part[v] = T::load(row + v * W);
       for (int q = 0; q < Q; ++q) {

@@ -2,6 +2,7 @@
 
 #include "bind/core/intake.h"
 #include "scan/blocks_pq.h"
+#include "scan/panel_put.h"
 
 namespace lutra {
 namespace {
@@ -60,6 +61,13 @@ void register_blocks(py::module_& m) {
           run(&blocks_pq, a, static_cast<double>(a.q.ptr[nq]) * depth * n * 0.05 + 1000.0 * nq);
           return bad;
         });
+  // The caller has checked that the panel's lanes exist.
+  m.def("panel_put", [](Ptr from, int64_t rows, int64_t width, int64_t size, int64_t to, int64_t lanes, int64_t lane) {
+    if (rows < 0 || width < 0 || lane < 0 || rows > lanes - lane || (size != 1 && size != 2 && size != 4))
+      throw py::value_error("lutra: panel_put got a size out of range");
+    PanelPutArgs a{from.as<char>(rows * width * size), rows, width, size, reinterpret_cast<void*>(to), lanes, lane};
+    run(&panel_put, a, static_cast<double>(rows) * width);
+  });
 }
 
 }  // namespace lutra

@@ -108,16 +108,20 @@ class Panels:
             self._addresses = None
 
     def write(self, first: int, values: np.ndarray) -> None:
-        """Write rows (m, width) to the places from n + first on, which are reserved."""
+        """Write rows (m, width), contiguous, to the places from n + first on, which are reserved."""
         at, done = self.n + first, 0
         while done < len(values):
             panel, lane = divmod(at + done, self.lanes)
             count = min(self.lanes - lane, len(values) - done)
-            to = self.arrays[panel].reshape(self.width, self.lanes)[:, lane : lane + count]
             rows = values[done : done + count]
+            done += count
+            if _backend.core is not None:
+                size, address = self.dtype.itemsize, self.arrays[panel].ctypes.data
+                _backend.core.panel_put(rows.view(np.uint8), count, self.width, size, address, self.lanes, lane)
+                continue
+            to = self.arrays[panel].reshape(self.width, self.lanes)[:, lane : lane + count]
             for i in range(0, self.width, _COLUMNS):
                 to[i : i + _COLUMNS] = rows[:, i : i + _COLUMNS].T
-            done += count
 
     def grow(self, count: int) -> None:
         """Let the rows that were written count."""

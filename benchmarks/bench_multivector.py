@@ -12,10 +12,10 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("torch")
-from multivector import fde, maxsim, quality, sizes
+from multivector import blocks, fde, maxsim, quality, sizes
 from sections import check_quick, run
 
-SECTIONS = {"fde": fde, "maxsim": maxsim, "quality": quality, "sizes": sizes}
+SECTIONS = {"fde": fde, "maxsim": maxsim, "blocks": blocks, "quality": quality, "sizes": sizes}
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -116,8 +116,10 @@ class Panels:
             rows = values[done : done + count]
             done += count
             if _backend.core is not None:
-                size, address = self.dtype.itemsize, self.arrays[panel].ctypes.data
-                _backend.core.panel_put(rows.view(np.uint8), count, self.width, size, address, self.lanes, lane)
+                _backend.core.panel_put(
+                    rows.view(np.uint8), count, self.width, self.dtype.itemsize,
+                    self.arrays[panel].ctypes.data, self.lanes, lane,
+                )  # fmt: skip
                 continue
             to = self.arrays[panel].reshape(self.width, self.lanes)[:, lane : lane + count]
             for i in range(0, self.width, _COLUMNS):

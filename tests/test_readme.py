@@ -18,7 +18,7 @@ def test_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     # what the text beside them says
@@ -30,6 +30,8 @@ def test_examples(tmp_path, monkeypatch):
         "int8",
         True,
     )
+    assert names["best"].ids[0, 0] == 7 and names["chamfer"].shape == (1, 500)
+    assert names["chamfer"].argmax() == 0
     assert names["layer"].tables.grad is not None
     assert names["bag"].weight.grad.is_sparse
     assert names["model"](torch.tensor([1, 2])).shape == (2, 1024)

@@ -34,7 +34,7 @@ def lutra_command(*arguments, **environment):
 def test_help_names_the_commands():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("info", "demo", "bench"):
+    for command in ("info", "demo", "bench", "compress", "index", "search"):
         assert command in result.output
 
 

@@ -84,6 +84,14 @@ def test_quantiles_are_medians_of_equal_parts():
     np.testing.assert_allclose(q.values, np.quantile(residuals, [0.125, 0.375, 0.625, 0.875]), atol=1e-5)
 
 
+def test_values_come_from_tokens_that_were_held_out():
+    x = tokens_of(3000, 6)
+    q = ResidualQuantizer(6, 2, 8, normalize=False).train(x, levels="quantiles")
+    rows = np.random.default_rng(0).permutation(3000)[:150]  # a twentieth
+    residuals = x[rows] - q.centroids[np.square(x[rows, None] - q.centroids).sum(-1).argmin(1)]
+    np.testing.assert_allclose(q.values, np.quantile(residuals, [0.125, 0.375, 0.625, 0.875]), atol=1e-6)
+
+
 def test_number_of_centroids():
     x = tokens_of(4200, 4)
     for n, total, expected in [(1, None, 1), (7, None, 1), (8, None, 2), (100, None, 16), (4200, None, 1024),

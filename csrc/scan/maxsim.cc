@@ -307,6 +307,8 @@ bool candidates(const MaxsimArgs& a, const Ways& ways, const Source& source, int
         scores[i * a.c + j] = -__builtin_inff();
         continue;
       }
+      if (j + 1 < begin + slice && j + 1 < a.c && a.cand[i * a.c + j + 1] >= 0)
+        source.fetch(a.x_ptr[a.cand[i * a.c + j + 1]]);
       const Item item = item_of(a, id, j);
       run_items<Dot>(call, w, &item, 1, i);
     }

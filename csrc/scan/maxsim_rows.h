@@ -139,6 +139,15 @@ class Source {
   }
   int64_t scratch_bytes(int64_t rows) const { return how == Read::where_they_lie ? 0 : rows * stride; }
 
+  // The rows from `begin` on will be read soon. Not where they are converted, one after another.
+  void fetch(int64_t begin) const {
+    if (how != Read::where_they_lie) return;
+    const int64_t bytes = row_bytes(), rows = a.x_rows - begin < 16 ? a.x_rows - begin : 16;
+    const char* x = static_cast<const char*>(a.x) + begin * a.ldx * element();
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(x + i * a.ldx * element() + b);
+  }
+
   // Rows [begin, begin + count) of x; the first of them goes to place `at` of the scratch.
   Rows prepare(int64_t begin, int64_t count, const Scratch& s, int64_t at, int64_t* bad) const {
     Rows r;
@@ -149,7 +158,7 @@ class Source {
     r.total = nullptr;
     r.first = begin;
     r.ahead = how == Read::where_they_lie;
-    const int64_t size = a.x_type == DType::f32 ? 4 : a.x_type == DType::f16 || a.x_type == DType::bf16 ? 2 : 1;
+    const int64_t size = element();
     const char* x = static_cast<const char*>(a.x) + begin * a.ldx * size;
     char* out = s.rows + at * stride;
     r.x = r.ahead ? x : out;
@@ -185,6 +194,11 @@ class Source {
   }
 
  private:
+  int64_t element() const {
+    return a.x_type == DType::f32 ? 4 : a.x_type == DType::f16 || a.x_type == DType::bf16 ? 2 : 1;
+  }
+  int64_t row_bytes() const { return a.x_type == DType::u8 ? (a.d * a.bits + 7) / 8 : a.d * element(); }
+
   alignas(64) float values_[256];
 };
 

@@ -182,6 +182,43 @@ def _pq(batch: int, quick: bool) -> Prepared:
     )
 
 
+def _maxsim(dtype: str, quick: bool) -> Prepared:
+    """32 query tokens, documents of 80 to 300 tokens; torch pads them to the longest."""
+    documents, tokens, d = (100 if quick else 1000), 32, 128
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(80, 301, documents)
+    ptr = np.concatenate([[0], np.cumsum(lengths)])
+    n = int(ptr[-1])
+    x, q, q_ptr = data.vectors(n, d).astype(dtype), data.vectors(tokens, d, seed=1), np.array([0, tokens])
+
+    def check():
+        best = np.maximum.reduceat(q @ x.astype(np.float32).T, ptr[:-1], axis=1)
+        expect.close(scan.maxsim(q, q_ptr, x, ptr)[0], best.sum(0), rtol=1e-4, what="scores")
+
+    peers = {}
+    torch = data.installed("torch")
+    if torch is not None:
+        padded = torch.zeros((documents, 300, d), dtype=getattr(torch, dtype))
+        here = torch.arange(300) < torch.from_numpy(lengths)[:, None]
+        padded[here] = torch.from_numpy(x)
+        tq = torch.from_numpy(q).to(padded.dtype)
+
+        def by_torch():
+            similarity = torch.einsum("td,npd->ntp", tq, padded)
+            return similarity.masked_fill(~here[:, None], -torch.inf).amax(2).sum(1)
+
+        peers["torch"] = by_torch
+    return Prepared(
+        ours=lambda: scan.maxsim(q, q_ptr, x, ptr),
+        check=check,
+        peers=peers,
+        bytes=float(x.nbytes),
+        flops=2.0 * tokens * n * d,
+        work=documents,
+        unit="documents",
+    )
+
+
 CASES = [
     Case("knn ip, 1 query", "scan", partial(_knn, 1, "ip")),
     Case("knn ip, 16 queries", "scan", partial(_knn, 16, "ip")),
@@ -192,4 +229,6 @@ CASES = [
     Case("knn ip, 1 row in 100 passes, 16 queries", "scan", partial(_filtered, 16, 0.01)),
     Case("pq 16 x 8 bits, 1 query", "scan", partial(_pq, 1)),
     Case("pq 16 x 8 bits, 64 queries", "scan", partial(_pq, 64)),
+    Case("maxsim, 32 query tokens", "scan", partial(_maxsim, "float32")),
+    Case("maxsim float16, 32 query tokens", "scan", partial(_maxsim, "float16")),
 ]

@@ -16,7 +16,7 @@ import pytest
 import lutra
 from lutra import _backend
 from lutra.address import FDE, BlockRows
-from lutra.address._fde import tables_of
+from lutra.address._fde_encoder import tables_of
 from lutra.reference import fde as reference
 
 torch = pytest.importorskip("torch")

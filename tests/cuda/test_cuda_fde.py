@@ -8,7 +8,7 @@ from gpu_arrays import FLOATS, SIZES
 
 import lutra
 from lutra.address import FDE
-from lutra.address._fde import tables_of
+from lutra.address._fde_encoder import tables_of
 from lutra.reference import fde as reference
 
 

@@ -3,7 +3,8 @@
 from .._results import Neighbors
 from ._ball_carving import ball_carving
 from ._binarize import binarize
-from ._fde import FDE, BlockRows, fde
+from ._fde import fde
+from ._fde_encoder import FDE, BlockRows
 from ._fwht import fwht
 from ._hash_features import hash_features
 from ._longest_match import Matches, longest_match

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..address import _ball_carving as carving
 from ..address import _fde as encodings
 from ..address import _simhash as hashing
+from ..address._fde_encoder import FDE, encoder_of, tables_of
 from .library import register
 
 ops = torch.ops.lutra
@@ -29,10 +30,10 @@ def compose_simhash(x: Tensor, planes: Tensor) -> Tensor:
     return number if number.dim() == 1 else number.T.contiguous()
 
 
-def _blocks(tokens: Tensor, ptr: Tensor, e: encodings.FDE, query: bool) -> tuple[Tensor, Tensor]:
+def _blocks(tokens: Tensor, ptr: Tensor, e: FDE, query: bool) -> tuple[Tensor, Tensor]:
     """Blocks (documents, repetitions, partitions, width) and how many tokens each has."""
     x = _wide(tokens)
-    planes, psi, scale, _ = encodings.tables_of(e)
+    planes, psi, scale, _ = tables_of(e)
     n, documents, number = x.shape[0], ptr.shape[0] - 1, 1 << e.k_sim
     shape = (documents, e.repetitions, number)
     if n == 0:
@@ -64,15 +65,15 @@ def _blocks(tokens: Tensor, ptr: Tensor, e: encodings.FDE, query: bool) -> tuple
     return torch.stack(blocks, 1), torch.stack(lengths, 1)
 
 
-def compose(tokens: Tensor, ptr: Tensor, e: encodings.FDE, query: bool) -> Tensor:
+def compose(tokens: Tensor, ptr: Tensor, e: FDE, query: bool) -> Tensor:
     """Encodings, on any device."""
     out = _blocks(tokens, ptr, e, query)[0].flatten(1)
     return out if e.final_dim is None else sketched(out, e)
 
 
-def sketched(out: Tensor, e: encodings.FDE) -> Tensor:
+def sketched(out: Tensor, e: FDE) -> Tensor:
     """The final count-sketch: sums in a fixed order."""
-    final = encodings.tables_of(e).final
+    final = tables_of(e).final
     assert final is not None
     target, sign, length = final
     to, order = torch.sort(torch.from_numpy(target).to(out.device), stable=True)
@@ -81,7 +82,7 @@ def sketched(out: Tensor, e: encodings.FDE) -> Tensor:
     return ops.bag(out.T.contiguous(), order, begin, weights, None, None, "sum", None, True).T.contiguous()
 
 
-def occupied(dense: Tensor, tokens: Tensor, ptr: Tensor, e: encodings.FDE) -> tuple[Tensor, Tensor, Tensor]:
+def occupied(dense: Tensor, tokens: Tensor, ptr: Tensor, e: FDE) -> tuple[Tensor, Tensor, Tensor]:
     """The blocks of dense encodings that have tokens."""
     planes = torch.from_numpy(e.planes.copy()).to(tokens.device)
     numbers = ops.simhash(tokens, planes).long()
@@ -92,7 +93,7 @@ def occupied(dense: Tensor, tokens: Tensor, ptr: Tensor, e: encodings.FDE) -> tu
     return begin, (found % e.num_blocks).int(), dense.view(-1, e.width)[found]
 
 
-def compose_blocks(tokens: Tensor, ptr: Tensor, e: encodings.FDE) -> tuple[Tensor, Tensor, Tensor]:
+def compose_blocks(tokens: Tensor, ptr: Tensor, e: FDE) -> tuple[Tensor, Tensor, Tensor]:
     """The blocks of queries that have tokens, on any device."""
     blocks, lengths = _blocks(tokens, ptr, e, True)
     row, block = lengths.flatten(1).nonzero(as_tuple=True)
@@ -109,7 +110,7 @@ def _out(tokens):
 
 
 def _fde_fake(tokens, ptr, *options):
-    e = encodings.encoder_of(*options[:8])
+    e = encoder_of(*options[:8])
     return tokens.new_empty((ptr.shape[0] - 1, e.dim), dtype=_out(tokens))
 
 
@@ -118,7 +119,7 @@ def _fde_blocks_fake(tokens, ptr, *options):
     return (
         ptr.new_empty(ptr.shape),
         ptr.new_empty((found,), dtype=torch.int32),
-        tokens.new_empty((found, encodings.encoder_of(*options).width), dtype=_out(tokens)),
+        tokens.new_empty((found, encoder_of(*options).width), dtype=_out(tokens)),
     )
 
 

@@ -120,10 +120,18 @@ void exact_pass(const BlocksPqArgs& a, int64_t q0, int64_t queries, int threads)
 #if defined(LUTRA_LEVEL_v4)
 #define LUTRA_VBMI_BLOCKS __attribute__((target("avx512vbmi")))
 
-float exact_sum(const Query& q, const uint8_t* panel, int64_t lane) {
-  float sum = 0;
-  for (int64_t j = 0; j < q.count; ++j) sum += q.tables[j * kEntries + panel[q.offsets[j] + lane]];
-  return sum;
+// Of four vectors at a time, each a code of a line of its own: what takes long is to fetch them.
+void exact_of(const Query& q, const uint8_t* const* codes, int count, float* out) {
+  const uint8_t* at[4];
+  for (int i = 0; i < 4; ++i) at[i] = codes[i < count ? i : 0];
+  float sum[4] = {};
+  for (int64_t j = 0; j < q.count; ++j) {
+    const float* t = q.tables + j * kEntries;
+    const int64_t offset = q.offsets[j];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] += t[at[i][offset]];
+  }
+  for (int i = 0; i < count; ++i) out[i] = sum[i];
 }
 
 void range_of(const float* table, float* low, float* high) {
@@ -236,14 +244,21 @@ void screened_pass(const BlocksPqArgs& a, int64_t q0, int64_t queries, int threa
     TopK top;
     topk_start(&top, a.k, room, keys.data, ids.data);
     wrong[i] = -1;
-    for (int64_t c = 0; c < found; ++c) {
-      const int64_t row = candidate_id(parts[0]->packed[c]);
-      const auto* panel = reinterpret_cast<const uint8_t*>(a.panels[row / kLanes]);
-      const float score = exact_sum(tables.all[i], panel, row % kLanes);
-      if (score != score)
-        wrong[i] = wrong[i] < 0 || row < wrong[i] ? row : wrong[i];
-      else
-        topk_offer(&top, score, row);
+    for (int64_t c = 0; c < found; c += 4) {
+      const int count = static_cast<int>(found - c < 4 ? found - c : 4);
+      int64_t row[4];
+      const uint8_t* codes[4];
+      float score[4];
+      for (int l = 0; l < count; ++l) {
+        row[l] = candidate_id(parts[0]->packed[c + l]);
+        codes[l] = reinterpret_cast<const uint8_t*>(a.panels[row[l] / kLanes]) + row[l] % kLanes;
+      }
+      exact_of(tables.all[i], codes, count, score);
+      for (int l = 0; l < count; ++l)
+        if (score[l] != score[l])
+          wrong[i] = wrong[i] < 0 || row[l] < wrong[i] ? row[l] : wrong[i];
+        else
+          topk_offer(&top, score[l], row[l]);
     }
     TopK* const all[] = {&top};
     topk_finish(all, 1, a.k, 1.0f, a.scores + (q0 + i) * a.k, a.ids + (q0 + i) * a.k);

@@ -231,6 +231,18 @@ def test_large_documents_and_many_queries(simd_level):
         np.testing.assert_array_equal(got, reference.maxsim(q, qp, x, xp, doc_mask=mask)[0])
 
 
+@pytest.mark.skipif(_backend.core is None, reason="the reference has no passes")
+def test_queries_of_several_passes():
+    rng = np.random.default_rng(8)
+    q, qp = tokens(rng, (300, 9000, 20, 0, 9000, 5), 2000)  # 73 and 72 MB, packed
+    x, xp = tokens(rng, (3, 1, 9), 2000)
+    for k in (None, 2):
+        got = maxsim(q, qp, x, xp, k=k)
+        one = [maxsim(q[qp[i] : qp[i + 1]], qp[i : i + 2] - qp[i], x, xp, k=k) for i in range(6)]
+        for a, b in zip((got,) if k is None else got, zip(*([o] if k is None else o for o in one))):
+            np.testing.assert_array_equal(a, np.concatenate(b))
+
+
 def test_infinities(simd_level):
     ptr = np.array([0, 2])
     q = np.array([[1, 0], [1, 0]], np.float32)

@@ -15,7 +15,8 @@ namespace LUTRA_NS {
 namespace late {
 namespace {
 
-constexpr int64_t kItems = 128;  // documents of a piece
+constexpr int64_t kItems = 128;             // documents of a piece
+constexpr int64_t kPackedBytes = 64 << 20;  // of the queries of a pass
 
 struct Item {
   int64_t document, column;
@@ -263,7 +264,9 @@ bool all_pairs(const MaxsimArgs& a, const Ways& ways, const int64_t* chunk, int6
   }
   const Packed packed(a, tokens, group.data, groups, ways.pack, ways.digits);
   if (!packed.exact) return false;
-  Workers workers(source, piece_rows, most_panels(packed, groups), work);
+  bool large = false;  // a document of several pieces
+  for (int64_t c = 0; c < chunks; ++c) large = large || a.x_ptr[chunk[c] + 1] - a.x_ptr[chunk[c]] > piece_rows;
+  Workers workers(source, piece_rows, large ? most_panels(packed, groups) : 0, work);
   Selections selections(a.k ? workers.threads : 0, a.k ? queries : 0, a.k, a.documents, Metric::ip);
   if (a.k)
     for (int t = 0; t < workers.threads; ++t) workers.each[t].best = selections.of_thread(t)->best;
@@ -356,8 +359,10 @@ bool run(const MaxsimArgs& a, const Ways& ways) {
   }
   chunk[chunks] = a.documents;
   const int64_t pass = a.k ? pass_queries(a.k, a.documents, num_threads(), 1) : a.nq;
-  for (int64_t first = 0; first < a.nq; first += pass) {
-    const int64_t last = first + pass < a.nq ? first + pass : a.nq;
+  const int64_t tokens = kPackedBytes / (source.stride * ways.digits);
+  for (int64_t first = 0, last; first < a.nq; first = last) {
+    last = first + 1;
+    while (last < a.nq && last - first < pass && a.q_ptr[last + 1] - a.q_ptr[first] <= tokens) ++last;
     if (!all_pairs<Dot>(a, ways, chunk.data, chunks, source, piece_rows, first, last)) return false;
   }
   return true;

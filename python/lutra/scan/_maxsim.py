@@ -31,8 +31,7 @@ def maxsim(
     """Late interaction: the sum over a query's tokens of their best match in a document (MaxSim, Chamfer).
 
     Tokens of all queries lie one after another, and so do those of all documents; offsets say whose they are.
-    The
-    similarities of tokens are never written out.
+    The similarities of tokens are never written out.
 
     Parameters
     ----------
@@ -40,8 +39,7 @@ def maxsim(
         Normalise tokens first where cosines are wanted.
     query_ptr : array, shape (nq + 1,), int64 or int32
         Tokens ``query_ptr[i] : query_ptr[i + 1]`` are those of query i. Begins with 0, does not fall, ends
-        with the
-        number of tokens.
+        with the number of tokens.
     docs : array, shape (document tokens, d), float32, float16, bfloat16, int8 or float64; or `ResidualTokens`
         float64 goes with float64 queries only.
     doc_ptr : array, shape (documents + 1,), int64 or int32
@@ -62,9 +60,8 @@ def maxsim(
     -------
     scores : array, shape (nq, documents), or (nq, c) with candidates; float32 (float64 for float64)
         With ``k`` instead `Neighbors`: scores and ids (nq, k), best first, equal scores by increasing id,
-        padded with
-        -inf and -1; a candidate that is named twice counts once.
-        A document without tokens scores -inf (maxima start there, not at 0); a query without tokens 0.
+        padded with -inf and -1; a candidate that is named twice counts once. A document without tokens scores
+        -inf (maxima start there, not at 0); a query without tokens 0.
 
     Raises
     ------
@@ -72,10 +69,8 @@ def maxsim(
         A candidate outside [-1, documents), a centroid id outside [0, centroids).
     TypeError, ValueError
         Types, dtypes or shapes that do not fit; offsets that do not begin with 0, fall, or do not end with
-        the number
-        of tokens (with candidates only those of the candidates are looked at); a NaN score, of which the
-        document is
-        named (on CUDA it is NaN).
+        the number of tokens (with candidates only those of the candidates are looked at); a NaN score, of
+        which the document is named (on CUDA it is NaN).
 
     See Also
     --------
@@ -84,17 +79,14 @@ def maxsim(
     Notes
     -----
     A score has the same bits whatever the other queries and documents of the call and the number of threads.
-    Products
-    of float32 are summed in float32; float16 and residual codes are converted as they are read; bfloat16 with
-    bfloat16
-    is multiplied as it is where the processor has AVX512-BF16. int8 docs with float queries: where the
-    processor has
-    AVX-512 VNNI the queries are rounded to 16 bits, relative to each token's largest value.
+    Products of float32 are summed in float32; float16 and residual codes are converted as they are read;
+    bfloat16 with bfloat16 is multiplied as it is where the processor has AVX512-BF16. int8 docs with float
+    queries: where the processor has AVX-512 VNNI the queries are rounded to 16 bits, relative to each token's
+    largest value.
 
     Gradient (torch): of the scores, to queries and float docs (to queries only where docs are codes); ties go
-    to the
-    lowest row. Sums are in float32 in a fixed order, the same bits every time. float64 is computed by the
-    reference.
+    to the lowest row. Sums are in float32 in a fixed order, the same bits every time. float64 is computed by
+    the reference.
 
     Cost: 2 d flops for each pair of a query token and a document token, twice that with ``symmetric``.
 

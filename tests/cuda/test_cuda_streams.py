@@ -104,9 +104,8 @@ def test_ops_in_a_cuda_graph(gpu_torch, name):
             same_bits(a, b)
 
 
-def test_training_step_in_a_cuda_graph(gpu_torch):
-    """Forward and backward of sign_hash and tables, gradients written whole at every replay."""
-    torch = gpu_torch.torch
+def tables_step(torch):
+    """Forward and backward of sign_hash and tables."""
     x = torch.randn(40, 64, device="cuda", requires_grad=True)
     tables = torch.randn(8, 256, 48, device="cuda", requires_grad=True)
 
@@ -114,6 +113,33 @@ def test_training_step_in_a_cuda_graph(gpu_torch):
         codes, weights = lutra.address.sign_hash(x)
         return torch.autograd.grad(lutra.gather.tables(tables, codes, weights).square().sum(), (x, tables))
 
+    return step, x
+
+
+def layer_step(torch, name):
+    """Forward and backward of a layer."""
+    import lutra.nn
+
+    layer = {
+        "MemoryLinear": lambda: lutra.nn.MemoryLinear(64, 48),
+        "LookupFFN": lambda: lutra.nn.LookupFFN(64),
+        "EmbeddingBag": lambda: lutra.nn.EmbeddingBag(1000, 48),
+    }[name]().to("cuda")
+    bag = name == "EmbeddingBag"
+    x = torch.randint(0, 1000, (40, 6), device="cuda") if bag else torch.randn(40, 64, device="cuda")
+    leaves = [p for p in layer.parameters() if p.requires_grad]
+
+    def step():
+        return torch.autograd.grad(layer(x).square().sum(), leaves)
+
+    return step, x
+
+
+@pytest.mark.parametrize("name", ["ops", "MemoryLinear", "LookupFFN", "EmbeddingBag"])
+def test_training_step_in_a_cuda_graph(gpu_torch, name):
+    """Gradients are written whole at every replay."""
+    torch = gpu_torch.torch
+    step, x = tables_step(torch) if name == "ops" else layer_step(torch, name)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -124,7 +150,7 @@ def test_training_step_in_a_cuda_graph(gpu_torch):
     with torch.cuda.graph(graph):
         grads = step()
     with torch.no_grad():
-        x.copy_(torch.randn_like(x))
+        x.copy_(x.roll(1, 0) if name == "EmbeddingBag" else torch.randn_like(x))
     graph.replay()
     for a, b in zip(grads, step()):
         same_bits(a.cpu().numpy(), b.cpu().numpy())

@@ -49,8 +49,9 @@ def found(model: lutra.Sent2Vec, queries: list[str], documents: list[str]) -> fl
 
 
 def rate(train: Callable[[int], float], words: int, more: int) -> float:
-    """Words a second of the epochs behind the first."""
-    return more * words / (train(1 + more) - train(1))
+    """Words a second of the epochs behind the first; the longer run comes last, and leaves its model."""
+    first = train(1)
+    return more * words / (train(1 + more) - first)
 
 
 def lines(quick: bool) -> Iterator[str]:

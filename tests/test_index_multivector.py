@@ -106,6 +106,13 @@ def test_forms_of_documents_and_queries():
     for index in (flat, filled, tensors):
         for a, b in zip(index.search(QUERIES, 4), want):
             np.testing.assert_array_equal(a, b)
+    for dtype in (np.float64, np.float16):
+        other = MultiVector(D, **SMALL)
+        other.add([d.astype(dtype) for d in DOCUMENTS])
+        scores = other.search([q.astype(dtype) for q in QUERIES], 4).scores
+        np.testing.assert_allclose(scores, want.scores, atol=1e-6 if dtype is np.float64 else 1e-2)
+    with pytest.raises(ValueError, match="infinities"):
+        tensors.search([np.full((1, D), 1e300)])
     found = tensors.search([torch.from_numpy(q) for q in QUERIES], 4)
     assert isinstance(found.scores, torch.Tensor)
     np.testing.assert_array_equal(found.ids.numpy(), want.ids)

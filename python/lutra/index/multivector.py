@@ -279,6 +279,9 @@ class MultiVector(Index):
     def _documents(self, x: Any, ptr: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         tokens, ptr = as_tokens(x if ptr is None else (x, ptr), self.d, mask)
         tokens = HOST.bring(tokens)
+        if tokens.dtype.name not in ("float32", "float16", "bfloat16"):  # float64, 8-bit integers
+            with np.errstate(over="ignore"):  # reported below
+                tokens = tokens.astype(np.float32)
         for i in range(0, len(tokens), 1 << 20):
             if not np.isfinite(np.asarray(tokens[i : i + (1 << 20)], np.float32)).all():
                 bad = ~np.isfinite(np.asarray(tokens[i : i + (1 << 20)], np.float32)).all(1)

@@ -19,7 +19,7 @@ from real_data import data_folder
 
 import lutra
 from lutra import metrics
-from lutra.index import MultiVector, pool_tokens
+from lutra.index import MultiVector
 
 K = 10
 _ENCODINGS = [(5, 3, 8), (10, 4, 8), (20, 4, 8), (20, 5, 16), (20, 5, 32)]
@@ -154,12 +154,6 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
             search = b.search(index, candidates=some, generator="centroids")
             row = b.row("centroid interaction", search, index._tokens.nbytes, candidates=some)
             yield row
-    for factor in (2,) if quick else (2, 3, 4, 6):
-        tokens, ptr = pool_tokens(b.d, b.dp, factor)
-        yield b.row(
-            f"tokens pooled by {factor}, all ranked",
-            lambda tokens=tokens, ptr=ptr: lutra.scan.maxsim(b.q, b.qp, tokens, ptr, k=K), tokens.nbytes,
-        )  # fmt: skip
 
 
 def expect(found: list[dict[str, Any]]) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._ranges import ranges
+
 BLOCK = 16  # rows; a list begins at a multiple of it, and its arrays may be interleaved within it
 _PART = 1 << 16  # rows that are moved at a time
 
@@ -76,10 +78,7 @@ class Arena:
         """Rows of the arena of some lists (default all), in order, and the list of each."""
         lists = np.arange(self.nlist) if lists is None else lists
         rows = self.rows[lists]
-        ends = np.cumsum(rows)
-        total = int(ends[-1]) if len(ends) else 0
-        owner = np.repeat(lists, rows)
-        return np.arange(total) + np.repeat(self.begin[lists] - (ends - rows), rows), owner
+        return ranges(self.begin[lists], rows), np.repeat(lists, rows)
 
     def take(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Values (n, a, b) of rows."""
@@ -104,7 +103,7 @@ class Arena:
         narrow = lists.astype(np.min_scalar_type(self.nlist), copy=False)  # which NumPy sorts by radix
         order = np.argsort(narrow, kind="stable")
         place = np.empty(n, np.int64)
-        place[order] = np.arange(n) - np.repeat(np.cumsum(count) - count, count)
+        place[order] = ranges(0, count)
         rows = self.begin[lists] + self.rows[lists] + place
         if n >= _PART:  # in the order of the arena, for the caches
             rows, positions = rows[order], positions[order]
@@ -164,7 +163,7 @@ class Arena:
         """Blocks that hold rows now, where they come to lie by a new layout, and its list_begin."""
         begin = np.cumsum(room) - room
         count = _padded(self.rows) // BLOCK
-        within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        within = ranges(0, count)
         return (
             within + np.repeat(self.begin // BLOCK, count),
             within + np.repeat(begin // BLOCK, count),
@@ -208,7 +207,7 @@ class Arena:
         stay = new >= 0
         left = np.bincount(owner[stay], minlength=self.nlist)
         source = rows[stay]
-        target = np.arange(len(source)) + np.repeat(self.begin - (np.cumsum(left) - left), left)
+        target = ranges(self.begin, left)
         # target <= source, and both increase: no row is overwritten before it has moved
         moved = np.flatnonzero(target != source)
         for i in range(0, len(moved), _PART):

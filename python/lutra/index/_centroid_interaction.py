@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import scan
+from .._ranges import ranges
 from ..scan import ResidualTokens
 
 _PROBES = 4  # centroids of a query token whose documents are looked at
@@ -38,7 +39,7 @@ class CentroidInteraction:
         near = scan.knn(tokens, self.tokens.centroids, min(_PROBES, len(self.tokens.centroids))).ids
         query = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr) * near.shape[1])
         begins, lengths = self.lists[near.ravel()], np.diff(self.lists)[near.ravel()]
-        documents = self.owners[_ranges(begins, lengths)]
+        documents = self.owners[ranges(begins, lengths)]
         pairs = np.unique(np.repeat(query, lengths) * self.n + documents)
         empty = np.flatnonzero(np.diff(ptr) == 0)  # a query without tokens: all scores are 0
         if len(empty):
@@ -60,10 +61,3 @@ class CentroidInteraction:
 def _offsets(numbers: np.ndarray, n: int) -> np.ndarray:
     """Where each of n numbers begins in a sorted list of them, and the end."""
     return np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=n))])
-
-
-def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers of all ranges, one after another."""
-    stops = np.cumsum(lengths)
-    total = int(stops[-1]) if len(stops) else 0
-    return np.arange(total) + np.repeat(begins - (stops - lengths), lengths)

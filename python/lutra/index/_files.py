@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .._arrays import BF16, F16, F32, I8, NUMPY, U8
+from .._arrays import BF16, F16, F32, I8, I32, NUMPY, U8
 from ._rows import Rows
 
 FORMAT = "lutra.index"
@@ -40,7 +40,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
 }
 #: The format's name of each dtype code of `_arrays`.
-NAMES = {F32: "F32", F16: "F16", BF16: "BF16", I8: "I8", U8: "U8"}
+NAMES = {F32: "F32", I32: "I32", F16: "F16", BF16: "BF16", I8: "I8", U8: "U8"}
 
 
 def name_of(dtype: np.dtype[Any]) -> str:

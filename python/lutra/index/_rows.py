@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import BF16, F16, F32, I8, U8
+from .._arrays import BF16, F16, F32, I8, I32, U8
 from ._home import HOST, Home
 
 #: Bytes per row value, and how many bytes are copied at a time where rows move.
-_SIZE = {F32: 4, F16: 2, BF16: 2, I8: 1, U8: 1}
+_SIZE = {F32: 4, I32: 4, F16: 2, BF16: 2, I8: 1, U8: 1}
 _STEP = 1 << 24
 
 

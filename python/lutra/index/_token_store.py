@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import quant
-from .._arrays import BF16, F16, F32, I8, U8
+from .._arrays import BF16, F16, F32, I8, I32, U8
 from ..scan import ResidualTokens
 from . import _files
 from ._home import HOST
@@ -37,7 +37,7 @@ class TokenStore:
             self.bits = RESIDUAL[format]
             self.rows = {
                 "token_codes": Rows(HOST, (d * self.bits + 7) // 8, U8),
-                "token_centroids": Rows(HOST, 4, U8),  # int32
+                "token_centroids": Rows(HOST, 1, I32),
             }
         else:
             self.rows = {"tokens": Rows(HOST, d, FORMATS[format])}
@@ -70,10 +70,9 @@ class TokenStore:
         """The tokens as `lutra.scan.maxsim` takes them. Views."""
         if self.format not in RESIDUAL:
             return self.rows["tokens"].view
-        ids = self.rows["token_centroids"].view
-        ids = np.ascontiguousarray(ids).view(np.int32)[:, 0] if len(ids) else np.empty(0, np.int32)
+        codes, ids = self.rows["token_codes"].view, self.rows["token_centroids"].view[:, 0]
         q = self.quantizer
-        return ResidualTokens(self.rows["token_codes"].view, ids, q.centroids, q.values, q.normalize)
+        return ResidualTokens(codes, ids, q.centroids, q.values, q.normalize)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,9 +103,7 @@ class TokenStore:
             if self.format in RESIDUAL:
                 coded = self.quantizer.encode(part)
                 to["token_codes"][:] = coded.codes
-                to["token_centroids"][:] = np.ascontiguousarray(coded.centroid_ids, np.int32)[:, None].view(
-                    np.uint8
-                )
+                to["token_centroids"][:, 0] = coded.centroid_ids
             elif self.format == "int8":
                 scale = np.maximum(np.abs(part).max(1, keepdims=True), np.float32(1e-30)) / np.float32(127)
                 to["token_scale"][:] = scale
@@ -173,7 +170,6 @@ class TokenStore:
             if not (np.isfinite(centroids).all() and np.isfinite(values).all()):
                 file.fail("the centroids or values of the tokens are not finite")
             ids = self.rows["token_centroids"].view
-            ids = np.ascontiguousarray(ids).view(np.int32) if len(ids) else np.empty((0, 1), np.int32)
             if len(ids) and (ids.min() < 0 or ids.max() >= count):
                 file.fail("the tensor 'token_centroids' names centroids that are not there")
             try:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from math import gcd
 from typing import Any
 
 import numpy as np
 
-from .. import _checks, scan
+from .. import _checks, _filters, scan
 from .._results import Neighbors
 from ..address import FDE
 from . import _files, _multivector_tune
@@ -137,8 +136,7 @@ class MultiVector(Index):
 
     @_ids.setter
     def _ids(self, ids: Ids) -> None:
-        if ids.n or not self.index.ntotal:
-            self.index._ids = ids
+        self.index._ids = ids
 
     @property
     def candidates(self) -> int:
@@ -283,9 +281,9 @@ class MultiVector(Index):
             with np.errstate(over="ignore"):  # reported below
                 tokens = tokens.astype(np.float32)
         for i in range(0, len(tokens), 1 << 20):
-            if not np.isfinite(np.asarray(tokens[i : i + (1 << 20)], np.float32)).all():
-                bad = ~np.isfinite(np.asarray(tokens[i : i + (1 << 20)], np.float32)).all(1)
-                raise ValueError(f"tokens[{int(bad.argmax()) + i}] holds NaN or infinities")
+            fine = np.isfinite(np.asarray(tokens[i : i + (1 << 20)], np.float32)).all(1)
+            if not fine.all():
+                raise ValueError(f"tokens[{int(fine.argmin()) + i}] holds NaN or infinities")
         return tokens, np.asarray(HOST.bring(ptr), np.int64)
 
     # ---- searching
@@ -359,7 +357,7 @@ class MultiVector(Index):
         keep = None if filter is None else self._keep(HOST, filter)
         if keep is None:
             return self._rank(tokens, ptr, k, None)
-        allowed = np.flatnonzero(np.unpackbits(keep, bitorder="little")[: self._ids.n])
+        allowed = _filters.positions(keep, self._ids.n)
         step = max(1, (1 << 22) // max(1, len(allowed)))  # queries whose lists are made at a time
         found = []
         for i in range(0, max(1, len(ptr) - 1), step):
@@ -422,10 +420,6 @@ class MultiVector(Index):
         tokens, ptr = self._documents(queries, ptr, mask)
         return _multivector_tune.tune(self, tokens, ptr, recall, k)
 
-    def to(self, device: Any) -> Index:
-        """Raises NotImplementedError for anything but 'cpu'."""
-        return super().to(device)
-
     # ---- files
     def _config(self) -> dict[str, Any]:
         inside = json.loads(self.index._contents()[1]["config"])
@@ -474,11 +468,6 @@ class MultiVector(Index):
         self.index._home = HOST
         tokens = file.config.get("token_config")
         self._tokens.restore(file, n, tokens if isinstance(tokens, dict) else {}, mmap)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        super().save(path)
-
-    save.__doc__ = Index.save.__doc__
 
 
 def _first_array(q: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays import is_torch
+from .._ranges import ranges
 from .._results import Neighbors
 from ..reference import maxsim as reference
 from ._maxsim import _counts, _mean, _scores
@@ -25,13 +26,13 @@ def other_way(arrays: tuple[Any, ...], unit: bool, normalize: bool) -> Any:
     flat, used = flat.reshape(-1) - np.count_nonzero(used < 0), used[used >= 0]
     begin, lengths = ptr[used], ptr[used + 1] - ptr[used]
     new = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    rows = np.repeat(begin - new[:-1], lengths) + np.arange(new[-1])
+    rows = ranges(begin, lengths)
     # The queries of each document that is used, side by side.
     pairs = np.argsort(flat, kind="stable")
     pairs = pairs[flat[pairs] >= 0]
     document = flat[pairs]
     counts = np.bincount(document, minlength=len(used))
-    place = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = ranges(0, counts)
     queries = np.full((len(used), counts.max(initial=0)), -1, np.int64)
     queries[document, place] = pairs // max(1, cand.shape[1])
     rows, new, queries, document, place, pairs = (

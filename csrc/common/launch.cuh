@@ -95,6 +95,8 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+// Whether the kernels of the *_sm90.cu files can run: they are machine code for compute capability 9.0 alone.
+inline bool is_hopper(int device) { return attribute(cudaDevAttrComputeCapabilityMajor, device) == 9; }
 // Shared memory that one block may take.
 inline int shared_limit(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 

@@ -3,10 +3,10 @@
     python benchmarks/cuda/bench_cuda.py [--quick] [--parts NAME ...] [--filter NAME] [--json FILE]
 
 Each case checks its result against torch's before it is timed. Times are medians of CUDA events around one
-call; inputs rotate so that no call finds the data of the last one in the caches where a real one would not (or
-the cache is flushed); lutra and torch take turns. `share` is the time that the measured limit allows (bytes over
-copy bandwidth, or operations over the rate of a large product of the case's type, whichever takes longer) over
-the time taken. The cases are in the files beside this one, one for each part.
+call; inputs rotate so that no call finds the data of the last one in the caches where a real one would not
+(or the cache is flushed); lutra and torch take turns. `share` is the time that the measured limit allows
+(bytes over copy bandwidth, or operations over the rate of a large product of the case's type, whichever takes
+longer) over the time taken. The cases are in the files beside this one, one for each part.
 """
 
 from __future__ import annotations

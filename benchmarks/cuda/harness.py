@@ -1,4 +1,4 @@
-"""What the CUDA benchmarks share: a case, its timing with CUDA events, the machine's limits, checks of results."""
+"""What the CUDA benchmarks share: a case, its timing with CUDA events, the limits, checks of results."""
 
 from __future__ import annotations
 

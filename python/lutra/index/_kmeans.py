@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _checks, address, gather
-from .._arrays import F32
+from .._arrays import F32, F64, I64
 from ._home import HOST, Home, check_matrix, deliver, home_of, to_float32
 from ._kmeans_variants import batches, bounded, check_slack, is_stream
 from ._progress import Progress
@@ -158,10 +158,8 @@ def lloyd(
 
     They start from ``start`` where that is given, and not as ``init`` says.
     """
-    xp = home.xp
     metric = "ip" if spherical else "l2"
     centroids = _start(home, points, k, init, spherical, rng) if start is None else start
-    every = home.positions(np.arange(k))
     objective: list[float] = []
     before = None
     for i in range(n_iter):
@@ -170,15 +168,14 @@ def lloyd(
             codes, scores = ids[:, 0], scores[:, 0]
         else:
             codes, scores = (home.bring(a) for a in bounded(home, points, centroids, slack, metric))
-        objective.append(float(HOST.bring(scores).mean(dtype=np.float64)))
+        # On a GPU the update is under way before anything is read back.
+        ahead = _launch_means(home, points, codes, k) if _on_gpu(home) else None
+        objective.append(float(scores.mean(dtype=home.xp.float64)))
         if before is not None and bool((codes == before).all()):
             bar.tick(n_iter - i)
             break
         before = codes
-        order = home.argsort(codes, k)
-        first = HOST.bring(xp.searchsorted(codes[order], every))
-        counts = np.diff(first, append=len(points))
-        centroids = _means(home, points, order, first, counts)
+        centroids, order, first, counts = _clusters(home, points, codes, k, ahead)
         if spherical:
             centroids = home.normalise(centroids)
         if not counts.all():
@@ -212,12 +209,9 @@ def _in_batches(
             sums = centroids
         scores, ids = address.nearest(points, centroids, 1, metric)
         codes, scores = ids[:, 0], scores[:, 0]
-        objective.append(float(HOST.bring(scores).mean(dtype=np.float64)) if points.shape[0] else 0.0)
-        order = home.argsort(codes, k)
-        first = HOST.bring(home.xp.searchsorted(codes[order], home.positions(np.arange(k))))
-        counts = np.diff(first, append=points.shape[0])
+        objective.append(float(scores.mean(dtype=home.xp.float64)) if points.shape[0] else 0.0)
+        means, order, first, counts = _clusters(home, points, codes, k)
         seen += counts
-        means = _means(home, points, order, first, counts)
         share = home.kind.cast(home.bring(counts / np.maximum(seen, 1)), F32)[:, None]
         sums = sums + (means - sums) * share
         centroids = home.normalise(sums) if spherical else sums
@@ -232,6 +226,37 @@ def _in_batches(
     native = like[0] if isinstance(like, (list, tuple)) else like
     result = deliver(home, (centroids,), native)[0] if not hasattr(like, "__next__") else centroids
     return KMeans(result, np.array(objective))
+
+
+def _on_gpu(home: Home) -> bool:
+    return home.kind.cuda and home.kind.kernels is not None
+
+
+def _launch_means(home: Home, points: Any, codes: Any, k: int) -> tuple[Any, Any, Any]:
+    """Means of the clusters, the points sorted by cluster, and where each begins, on a GPU: no waiting."""
+    kind, (n, d) = home.kind, points.shape
+    points, codes = kind.dense(points), kind.dense(codes)
+    means, order, first = home.empty((k, d), F32), home.empty((n,), I64), home.empty((k + 1,), I64)
+    kind.kernels.cluster_means(
+        kind.ptr(points), n, d, kind.ptr(codes), k, kind.ptr(means), kind.ptr(order), kind.ptr(first),
+        *kind.launch(points, kind.scratch("cluster_means", points, n, d, k)),
+    )  # fmt: skip
+    return means, order, first
+
+
+def _clusters(home: Home, points: Any, codes: Any, k: int, ahead: Any = None) -> tuple[Any, Any, Any, Any]:
+    """Means, the points sorted by cluster (stable), and on the host where each cluster begins and its size.
+
+    ``ahead``: what `_launch_means` gave, where it was called already.
+    """
+    if _on_gpu(home):
+        means, order, first = ahead or _launch_means(home, points, codes, k)
+        first = HOST.bring(first)
+        return means, order, first[:-1], np.diff(first)
+    order = home.argsort(codes, k)
+    first = HOST.bring(home.xp.searchsorted(codes[order], home.positions(np.arange(k))))
+    counts = np.diff(first, append=len(points))
+    return _means(home, points, order, first, counts), order, first, counts
 
 
 def _means(home: Home, points: Any, order: Any, first: np.ndarray, counts: np.ndarray) -> Any:
@@ -293,6 +318,8 @@ def _random(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.nda
 
 def _plus_plus(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.ndarray:
     """k points, each with a probability in proportion to its squared distance from those before."""
+    if home.kind.cuda:
+        return _plus_plus_on_gpu(home, points, k, rng)
     xp = home.xp
     chosen = [int(rng.integers(len(points)))]
     distances = None
@@ -307,3 +334,33 @@ def _plus_plus(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.
         else:  # every point is a centroid already
             chosen.append(int(rng.integers(len(points))))
     return np.array(chosen)
+
+
+def _plus_plus_on_gpu(home: Home, points: Any, k: int, rng: np.random.Generator) -> np.ndarray:
+    """The same without a word to the host before the end.
+
+    Distances are added as integers, a share of the largest each: floating-point sums of a GPU's cumulative
+    sum depend on which block comes first.
+    """
+    xp, n = home.xp, len(points)
+    scale = float(2 ** min(40, 62 - n.bit_length()))
+    draws = home.bring(rng.random(k))
+    chosen = home.kind.cast(draws * n, I64).clip(0, n - 1)  # where all distances are 0
+    distances: Any = None
+    for i in range(1, k):
+        new = address.nearest(points, points[chosen[i - 1 : i]], 1, "l2").scores[:, 0]
+        distances = new if distances is None else xp.minimum(distances, new)
+        largest = distances.max()
+        shares = home.kind.cast(distances, F64) * (scale / xp.where(largest > 0, largest, 1))
+        cumulative = home.kind.cast(shares, I64).cumsum(0)
+        wanted = home.kind.cast(draws[i : i + 1] * home.kind.cast(cumulative[-1:], F64), I64)
+        slot = _after(home, cumulative, wanted).clip(0, n - 1)
+        chosen[i : i + 1] = xp.where(cumulative[-1:] > 0, slot, chosen[i : i + 1])
+    return HOST.bring(chosen)
+
+
+def _after(home: Home, increasing: Any, values: Any) -> Any:
+    """How many of ``increasing`` are <= each value."""
+    if home.kind.name == "torch":
+        return home.xp.searchsorted(increasing, values, right=True)
+    return home.xp.searchsorted(increasing, values, side="right")

@@ -1,0 +1,163 @@
+// Sums of look-ups over codes of 4 to 8 bits in inverted lists on CUDA; formulas are in lut8.h, the layout of 4-bit
+// codes in fast_scan.h, the plan in list_scan.cuh.
+//
+// A block has one probe: it copies its query's tables to shared memory and each thread adds up the look-ups of one row,
+// j in increasing order, in fp32. 4 bits: a warp's words of a group of 8 entries lie side by side, and 16 entries of a
+// table lie in 16 banks, so that look-ups never meet. 8 bits: up to 16 codes come in a load; words of 32 lanes meet in
+// a bank 3.5 times on average, which is the limit. Entries that ksub does not reach are NaN in the copy, so that no
+// code is ever tested. Tables that do not fit are read through L1, with the test.
+#include "scan/list_scan.cuh"
+
+namespace lutra {
+namespace cuda {
+namespace {
+
+struct LutScan {
+  const float* lut;  // of the queries of the launch, (nq, m, ksub)
+  int m, ksub, bits;
+  int64_t size;  // bytes of a row; 4 bits: of a group of rows' words, see below
+  const uint8_t* codes;
+  const float *base, *bias, *add, *mul;
+};
+
+// VEC: codes that come in a load (8 bits); FAR: the tables stay in device memory.
+template <int BITS, int VEC, bool FAR>
+__global__ void __launch_bounds__(kListThreads) lut_kernel(ListScan a, LutScan r) {
+  const ListWork w = list_work<1>(a);
+  const int64_t query = w.head / a.lists.nprobe;
+  const int entries = BITS == 4 ? 16 : BITS == 8 ? 256 : 1 << r.bits;
+  const float* tables = r.lut + query * r.m * r.ksub;
+  float* near = dynamic_shared<float>();
+  Selector select;
+  start_list_selection(&select, near + (FAR ? 0 : static_cast<int64_t>(r.m) * entries), 1, a);
+  if (!FAR && w.begin < w.end) {
+    if (r.ksub == entries && (reinterpret_cast<uintptr_t>(tables) & 15) == 0) {
+      for (int i = threadIdx.x; i < r.m * entries / 4; i += kListThreads)
+        reinterpret_cast<float4*>(near)[i] = reinterpret_cast<const float4*>(tables)[i];
+    } else {
+      for (int i = threadIdx.x; i < r.m * entries; i += kListThreads) {
+        const int j = i / entries, c = i - j * entries;
+        near[i] = c < r.ksub ? tables[static_cast<int64_t>(j) * r.ksub + c] : quiet_nan();
+      }
+    }
+  }
+  const auto look = [&](int j, int c) {
+    if (FAR) return c < r.ksub ? tables[static_cast<int64_t>(j) * r.ksub + c] : quiet_nan();
+    return near[j * entries + c];
+  };
+  const float constant = (r.base ? r.base[w.head] : 0.0f) + (r.bias ? r.bias[query] : 0.0f);
+  __syncthreads();
+  for (int64_t tile = w.begin; tile < w.end; tile += kListThreads) {
+    const int64_t row = tile + threadIdx.x;
+    float score[1][1] = {{0}};
+    const bool here = row < w.end;
+    if (here) {
+      float sum = 0;
+      if (BITS == 4) {  // word g of a row: entries 8 g to 8 g + 3 in the low halves of its bytes, the next in the high
+        const int groups = (r.m + 7) / 8;
+        const auto* words = reinterpret_cast<const uint32_t*>(r.codes) + (row >> 4) * groups * 16 + (row & 15);
+        int g = 0;
+#pragma unroll 4
+        for (; g < r.m / 8; ++g) {
+          const uint32_t word = words[g * 16];
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sum += look(g * 8 + e, word >> ((e & 3) * 8 + (e >> 2) * 4) & 15);
+        }
+        if (g < groups) {
+          const uint32_t word = words[g * 16];
+          for (int e = 0; e < r.m - g * 8; ++e) sum += look(g * 8 + e, word >> ((e & 3) * 8 + (e >> 2) * 4) & 15);
+        }
+      } else if (BITS == 8) {
+        const uint8_t* codes = r.codes + row * r.size;
+#pragma unroll(VEC == 16 ? 1 : 4)
+        for (int j = 0; j < r.m; j += VEC) {
+          const auto word = *reinterpret_cast<const typename Word<VEC>::type*>(codes + j);
+          uint8_t bytes[VEC];
+          memcpy(bytes, &word, VEC);
+#pragma unroll
+          for (int b = 0; b < VEC; ++b) sum += look(j + b, bytes[b]);
+        }
+      } else {  // eight codes are `bits` bytes
+        const uint8_t* codes = r.codes + row * r.size;
+        for (int j = 0; j < r.m; j += 8) {
+          const int64_t first = static_cast<int64_t>(j / 8) * r.bits;
+          uint64_t eight = 0;
+          for (int b = 0; b < r.bits; ++b)
+            if (first + b < r.size) eight |= static_cast<uint64_t>(codes[first + b]) << (8 * b);
+          const int rest = r.m - j < 8 ? r.m - j : 8;
+          for (int e = 0; e < rest; ++e) sum += look(j + e, static_cast<int>(eight >> (e * r.bits)) & (entries - 1));
+        }
+      }
+      if (r.mul) sum *= r.mul[row];
+      sum += constant;
+      if (r.add) sum += r.add[row];
+      score[0][0] = a.sign * sum;
+    }
+    const int64_t rows[1] = {row};
+    offer_list_rows<1, 1>(a, select, score, rows, here);
+  }
+  finish_list_selection<1>(a, w, select);
+}
+
+struct LutPlan {
+  bool far;
+  size_t shared;
+  ListScanPlan lists;
+};
+
+LutPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t m, int64_t ksub, int bits, int device) {
+  if (m > 0xfffff || bits < 4 || bits > 8 || ksub < 1 || ksub > 256)
+    throw std::length_error("lutra: tables of codes in lists on CUDA have at most 2^20 - 1 parts of 4 to 8 bits");
+  LutPlan p;
+  const size_t limit = static_cast<size_t>(shared_limit(device));
+  const size_t tables = (static_cast<size_t>(m) * 4) << bits;
+  const int best = static_cast<int>(a.k < a.npositions ? a.k : a.npositions);
+  const size_t selection = list_select_bytes(1, best, list_capacity(best < 1 ? 1 : best));
+  p.far = tables + selection > limit;
+  p.lists = plan_list_scan(a, sizes, ListScanShape{kListThreads, false, p.far ? 0 : tables}, device);
+  p.shared = (p.far ? 0 : tables) + list_select_bytes(1, p.lists.best, p.lists.capacity);
+  return p;
+}
+
+}  // namespace
+
+int64_t list_lut_workspace(const ListsArgs& a, const ListSizes& sizes, int64_t m, int64_t ksub, int bits,
+                           const Launch& l) {
+  const DeviceGuard guard(l.device);
+  return list_scan_bytes(plan_for(a, sizes, m, ksub, bits, l.device).lists, a);
+}
+
+void list_lut(const Lut8Args& a, const ListSizes& sizes, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  const LutPlan p = plan_for(a.lists, sizes, a.m, a.ksub, a.bits, l.device);
+  if (a.bits == 4 && !aligned(a.codes, 4)) throw std::invalid_argument("lutra: codes in lists are not aligned");
+  each_list_scan(a.lists, p.lists, "list_lut", l, [&](const ListScan& s, int64_t first, dim3 grid) {
+    const LutScan r{a.lut + first * a.m * a.ksub,
+                    static_cast<int>(a.m),
+                    static_cast<int>(a.ksub),
+                    a.bits,
+                    (a.m * a.bits + 7) / 8,
+                    a.codes,
+                    a.base ? a.base + first * a.lists.nprobe : nullptr,
+                    a.bias ? a.bias + first : nullptr,
+                    a.add,
+                    a.mul};
+    auto kernel = lut_kernel<5, 1, false>;
+    if (a.bits == 4)
+      kernel = p.far ? lut_kernel<4, 1, true> : lut_kernel<4, 1, false>;
+    else if (a.bits < 8)
+      kernel = p.far ? lut_kernel<5, 1, true> : lut_kernel<5, 1, false>;
+    else if (p.far)
+      kernel = lut_kernel<8, 1, true>;
+    else if (a.m % 16 == 0 && aligned(a.codes, 16))
+      kernel = lut_kernel<8, 16, false>;
+    else if (a.m % 4 == 0 && aligned(a.codes, 4))
+      kernel = lut_kernel<8, 4, false>;
+    else
+      kernel = lut_kernel<8, 1, false>;
+    launch("list_lut", kernel, grid, kListThreads, p.shared, l, s, r);
+  });
+}
+
+}  // namespace cuda
+}  // namespace lutra

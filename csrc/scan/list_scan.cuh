@@ -1,0 +1,164 @@
+// What the CUDA scans of inverted lists share; the convention of lists is in lists.h.
+//
+// A probe is a pair of a query and one of its lists. A list is cut into stretches of rows, so that a long one keeps
+// many blocks busy; block (i, s) scans stretch s of the list of probe i and leaves its k best in place
+// [i * stretches + s] of the workspace, and merge_lists finds each query's k best among these. Where a batch probes
+// lists several times over, the probes are sorted by list first (radix sort on the device) and a block serves up to
+// kGroup probes of one list, which share each load of its rows; the blocks of the others return at once. Nothing of
+// this is read by the host: it knows the sizes of the lists from the index (`longest`, `typical`), and they decide no
+// more than how the work is cut.
+//
+// The candidates of a block lie in shared memory. Positions and the filter are looked up for those only that pass the
+// query's threshold. k <= 2048; fewer than 2^31 probes of a launch, positions below 2^31.
+#pragma once
+#include "common/select.cuh"
+#include "scan/list_cuda.h"
+
+namespace lutra {
+namespace cuda {
+
+constexpr int kListThreads = 256, kListWarps = kListThreads / 32;
+constexpr int kGroup = 8;  // probes of a list that a block serves
+
+struct ListScan {   // what a kernel gets
+  ListsArgs lists;  // of the queries of this launch; scores, ids and bad are not used
+  int stretches;
+  int64_t stretch;  // rows, a multiple of 16
+  // Sorted by list (kGroup probes a block), or null. Probes without a list have the key nlist.
+  const uint32_t* sorted_lists;
+  const int32_t* sorted_probes;
+  const int32_t* first;  // (nlist + 2,) where the probes of each list begin
+  int best, capacity;
+  float sign;  // -1 where smaller is better
+  Key* keys;   // [queries * nprobe][stretches][best]
+};
+
+// ---- host side
+struct ListScanPlan {
+  bool grouped, repeated;
+  int best, capacity, stretches;
+  int64_t stretch, queries;  // of a launch
+};
+
+struct ListScanShape {
+  int64_t tile;         // rows that a block scans at a time
+  bool can_group;       // whether the kernel has a form for kGroup probes
+  size_t shared_alone;  // shared memory besides the selection, for one probe
+};
+
+inline size_t list_select_bytes(int probes, int best, int capacity) {
+  return Selector::bytes(probes, best, kListWarps) +
+         (best <= kShortK ? 0 : static_cast<size_t>(probes) * capacity * sizeof(Key));
+}
+
+ListScanPlan plan_list_scan(const ListsArgs&, const ListSizes&, const ListScanShape&, int device);
+int64_t list_scan_bytes(const ListScanPlan&, const ListsArgs&);
+
+// scan(ListScan, first query of the launch, grid) for each part of the queries, between sorting and merging.
+struct ListScanCall {
+  void* context;
+  void (*scan)(void* context, const ListScan&, int64_t first_query, dim3 grid);
+};
+void run_list_scan(const ListsArgs&, const ListScanPlan&, const char* what, const Launch&, const ListScanCall&);
+
+template <class F>
+void each_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, const Launch& l, F f) {
+  run_list_scan(a, p, what, l, {&f, [](void* context, const ListScan& s, int64_t first, dim3 grid) {
+                                  (*static_cast<F*>(context))(s, first, grid);
+                                }});
+}
+
+// ---- device side: what a block has to do
+struct ListWork {
+  int64_t list;        // -1: none
+  int64_t begin, end;  // rows of the arena
+  int probes;          // that it serves; 0: the block leaves
+  int64_t head;        // where they stand among the sorted ones
+};
+
+template <int Q>
+__device__ __forceinline__ ListWork list_work(const ListScan& a) {
+  ListWork w;
+  const int64_t i = blockIdx.x;
+  w.head = i;
+  w.probes = 1;
+  if (Q == 1) {
+    w.list = a.lists.probes[i];
+  } else {
+    w.list = a.sorted_lists[i];
+    const int64_t from = a.first[w.list], to = a.first[w.list + 1];
+    const int64_t rest = to - i;
+    w.probes = (i - from) % Q ? 0 : static_cast<int>(rest < Q ? rest : Q);
+  }
+  w.begin = w.end = 0;
+  if (w.list < 0 || w.list >= a.lists.nlist) {
+    w.list = -1;
+    return w;
+  }
+  const int64_t begin = a.lists.list_begin[w.list], rows = a.lists.list_rows[w.list];
+  // A list that leaves the arena is damaged: it has no rows.
+  if (begin < 0 || begin % 16 || rows < 0 || begin > a.lists.arena_rows || rows > a.lists.arena_rows - begin) return w;
+  const int64_t from = blockIdx.y * a.stretch;
+  int64_t to = from + a.stretch;
+  if (to > rows || static_cast<int>(blockIdx.y) == a.stretches - 1) to = rows;
+  if (from < to) w.begin = begin + from, w.end = begin + to;
+  return w;
+}
+
+// The probe (query of the launch * nprobe + place) that is number i of the block.
+template <int Q>
+__device__ __forceinline__ int64_t list_probe(const ListScan& a, const ListWork& w, int i) {
+  return Q == 1 ? w.head : a.sorted_probes[w.head + i];
+}
+
+__device__ __forceinline__ void start_list_selection(Selector* select, void* shared, int probes, const ListScan& a) {
+  auto* near = static_cast<Key*>(shared);
+  const bool shorter = a.best <= kShortK;
+  select->init(shorter ? near : near + static_cast<int64_t>(probes) * a.capacity, near, a.capacity, probes, a.capacity,
+               a.best);
+}
+
+// Offers the scores of V rows for Q probes; scores[q][v] of row rows[v], where bit q * V + v of `pending` is set. All
+// threads of the block call it, and the block's threads wait for one another.
+template <int Q, int V>
+__device__ __forceinline__ void offer_list_rows(const ListScan& a, Selector& select, const float (&scores)[Q][V],
+                                                const int64_t (&rows)[V], unsigned pending) {
+  static_assert(Q * V <= 32, "one bit for each score");
+  for (;;) {
+    unsigned refused = 0;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+      const float bar = select.least_score[q];
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (!(pending >> (q * V + v) & 1) || scores[q][v] < bar) continue;
+        const int64_t position = a.lists.positions ? a.lists.positions[rows[v]] : rows[v];
+        if (position < 0 || position >= a.lists.npositions) continue;
+        if (a.lists.keep && !(a.lists.keep[position >> 3] >> (position & 7) & 1)) continue;
+        if (!select.add(q, scores[q][v], static_cast<uint32_t>(position))) refused |= 1u << (q * V + v);
+      }
+    }
+    if (!__syncthreads_or(refused != 0)) break;
+    select.compact(false);
+    __syncthreads();
+    pending = refused;
+  }
+}
+
+// The end of the block: each probe's best to its place, the rest of the place 0.
+template <int Q>
+__device__ __forceinline__ void finish_list_selection(const ListScan& a, const ListWork& w, Selector& select) {
+  __syncthreads();
+  select.compact(true);
+  __syncthreads();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  for (int q = warp; q < w.probes; q += kListWarps) {
+    Key* to = a.keys + (list_probe<Q>(a, w, q) * a.stretches + blockIdx.y) * a.best;
+    const Key* from = select.lists + q * select.pitch;
+    const int count = select.counts[q];
+    for (int i = lane; i < a.best; i += 32) to[i] = i < count ? from[i] : 0;
+  }
+}
+
+}  // namespace cuda
+}  // namespace lutra

@@ -25,3 +25,7 @@ def gpu(request):
 @pytest.fixture
 def gpu_torch():
     return gpu_arrays.library("torch")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sanitize: small cases for compute-sanitizer")

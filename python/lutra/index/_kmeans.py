@@ -237,9 +237,10 @@ def _launch_means(home: Home, points: Any, codes: Any, k: int) -> tuple[Any, Any
     kind, (n, d) = home.kind, points.shape
     points, codes = kind.dense(points), kind.dense(codes)
     means, order, first = home.empty((k, d), F32), home.empty((n,), I64), home.empty((k + 1,), I64)
+    scratch = kind.scratch("cluster_means", points, n, d, k)
     kind.kernels.cluster_means(
         kind.ptr(points), n, d, kind.ptr(codes), k, kind.ptr(means), kind.ptr(order), kind.ptr(first),
-        *kind.launch(points, kind.scratch("cluster_means", points, n, d, k)),
+        *kind.launch(points, scratch),
     )  # fmt: skip
     return means, order, first
 

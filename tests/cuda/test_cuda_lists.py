@@ -15,7 +15,7 @@ BLOCK = 16
 
 
 def make_lists(rng, sizes, gap=False):
-    """Lists of some sizes in an arena with shuffled positions: begins, sizes, positions, their number, rows."""
+    """Lists in an arena with shuffled positions: begins, sizes, positions, their number, rows."""
     sizes = np.asarray(sizes, np.int64)
     room = (sizes + BLOCK - 1) // BLOCK * BLOCK + (BLOCK if gap else 0)
     begin = np.cumsum(room) - room

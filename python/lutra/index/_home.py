@@ -8,6 +8,7 @@ that the first of them came with.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from math import isfinite
 from typing import Any
 
@@ -29,6 +30,7 @@ from .._arrays import (
     kind_of,
     type_name,
 )
+from .._ranges import ranges
 
 VECTOR_CODES = (F32, F16, BF16, F64, U8, I8)  # 8-bit integers are exact in float32
 
@@ -64,7 +66,16 @@ class Home:
         return str(self.anchor.device) if self.kind.name == "torch" else f"cuda:{self.anchor.device.id}"
 
     def empty(self, shape: tuple[int, ...], code: int) -> Any:
+        if code == BF16 and self.kind.name == "cupy":
+            raise TypeError(
+                "CuPy has no bfloat16: import torch before the index moves to the GPU, or take float16"
+            )
         return self.kind.empty(shape, code, self.anchor)
+
+    def full(self, shape: tuple[int, ...], value: int, code: int) -> Any:
+        a = self.empty(shape, code)
+        a[...] = value
+        return a
 
     def bring(self, a: Any) -> Any:
         """A native array of any library and device as an array of this home, with its own dtype.
@@ -101,6 +112,70 @@ class Home:
             return isfinite(np.vdot(a, a)) or bool(np.isfinite(a).all())
         with np.errstate(over="ignore", invalid="ignore"):
             return isfinite(a.sum(dtype=np.float32)) or bool(np.isfinite(a).all())
+
+    # ---- streams
+    def wait(self) -> None:
+        """Wait for all work on the device, of any stream."""
+        if self.kind.cuda and self.kind.name == "torch":
+            self.xp.cuda.synchronize(self.anchor.device)
+        elif self.kind.cuda:
+            self.anchor.device.synchronize()
+
+    def following(self, like: Any) -> Any:
+        """A context in which work of this home goes to the stream that is current for the library of ``like``.
+
+        Both libraries may be the same, and then there is nothing to do; a caller's CuPy array and an index of
+        torch tensors on one device share CuPy's stream.
+        """
+        kind = kind_of(like, "q") if is_native(like) else None
+        if kind is None or not self.kind.cuda or not kind.cuda or kind.name == self.kind.name:
+            return nullcontext()
+        number = self.anchor.device.index if self.kind.name == "torch" else self.anchor.device.id
+        if kind.name == "cupy":
+            if like.device.id != number:
+                return nullcontext()
+            stream = sys.modules["cupy"].cuda.get_current_stream(number).ptr
+            torch = self.xp
+            return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.anchor.device))
+        if like.device.index != number:
+            return nullcontext()
+        return self.xp.cuda.ExternalStream(
+            sys.modules["torch"].cuda.current_stream(number).cuda_stream, number
+        )
+
+    # ---- integers whose counts the host knows
+    def ranges(self, begins: Any, lengths: np.ndarray) -> Any:
+        """`lutra._ranges.ranges` of NumPy arrays, as an array of this home."""
+        if self.kind is NUMPY:
+            return ranges(begins, lengths)
+        stops = np.cumsum(lengths)
+        total = int(stops[-1]) if len(stops) else 0
+        numbers = self.arange(total)
+        if total == 0:
+            return numbers
+        return numbers + self.bring(begins - (stops - lengths))[self.after(self.bring(stops), numbers)]
+
+    def repeat(self, values: np.ndarray, lengths: np.ndarray) -> Any:
+        """Each of the values (NumPy, int64) so many times, as an array of this home."""
+        if self.kind is NUMPY:
+            return np.repeat(values, lengths)
+        stops = np.cumsum(lengths)
+        numbers = self.arange(int(stops[-1]) if len(stops) else 0)
+        return self.bring(values)[self.after(self.bring(stops), numbers)] if len(numbers) else numbers
+
+    def after(self, increasing: Any, values: Any) -> Any:
+        """How many of ``increasing`` are <= each value."""
+        if self.kind.name == "torch":
+            return self.xp.searchsorted(increasing, values, right=True)
+        return self.xp.searchsorted(increasing, values, side="right")
+
+    def bincount(self, a: Any, length: int) -> np.ndarray:
+        """How often 0, 1, ..., length - 1 occur; on the host."""
+        return HOST.bring(self.xp.bincount(a, minlength=length))
+
+    def nonzero(self, a: Any) -> Any:
+        """Where a 1-d array is true."""
+        return self.xp.nonzero(a, as_tuple=True)[0] if self.kind.name == "torch" else self.xp.nonzero(a)[0]
 
     # ---- what the three libraries call by different names
     def arange(self, n: int) -> Any:

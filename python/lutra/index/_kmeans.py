@@ -355,13 +355,6 @@ def _plus_plus_on_gpu(home: Home, points: Any, k: int, rng: np.random.Generator)
         shares = home.kind.cast(distances, F64) * (scale / xp.where(largest > 0, largest, 1))
         cumulative = home.kind.cast(shares, I64).cumsum(0)
         wanted = home.kind.cast(draws[i : i + 1] * home.kind.cast(cumulative[-1:], F64), I64)
-        slot = _after(home, cumulative, wanted).clip(0, n - 1)
+        slot = home.after(cumulative, wanted).clip(0, n - 1)
         chosen[i : i + 1] = xp.where(cumulative[-1:] > 0, slot, chosen[i : i + 1])
     return HOST.bring(chosen)
-
-
-def _after(home: Home, increasing: Any, values: Any) -> Any:
-    """How many of ``increasing`` are <= each value."""
-    if home.kind.name == "torch":
-        return home.xp.searchsorted(increasing, values, right=True)
-    return home.xp.searchsorted(increasing, values, side="right")

@@ -101,5 +101,6 @@ class Rows:
 
     def parts(self) -> Any:
         """The rows as NumPy arrays, one part after another."""
+        dtype = HOST.kind.dtype(self.code)  # bfloat16 leaves torch as float32
         for i in range(0, self.n, self.step):
-            yield HOST.bring(self.view[i : i + self.step])
+            yield HOST.bring(self.view[i : i + self.step]).astype(dtype, copy=False)

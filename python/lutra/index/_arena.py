@@ -12,7 +12,8 @@ from ._home import HOST, Home
 
 BLOCK = 16  # rows; a list begins at a multiple of it, and its arrays may be interleaved within it
 _PART = 1 << 16  # rows that are moved at a time
-_CODES = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8, "uint8": U8}
+#: dtype codes by the names of NumPy's dtypes.
+CODES = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8, "uint8": U8}
 
 
 class Field(NamedTuple):
@@ -28,7 +29,7 @@ class Field(NamedTuple):
     def empty(self, blocks: int, home: Home = HOST) -> Any:
         if home is HOST:
             return np.zeros((blocks, self.a, BLOCK, self.b), self.dtype)
-        return home.full((blocks, self.a, BLOCK, self.b), 0, _CODES[self.dtype.name])
+        return home.full((blocks, self.a, BLOCK, self.b), 0, CODES[self.dtype.name])
 
 
 class Arena:

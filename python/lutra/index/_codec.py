@@ -28,12 +28,14 @@ from typing import Any
 
 import numpy as np
 
+from .. import address
+from .._arrays import F32, U8
 from ..quant import _bits
 from ..reference.lists import scalar_codes, scalar_rows
 from ..scan import _lists
 from ..scan._lists import Lists
-from ._arena import Arena, Field
-from ._home import HOST
+from ._arena import CODES, Arena, Field
+from ._home import HOST, Home
 
 ROWS = ("float32", "float16", "bfloat16", "int8")
 _SQ_ROWS = {"fp16": "float16", "bf16": "bfloat16"}
@@ -60,6 +62,20 @@ def to_rows(x: np.ndarray, dtype: np.dtype[Any], first: int, name: str) -> np.nd
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
         raise ValueError(f"x[{first + row}, {column}] is {x[row, column]}; {why}")
+    return rows
+
+
+def to_rows_on_gpu(home: Home, x: Any, code: int, first: int, name: str) -> Any:
+    """`to_rows` in a home that is not the host."""
+    rows = home.kind.cast(x, code)
+    if code == F32:
+        return rows
+    back = home.kind.cast(rows, F32)
+    good = back == x if name == "int8" else home.xp.isfinite(back)
+    if not bool(good.all()):
+        row, column = (int(i) for i in np.argwhere(~HOST.bring(good))[0])
+        why = "int8 rows hold integers from -128 to 127" if name == "int8" else f"beyond {name}"
+        raise ValueError(f"x[{first + row}, {column}] is {float(x[row, column])}; {why}")
     return rows
 
 
@@ -154,6 +170,33 @@ class Codec:
             )
         return values
 
+    def encode_on_gpu(self, home: Home, x: Any, centroids: Any, first: int) -> dict[str, Any]:
+        """`encode` of vectors of a home that is not the host.
+
+        Rows are made there; of product quantizers the nearest entries are found there. The rest is a
+        quantizer's own code, on the host.
+        """
+        if self.quantizer is None:
+            rows = to_rows_on_gpu(home, x, CODES[self.dtype.name], first, self.name)
+            return {"vectors_in_lists": rows[:, :, None]}
+        quantizer, kind = self.quantizer, home.kind
+        center = None if centroids is None else HOST.bring(centroids)
+        if type(quantizer).__name__ != "PQ" or quantizer._uses_directions:
+            values = self.encode(HOST.bring(x), center, first)
+        else:
+            part = x - centroids if self.residual else x
+            entries = home.empty((len(x), quantizer.m), U8)
+            for j in range(quantizer.m):
+                book = home.bring(np.ascontiguousarray(quantizer._books[j]))
+                columns = kind.dense(part[:, j * quantizer.dsub : (j + 1) * quantizer.dsub])
+                entries[:, j] = kind.cast(address.nearest(columns, book, 1, "l2").ids[:, 0], U8)
+            codes = _bits.pack(HOST.bring(entries), quantizer.bits)
+            values = {"codes": self._packed(codes)}
+            for name, term in zip(("add", "mul"), self._terms(codes, center)):
+                if term is not None:
+                    values[name] = term[:, None, None]
+        return {name: home.bring(np.ascontiguousarray(value)) for name, value in values.items()}
+
     def _packed(self, codes: np.ndarray) -> np.ndarray:
         """Codes as the values (n, a, b) of their array."""
         if self.form == "scalar":
@@ -195,10 +238,11 @@ class Codec:
         return np.ascontiguousarray(every[:, : self.quantizer.m])
 
     def vectors(self, arena: Arena, rows: np.ndarray, centroids: np.ndarray | None) -> np.ndarray:
-        """float32 vectors of rows of the arena; ``centroids`` those of their lists."""
+        """float32 vectors of rows of the arena, on the host; ``centroids`` those of their lists."""
+        at = arena.home.positions(rows)
         if self.quantizer is None:
-            return arena.take("vectors_in_lists", rows)[:, :, 0].astype(np.float32)
-        codes = arena.take("codes", rows)
+            return HOST.bring(arena.take("vectors_in_lists", at)[:, :, 0]).astype(np.float32)
+        codes = HOST.bring(arena.take("codes", at))
         if self.form == "scalar" or hasattr(self.quantizer, "pack"):
             x = self.quantizer._decode(self._codes(codes))
         else:
@@ -208,7 +252,8 @@ class Codec:
                 entries = _bits.unpack(
                     np.ascontiguousarray(codes[:, 0]), self.quantizer.m, self.quantizer.bits
                 )
-            x = self._from_tables(entries, arena.take("mul", rows)[:, 0] if "mul" in self.fields else None)
+            mul = HOST.bring(arena.take("mul", at)[:, 0]) if "mul" in self.fields else None
+            x = self._from_tables(entries, mul)
         return x + centroids if self.residual else x
 
     def _from_tables(self, entries: np.ndarray, mul: np.ndarray | None) -> np.ndarray:

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 
 from .. import _backend, _checks, scan
-from .._arrays import BF16, F16, F32, I8
+from .._arrays import BF16, F16, F32, I8, I32, I64
 from .._checks import METRICS
-from ..scan._lists import Lists
+from ..scan._knn import CUDA_MAX_K
+from ..scan._lists import Lists, query_tables
 from . import _files
 from ._arena import BLOCK, Arena, Field
-from ._codec import ROWS, Codec, merge, to_rows
-from ._home import HOST
+from ._codec import ROWS, Codec, merge, to_rows, to_rows_on_gpu
+from ._codec_gpu import GpuScan, distinct
+from ._home import HOST, Home, home_of
 from ._quantizer_files import quantizer_of, quantizer_tensors, restore_quantizer
+from ._refine import refine as refine_candidates
+from ._refine import rescore_converted
 from ._rows import Rows
 from .base import Index
 
@@ -31,8 +35,6 @@ _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
 
 class CodedIndex(Index):
     """Vectors coded by a quantizer (or kept as rows) in lists; with ``refine`` the vectors too."""
-
-    _host_only = True
 
     def __init__(self, d: int, quantizer: Any, metric: str, refine: str | None) -> None:
         super().__init__(d, metric)
@@ -78,8 +80,32 @@ class CodedIndex(Index):
         """The metric of the codes: cosine is the inner product of normalised vectors."""
         return "ip" if self.metric == "cosine" else self.metric
 
-    def _unit(self, x: np.ndarray) -> np.ndarray:
-        return HOST.normalise(x) if self.metric == "cosine" else x
+    @property
+    def _here(self) -> Home:
+        return self._home or HOST
+
+    def _unit(self, x: Any) -> Any:
+        return self._here.normalise(x) if self.metric == "cosine" else x
+
+    def _home_for(self, native: Any) -> Home:
+        """Where the index is to live that is given this array first."""
+        home = self._home or home_of(native)
+        return home if home.kind is HOST.kind or home.kind.kernels is not None else HOST
+
+    def _settle(self, native: Any) -> Home:
+        if self._home is None:
+            self._move(self._home_for(native))
+        assert self._home is not None
+        return self._home
+
+    def _move(self, home: Home) -> None:
+        if home.kind.cuda and home.kind.kernels is None:
+            _checks.no_kernel(home.kind, type(self).__name__)
+        if self._arena is not None and self._arena.home is not home:
+            self._check_positions()
+            self._arena = self._arena.to(home)
+        super()._move(home)
+        self._searcher = None
 
     # ---- the lists
     @property
@@ -99,7 +125,7 @@ class CodedIndex(Index):
         """The codec; made when the quantizer is trained."""
         if self._codec is None:
             self._codec = Codec(self.d, self.quantizer, self._inner, self._residual)
-            self._arena = Arena(self._nlist, self._codec.fields)
+            self._arena = Arena(self._nlist, self._codec.fields, self._here)
         return self._codec
 
     @property
@@ -126,28 +152,38 @@ class CodedIndex(Index):
     def _begin(self, count: int) -> None:
         self._pending = []
 
-    def _assign(self, x: np.ndarray) -> list[np.ndarray]:
+    def _assign(self, x: Any) -> list[Any]:
         """The lists of normalised vectors: one array for each list that a vector goes into."""
-        return [np.zeros(len(x), np.int64)]
+        return [self._here.full((len(x),), 0, I64)]
 
-    def _encode(self, x: np.ndarray, out: dict[str, Any], first: int) -> None:
+    def _encode(self, x: Any, out: dict[str, Any], first: int) -> None:
         self._keep_vectors(x, out, first)
         x = self._unit(x)
-        centers = self._centers()
+        home, centers = self._here, self._centers_here()
         for lists in self._assign(x):
-            values = self._coder.encode(x, None if centers is None else centers[lists], first)
-            self._pending.append((lists, np.arange(first, first + len(x)), values))
+            center = None if centers is None else centers[lists]
+            if home is HOST:
+                values = self._coder.encode(x, center, first)
+            else:
+                values = self._coder.encode_on_gpu(home, x, center, first)
+            self._pending.append((lists, home.arange(len(x)) + first, values))
 
-    def _keep_vectors(self, x: np.ndarray, out: dict[str, Any], first: int) -> None:
+    def _keep_vectors(self, x: Any, out: dict[str, Any], first: int) -> None:
         if self.refine is None:
             return
+        home = self._here
+        xp = home.xp
         if self.refine == "int8":
-            scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+            scale = xp.amax(abs(x), 1)[:, None] / np.float32(127)
             out["scales"][:] = scale
-            out["vectors"][:] = np.rint(x / np.where(scale > 0, scale, 1))
+            steps = x / xp.where(scale > 0, scale, 1)
+            out["vectors"][:] = np.rint(steps) if home is HOST else home.kind.cast(xp.round(steps), I8)
             return
         try:
-            out["vectors"][:] = to_rows(x, out["vectors"].dtype, first, self.refine)
+            if home is HOST:
+                out["vectors"][:] = to_rows(x, out["vectors"].dtype, first, self.refine)
+            else:
+                out["vectors"][:] = to_rows_on_gpu(home, x, _KEPT[self.refine], first, self.refine)
         except ValueError as error:
             raise ValueError(f"{error}, in which refine={self.refine!r} keeps vectors") from None
 
@@ -156,28 +192,33 @@ class CodedIndex(Index):
         self._searcher = None
         if not pending:
             return
-        lists = np.concatenate([p[0] for p in pending])
-        positions = (np.concatenate([p[1] for p in pending]) + first).astype(np.int32)
+        home = self._here
+        lists = home.xp.concatenate([p[0] for p in pending])
+        positions = home.kind.cast(home.xp.concatenate([p[1] for p in pending]) + first, I32)
         values = {}
         for name in list(pending[0][2]):
-            values[name] = np.concatenate([p[2].pop(name) for p in pending])
+            values[name] = home.xp.concatenate([p[2].pop(name) for p in pending])
         self._lists.append(lists, positions, values)
 
     def _removed(self, keep: np.ndarray, before: int) -> None:
         self._searcher = None
         self._lists.remove(keep, before)
 
-    def _reconstruct(self, positions: np.ndarray) -> np.ndarray:
+    def _reconstruct(self, positions: Any) -> Any:
         if self.refine is not None:
             return self._vectors_kept(positions)
+        return self._here.bring(self._decoded(HOST.bring(positions)))
+
+    def _decoded(self, positions: np.ndarray) -> np.ndarray:
+        """What the codes at positions stand for, on the host."""
         arena, centers = self._lists, self._centers()
         if arena.positions is None:
             center = None if centers is None else np.repeat(centers, len(positions), 0)
             return self._coder.vectors(arena, positions, center)
         place = np.full(self.ntotal, -1, np.int64)
         place[positions] = np.arange(len(positions))
-        rows, owner = arena.where()
-        wanted = arena.positions[rows]
+        rows, owner = arena.where(home=HOST)
+        wanted = HOST.bring(arena.positions)[rows]
         found = np.full(len(positions), -1, np.int64)
         hit = np.flatnonzero(place[wanted] >= 0)
         _, once = np.unique(wanted[hit], return_index=True)  # a position may have two rows
@@ -187,8 +228,8 @@ class CodedIndex(Index):
         center = None if centers is None else centers[owner[found]]
         return self._coder.vectors(arena, rows[found], center)
 
-    def _vectors_kept(self, positions: np.ndarray) -> np.ndarray:
-        x = self._rows["vectors"].view[positions].astype(np.float32)
+    def _vectors_kept(self, positions: Any) -> Any:
+        x = self._here.kind.cast(self._rows["vectors"].view[positions], F32)
         return x * self._rows["scales"].view[positions] if self.refine == "int8" else x
 
     # ---- searching
@@ -202,6 +243,10 @@ class CodedIndex(Index):
             )
         return factor
 
+    def _centers_here(self) -> Any:
+        """`_centers` where the index lives."""
+        return self._centers()
+
     def _coarse(self) -> np.ndarray | None:
         """Centroids (blocks, d, 16) of which a search takes the nearest; None: every list is searched."""
         return None
@@ -214,6 +259,8 @@ class CodedIndex(Index):
         self, q: np.ndarray, k: int, keep: np.ndarray | None, nprobe: int, factor: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions, in parts of the batch."""
+        if self._here is not HOST:
+            return self._find_on_gpu(q, k, keep, nprobe, factor)
         step = max(1, min(self._coder.part(k * max(1, factor)), _BATCH, _PROBES // nprobe))
         if len(q) <= step:
             return self._find_part(q, k, keep, nprobe, factor)
@@ -238,6 +285,44 @@ class CodedIndex(Index):
             self._explain(bad)
         return (scores, ids) if fused else self._rescore(q, ids, k)
 
+    def _find_on_gpu(self, q: Any, k: int, keep: Any, nprobe: int, factor: int) -> tuple[Any, Any]:
+        """The same where the index lives on a GPU. Nothing is read back, so that a CUDA graph can hold it."""
+        home, there = self._here, self._searcher
+        if k > CUDA_MAX_K:
+            raise ValueError(f"k must be at most {CUDA_MAX_K} on CUDA, got {k}; the CPU has no such limit")
+        if there is None:
+            there = _There(self)
+            home.wait()  # other streams may search with it at once
+            self._searcher = there
+        copies, count = self._copies, k
+        if factor or copies > 1:
+            count = min(copies * k * max(1, factor), copies * self.ntotal, CUDA_MAX_K)
+        step, parts = max(1, there.scan.part(count)), []
+        for i in range(0, max(1, len(q)), step):
+            part = q[i : i + step]
+            unit = self._unit(part)
+            base, probes = there.probe(unit, nprobe)
+            lists = there.lists._replace(keep=keep, probes=probes)
+            scores, ids = there.scan.scan(unit, self._lists, lists, count, base, there.centers)
+            if factor:
+                scores, ids = self._rescore_on_gpu(part, ids, k)
+            elif copies > 1:
+                scores, ids = distinct(home, scores, ids, k, self._inner)
+            if self._inner == "l2":  # rounding may leave small negative ones
+                scores = scores.clip(0, None)
+            parts.append((scores, ids))
+        if len(parts) == 1:
+            return parts[0]
+        return tuple(home.xp.concatenate(several) for several in zip(*parts))
+
+    def _rescore_on_gpu(self, q: Any, candidates: Any, k: int) -> tuple[Any, Any]:
+        vectors = self._rows["vectors"].view
+        if self.refine != "int8":
+            return refine_candidates(q, vectors, candidates, k, self.metric)
+        return rescore_converted(
+            self._here, q, vectors, candidates, k, self.metric, self._rows["scales"].view
+        )
+
     def _explain(self, bad: int) -> None:
         if bad >= 1 << 40:
             raise ValueError(f"list {bad - (1 << 40)} of the index leaves its memory: the index is damaged")
@@ -249,11 +334,7 @@ class CodedIndex(Index):
         if core is None:
             return False
         arena = self._lists
-        if arena.positions is not None and self._unchecked and arena.size:
-            low, high = int(arena.positions.min()), int(arena.positions.max())
-            if low < -1 or high >= self.ntotal:
-                raise ValueError(f"the lists hold positions from {low} to {high}: the index is damaged")
-            self._unchecked = False
+        self._check_positions()
         about = codec.describe(arena)
         self._own_tables = codec.form in ("rows", "scalar") or about["books"] is not None
         # The other forms rescore by `lutra.scan.rescore`, which knows no scales of rows.
@@ -268,6 +349,15 @@ class CodedIndex(Index):
             "positions": arena.positions, "repeated": int(self._copies > 1), "vectors": view,
             "vector_type": _KEPT[self.refine] if self.refine else 0, "scales": scales,
         })  # fmt: skip
+
+    def _check_positions(self) -> None:
+        """Look once at the positions that a file gave."""
+        arena = self._lists
+        if arena.positions is not None and self._unchecked and arena.size:
+            low, high = int(arena.positions.min()), int(arena.positions.max())
+            if low < -1 or high >= self.ntotal:
+                raise ValueError(f"the lists hold positions from {low} to {high}: the index is damaged")
+            self._unchecked = False
 
     def _compose(self, q, k, keep, nprobe, factor):
         """The search made of its parts, on the reference."""
@@ -395,3 +485,39 @@ class CodedIndex(Index):
     def _copies(self) -> int:
         """Rows that a vector has in the lists."""
         return 1
+
+
+class _There:
+    """What searches on a GPU need of an index as it is: made after each change of it."""
+
+    def __init__(self, index: CodedIndex) -> None:
+        home, arena = index._here, index._lists
+        self.home = home
+        self.inner = index._inner
+        self.nlist = index._nlist
+        self.scan = GpuScan(index._coder, home)
+        self.centers = index._centers_here()
+        self.columns = None  # centroids side by side, (1, d, nlist)
+        if self.centers is not None:
+            self.columns = home.kind.dense(self.centers.T)[None]
+        every = home.arange(self.nlist)[None]
+        self.every = every
+        self.lists = Lists(
+            home.bring(arena.begin), home.bring(arena.rows), arena.positions, index.ntotal, None, every,
+            arena.longest, arena.typical, index._copies > 1,
+        )  # fmt: skip
+
+    def probe(self, q: Any, nprobe: int) -> tuple[Any, Any]:
+        """Scores and numbers of the lists that queries look into."""
+        if self.columns is None:
+            return None, self.home.full((len(q), 1), 0, I64)
+        if nprobe < self.nlist:
+            if nprobe > CUDA_MAX_K:
+                raise ValueError(
+                    f"nprobe must be at most {CUDA_MAX_K} on CUDA, or all {self.nlist} lists, got {nprobe}"
+                )
+            return scan.knn(q, self.centers, nprobe, self.inner)
+        base = query_tables(q, self.columns, distances=self.inner == "l2")[:, 0]
+        probes = self.home.empty((len(q), self.nlist), I64)
+        probes[:] = self.every
+        return base, probes

@@ -122,10 +122,10 @@ class Home:
             self.anchor.device.synchronize()
 
     def following(self, like: Any) -> Any:
-        """A context in which work of this home goes to the stream that is current for the library of ``like``.
+        """A context in which work goes to the stream that is current for the library of ``like``.
 
-        Both libraries may be the same, and then there is nothing to do; a caller's CuPy array and an index of
-        torch tensors on one device share CuPy's stream.
+        There is something to do where the libraries differ: with a caller's CuPy arrays and an index of torch
+        tensors on one device, torch works on CuPy's stream.
         """
         kind = kind_of(like, "q") if is_native(like) else None
         if kind is None or not self.kind.cuda or not kind.cuda or kind.name == self.kind.name:

@@ -57,7 +57,7 @@ def refine(queries: Any, vectors: Any, candidates: Any, k: int = 10, metric: str
 
 
 def _converted(home: Home, queries: Any, vectors: Any, candidates: Any, k: int, metric: str) -> Any:
-    kind, xp = home.kind, home.xp
+    kind = home.kind
     for a, name in ((queries, "queries"), (vectors, "vectors"), (candidates, "candidates")):
         _checks.same_kind(kind, a, name, queries, "queries")
         _checks.ndim(a, name, 2)
@@ -80,6 +80,15 @@ def _converted(home: Home, queries: Any, vectors: Any, candidates: Any, k: int, 
         )
     if not kind.cuda and code != F64:
         return scan.rescore(queries, vectors, candidates, k, metric)
+    return rescore_converted(home, queries, vectors, candidates, k, metric)
+
+
+def rescore_converted(
+    home: Home, queries: Any, vectors: Any, candidates: Any, k: int, metric: str, scales: Any = None
+) -> Any:
+    """Scores and rows of the best candidates, whose rows alone become float32 (times ``scales`` (n, 1))."""
+    kind, xp = home.kind, home.xp
+    (nq, c), (n, d) = candidates.shape, vectors.shape
     scores, ids = [], []
     step = max(1, _PART // (4 * c * d))
     for i in range(0, nq, step):
@@ -89,8 +98,12 @@ def _converted(home: Home, queries: Any, vectors: Any, candidates: Any, k: int, 
         absent[:, 1:] |= part[:, 1:] == part[:, :-1]
         rows = part.reshape(-1).clip(0, n - 1)
         compact = kind.cast(vectors[rows], F32)
+        if scales is not None:
+            compact = compact * scales[rows]
         places = xp.where(absent, -1, home.arange(len(rows)).reshape(part.shape))
         best, where = scan.rescore(queries[i : i + step], compact, places, k, metric)
         scores.append(best)
         ids.append(xp.where(where < 0, -1, rows[where]))
+    if len(scores) == 1:
+        return scores[0], ids[0]
     return xp.concatenate(scores), xp.concatenate(ids)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import BF16, F16, F32, I8, I32, U8
+from .._arrays import BF16, F16, F32, I8, I32, NUMPY, U8
 from ._home import HOST, Home
 
 #: Bytes per row value, and how many bytes are copied at a time where rows move.
@@ -101,6 +101,6 @@ class Rows:
 
     def parts(self) -> Any:
         """The rows as NumPy arrays, one part after another."""
-        dtype = HOST.kind.dtype(self.code)  # bfloat16 leaves torch as float32
+        dtype = NUMPY.dtype(self.code)  # bfloat16 leaves torch as float32
         for i in range(0, self.n, self.step):
             yield HOST.bring(self.view[i : i + self.step]).astype(dtype, copy=False)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
 from .. import address
+from .._arrays import I64
+from ._home import HOST, Home
 
 _NEAR = 32  # centroids that are looked at
 _PART = 1 << 12  # vectors at a time
 
 
-def second_lists(x: np.ndarray, centroids: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
-    """First and second list of float32 vectors.
+def second_lists(x: Any, centroids: Any, weight: float, home: Home = HOST) -> tuple[Any, Any]:
+    """First and second list of float32 vectors of a home.
 
     The first is the nearest centroid c, with residual r = x - c. The second minimises, over the other
     centroids c' with r' = x - c'::
@@ -25,18 +27,18 @@ def second_lists(x: np.ndarray, centroids: np.ndarray, weight: float) -> tuple[n
     ----------
     Sun et al., SOAR: improved indexing for approximate nearest neighbor search, NeurIPS 2023.
     """
-    n = len(x)
-    first, second = np.empty(n, np.int64), np.empty(n, np.int64)
+    n, xp = len(x), home.xp
+    first, second = home.empty((n,), I64), home.empty((n,), I64)
     near = min(_NEAR, len(centroids))
     for i in range(0, n, _PART):
         part = x[i : i + _PART]
         ids = address.nearest(part, centroids, near, "l2").ids
         residual = part - centroids[ids[:, 0]]
-        norm = np.sqrt(np.einsum("ij,ij->i", residual, residual))
-        along = residual / np.where(norm > 0, norm, 1)[:, None]
+        norm = xp.sqrt(xp.einsum("ij,ij->i", residual, residual))
+        along = residual / xp.where(norm > 0, norm, 1)[:, None]
         others = part[:, None] - centroids[ids[:, 1:]]
-        loss = np.einsum("ijk,ijk->ij", others, others)
-        loss += weight * np.square(np.einsum("ijk,ik->ij", others, along))
+        loss = xp.einsum("ijk,ijk->ij", others, others)
+        loss += weight * xp.square(xp.einsum("ijk,ik->ij", others, along))
         first[i : i + _PART] = ids[:, 0]
-        second[i : i + _PART] = ids[np.arange(len(part)), 1 + loss.argmin(1)]
+        second[i : i + _PART] = ids[home.arange(len(part)), 1 + loss.argmin(1)]
     return first, second

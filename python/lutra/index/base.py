@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -170,8 +172,22 @@ class Index:
         is full, so that many small additions cost linear time in all.
         """
         native = check_matrix(x, "x", self.d)
-        with self._lock.writing():
+        with self._changing():
             self._add(native, ids)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The index for a change, alone.
+
+        On a GPU no search is under way any more when it begins, and the change is done when it ends, so that
+        any stream may search.
+        """
+        with self._lock.writing():
+            if self._home is not None:
+                self._home.wait()
+            yield
+            if self._home is not None:
+                self._home.wait()
 
     def _add(self, native: Any, ids: Any) -> None:
         if not self.is_trained:
@@ -242,14 +258,22 @@ class Index:
             if type(k) is not int or k < 1:
                 k = _checks.integer("k", k, 1)
             home = self._home or home_of(native, "q")
-            part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
-            if not self._ids.n:
-                self._nothing()
-            keep = None if filter is None else self._keep(home, filter)
-            scores, positions = self._search(part, k, keep, **options)
-            return Neighbors(*deliver(home, (scores, self._ids.of(home, positions)), q))
+            if not home.kind.cuda:
+                return self._results(home, native, q, k, filter, options)
+            with home.following(native):
+                return self._results(home, native, q, k, filter, options)
         finally:
             lock.release_read()
+
+    def _results(
+        self, home: Home, native: Any, q: Any, k: int, filter: Any, options: dict[str, Any]
+    ) -> Neighbors:
+        part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
+        if not self._ids.n:
+            self._nothing()
+        keep = None if filter is None else self._keep(home, filter)
+        scores, positions = self._search(part, k, keep, **options)
+        return Neighbors(*deliver(home, (scores, self._ids.of(home, positions)), q))
 
     def _nothing(self) -> None:
         """Why there is nothing to search."""
@@ -258,13 +282,10 @@ class Index:
             raise ValueError(f"this {name} is not trained: call train(x), then add(x)")
         raise ValueError(f"this {name} is empty: add(x) first")
 
-    def _keep(self, home: Home, filter: Any) -> np.ndarray | None:
-        """A filter of ids as packed bits over positions."""
-        if home is not HOST:
-            raise NotImplementedError(
-                f"filters are for indexes on the CPU; this one is on {home.device}: index.to('cpu') moves it"
-            )
-        return _filters.resolve(filter, self._ids.n, self._ids)
+    def _keep(self, home: Home, filter: Any) -> Any:
+        """A filter of ids as packed bits over positions; it is made on the host."""
+        keep = _filters.resolve(filter, self._ids.n, self._ids)
+        return keep if keep is None or home is HOST else home.bring(keep)
 
     def reconstruct(self, ids: Any) -> Any:
         """The stored vectors of some ids.
@@ -323,7 +344,7 @@ class Index:
         rather than one by one.
         """
         wanted = np.atleast_1d(check_ids(ids))
-        with self._lock.writing():
+        with self._changing():
             positions = self._ids.positions(wanted)
             before = self._ids.n
             stay = np.ones(before, bool)
@@ -373,11 +394,16 @@ class Index:
             The index itself.
         """
         if self._host_only and str(device) != "cpu":
-            raise NotImplementedError(f"{type(self).__name__} is for the CPU; it cannot move to {device!r}")
+            able = sorted(name for name, kind in KINDS.items() if not kind._host_only)
+            raise NotImplementedError(
+                f"{type(self).__name__} has no CUDA kernels and stays on the CPU; it cannot move to "
+                f"{device!r}, as {', '.join(able)} can"
+            )
         home = home_on(device)
-        with self._lock.writing():
+        with self._changing():
             if self._home is None or self._home.device != home.device:
                 self._move(home)
+            home.wait()
         return self
 
     # ---- files

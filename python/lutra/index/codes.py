@@ -8,7 +8,7 @@ import numpy as np
 
 from .._results import Neighbors
 from ._coded import CodedIndex
-from ._home import HOST, check_matrix, to_float32
+from ._home import HOST, Home, check_matrix, to_float32
 from ._quantizer_files import quantizer_config
 from .base import register
 
@@ -43,7 +43,8 @@ class Codes(CodedIndex):
     In large collections the signs of codes of `RotatedSQ` are scanned first, and what they leave in doubt is
     scored by all bits; a row is missed with small probability only (docs/ivf.md).
 
-    The index lives on the CPU; queries from a GPU are copied.
+    On a GPU the codes are scanned by CUDA kernels, all bits at once, in fp32, and k and k * refine_factor are
+    at most 2048; quantizers other than `PQ` encode on the CPU.
 
     Examples
     --------
@@ -82,10 +83,10 @@ class Codes(CodedIndex):
             As the quantizer's ``train``; an index that holds vectors, whose codes would lose their meaning.
         """
         native = check_matrix(x, "x", self.d)
-        with self._lock.writing():
+        with self._changing():
             if self.ntotal:
                 raise ValueError(f"the index holds {self.ntotal} coded vectors; train a new one")
-            points = sampled(native, SAMPLE, 0)
+            points = sampled(native, SAMPLE, 0, self._settle(native))
             self.quantizer.train(self._unit(points), progress=progress)
             self._codec = self._arena = self._searcher = None
 
@@ -127,10 +128,10 @@ class Codes(CodedIndex):
         }  # fmt: skip
 
 
-def sampled(native: Any, most: int, seed: int) -> np.ndarray:
-    """At most so many rows of a checked matrix, as float32."""
+def sampled(native: Any, most: int, seed: int, home: Home = HOST) -> Any:
+    """At most so many rows of a checked matrix, as float32 in a home."""
     n = native.shape[0]
     if n <= most:
-        return to_float32(HOST, native, "x")
+        return to_float32(home, native, "x")
     rows = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
-    return to_float32(HOST, HOST.bring(native)[rows], "x", rows)
+    return to_float32(home, home.bring(native)[home.positions(rows)], "x", rows)

@@ -13,7 +13,7 @@ from ..scan._lists import Lists
 from . import _files
 from ._arena import BLOCK
 from ._coded import CodedIndex
-from ._home import check_matrix
+from ._home import HOST, check_matrix
 from ._kmeans import kmeans
 from ._quantizer_files import quantizer_config
 from ._soar import second_lists
@@ -68,7 +68,9 @@ class IVF(CodedIndex):
     for an id where ids are not 0, 1, 2, ... Lists begin at multiples of 16 rows. Bulk additions leave no room
     in the lists, small ones up to a quarter; `compact` gives it back.
 
-    The index lives on the CPU; queries from a GPU are copied. At nprobe = nlist every vector is compared.
+    At nprobe = nlist every vector is compared. On a GPU the lists are scanned by CUDA kernels, sums of
+    look-ups are fp32 there whatever the bits, and k, k * refine_factor and nprobe < nlist are at most 2048;
+    quantizers other than `PQ` encode on the CPU.
     A `PQ` or `OPQ` of the anisotropic loss is told the vectors' own directions besides their residuals.
     Without ``refine``, `reconstruct` gives what the codes stand for (for cosine: of the normalised vector).
 
@@ -114,6 +116,7 @@ class IVF(CodedIndex):
         self.nprobe = _checks.integer("nprobe", nprobe, 1)
         self.seed = _checks.integer("seed", seed, 0)
         self._centroids: np.ndarray | None = None
+        self._copied: Any = None  # a home that is not the host, and the centroids there
 
     @property
     def centroids(self) -> np.ndarray | None:
@@ -196,11 +199,12 @@ class IVF(CodedIndex):
         vectors and backend give the same index, whatever the number of threads.
         """
         native = check_matrix(x, "x", self.d)
-        with self._lock.writing():
+        with self._changing():
             if self.ntotal:
                 raise ValueError(f"the index holds {self.ntotal} vectors in its lists; train a new one")
+            home = self._settle(native)
             most = max(_PER_LIST * self.nlist, 0 if isinstance(self.quantizer, str) else _SAMPLE)
-            points = self._unit(sampled(native, most, self.seed))
+            points = self._unit(sampled(native, most, self.seed, home))
             centroids = kmeans(
                 points, self.nlist, n_iter=n_iter, spherical=self.metric == "cosine",
                 max_points_per_centroid=_PER_LIST, seed=self.seed, progress=progress,
@@ -213,7 +217,7 @@ class IVF(CodedIndex):
                         toward["directions"] = part
                     part = part - centroids[address.nearest(part, centroids, 1, "l2").ids[:, 0]]
                 self.quantizer.train(part, progress=progress, **toward)
-            self._set_centroids(centroids)
+            self._set_centroids(HOST.bring(centroids))
 
     def _set_centroids(self, centroids: np.ndarray) -> None:
         self._centroids = np.ascontiguousarray(centroids, np.float32)
@@ -221,15 +225,24 @@ class IVF(CodedIndex):
         padded = np.zeros((blocks * BLOCK, self.d), np.float32)
         padded[: self.nlist] = self._centroids
         self._coarse_rows = np.ascontiguousarray(padded.reshape(blocks, BLOCK, self.d).transpose(0, 2, 1))
-        self._codec = self._arena = self._searcher = None
+        self._codec = self._arena = self._searcher = self._copied = None
+
+    def _centers_here(self):
+        home = self._here
+        if home is HOST:
+            return self._centroids
+        copied = self._copied
+        if copied is None or copied[0] is not home:
+            copied = self._copied = home, home.bring(self._centroids)
+        return copied[1]
 
     # ---- adding
     def _assign(self, x):
-        centroids = self._centroids
+        centroids = self._centers_here()
         assert centroids is not None
         if not self.soar:
             return [address.nearest(x, centroids, 1, "l2").ids[:, 0]]
-        return list(second_lists(x, centroids, self.soar_lambda))
+        return list(second_lists(x, centroids, self.soar_lambda, self._here))
 
     # ---- searching
     def search(

@@ -449,8 +449,6 @@ def test_errors():
     with pytest.raises(ValueError, match=r"x\[3, 2\] is nan"):
         index.add(bad)
     assert len(index) == 300
-    with pytest.raises(NotImplementedError, match="IVF is for the CPU"):
-        index.to("cuda")
     whole = trained(IVF(D, 4, "int8"), x)
     with pytest.raises(ValueError, match=r"x\[0, 0\] is .*integers from -128 to 127"):
         whole.add(x)

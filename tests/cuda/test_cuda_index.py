@@ -158,7 +158,7 @@ def test_limits_and_errors(gpu):
     small.train(gpu.put(np.round(x)), n_iter=1)
     with pytest.raises(ValueError, match=r"x\[0, \d+\] is .*int8 rows hold integers"):
         small.add(gpu.put(x))
-    with pytest.raises(NotImplementedError, match="Binary is for the CPU.*IVF"):
+    with pytest.raises(NotImplementedError, match=r"Binary is for the CPU.*IVF"):
         Binary(D).to("cuda") if Binary._host_only else pytest.skip("Binary lives on a GPU")
 
 

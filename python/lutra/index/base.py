@@ -396,8 +396,8 @@ class Index:
         if self._host_only and str(device) != "cpu":
             able = sorted(name for name, kind in KINDS.items() if not kind._host_only)
             raise NotImplementedError(
-                f"{type(self).__name__} is for the CPU: it has no CUDA kernels and cannot move to {device!r}; "
-                f"{', '.join(able)} can"
+                f"{type(self).__name__} is for the CPU: it has no CUDA kernels and cannot move to "
+                f"{device!r}; {', '.join(able)} can"
             )
         home = home_on(device)
         with self._changing():

@@ -1,32 +1,15 @@
-// Bag on CUDA; formula and conventions are in bag.h.
+// Bag on CUDA; formula and conventions are in bag.h, the kernel is in bag_kernel.cuh.
 //
-// A group of 1 to 32 threads takes a bag, VEC neighbouring columns a thread (16 bytes of a row where dim and
-// alignment allow), and keeps four rows in flight. Where there are too few bags to fill the machine, 2 to 256
-// groups share one: each takes a stretch of its ids and the stretches are combined in order, so that the sum's
-// tree depends on the shapes alone and the same input gives the same bits. The limit is reading rows at random.
-//
-// Nothing can be raised here without waiting for the device: an id outside the table counts as a row of NaN, and
-// so does a bag whose offsets are out of order.
-//
-// Overflow: row and output offsets are 64-bit; sums are fp32 in the order of the ids within a stretch.
+// 8-bit rows with their scale and minimum in arrays beside the table cost two more sectors of 32 bytes an id, as much
+// as 64 columns of codes: packed rows (packed.h) hold them behind the codes.
 #include "gather/bag.h"
 
 #include "common/device.cuh"
-#include "gather/bag_ids.cuh"
+#include "gather/bag_kernel.cuh"
 
 namespace lutra {
 namespace cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kInFlight = 4;
-
-struct Table {
-  const void* rows;
-  int64_t count, dim, ld;
-  const float* scale;
-  const float* minimum;
-};
 
 template <class T>
 struct Out {
@@ -41,165 +24,46 @@ struct Out<int8_t> {
   using type = float;
 };
 
-struct Plan {
-  int log_lanes, log_parts;  // threads per group, groups per bag
-};
+template <class T, int VEC>
+struct DenseRows {
+  static constexpr bool kCodes = sizeof(T) == 1;
+  struct Raw {
+    Pack<T, VEC> pack;
+    float scale, minimum;
+  };
+  const T* table;
+  int64_t rows, dim, ld;
+  const float* scale;
+  const float* minimum;
+  typename Out<T>::type* out;
 
-// Running sum or maximum of VEC columns.
-template <int VEC, bool MAX>
-struct State {
-  float value[VEC];
-  int64_t from[MAX ? VEC : 1];  // max: the id behind each value
-  int count;
-
-  __device__ __forceinline__ void clear() {
-    count = 0;
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) value[j] = 0;
-    if (MAX) {
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) from[MAX ? j : 0] = -1;
-    }
+  __device__ __forceinline__ int context(float*) const { return 0; }
+  __device__ __forceinline__ int64_t lane(int64_t column) const { return column; }
+  __device__ __forceinline__ Raw load(int64_t row, int64_t column) const {
+    Raw raw;
+    raw.pack = load_pack<T, VEC>(table + row * ld + column);
+    if (kCodes) raw.scale = scale[row], raw.minimum = minimum[row];
+    return raw;
   }
-  __device__ __forceinline__ void add(int j, float v, float w) {
-    if (!MAX) value[j] = fmaf(w, v, value[j]);
+  __device__ __forceinline__ void values(const Raw& raw, int, float (&v)[VEC]) const {
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) v[j] = kCodes ? fmaf(raw.scale, raw.pack[j], raw.minimum) : raw.pack[j];
   }
-  // The first among equals stays; a NaN stays against everything.
-  __device__ __forceinline__ void take(int j, float v, int64_t id, bool first) {
-    if (MAX && (first || (!(v <= value[j]) && !isnan(value[j])))) {
-      value[j] = v;
-      from[MAX ? j : 0] = id;
-    }
+  __device__ __forceinline__ void store(int64_t bag, int64_t column, float (&v)[VEC]) const {
+    store_pack<typename Out<T>::type, VEC>(out + bag * dim + column, v);
   }
 };
 
-template <class T, int VEC, bool MAX>
-__global__ void __launch_bounds__(kThreads) bag_kernel(BagView b, Table t, const float* weights, bool mean,
-                                                       typename Out<T>::type* out, int64_t* argmax, Plan plan) {
-  const int lanes = 1 << plan.log_lanes, parts = 1 << plan.log_parts;
-  const int lane = threadIdx.x & (lanes - 1), part = (threadIdx.x >> plan.log_lanes) & (parts - 1);
-  const int slot = threadIdx.x >> (plan.log_lanes + plan.log_parts);
-  const int64_t bag = static_cast<int64_t>(blockIdx.x) * (kThreads >> (plan.log_lanes + plan.log_parts)) + slot;
-  const int64_t column = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * VEC;
-  const bool active = bag < b.bags && column < t.dim;
-  constexpr bool kCodes = sizeof(T) == 1;
-
-  State<VEC, MAX> s;
-  s.clear();
-  bool good = true;
-  if (active) {
-    int64_t begin, end;
-    good = b.range(bag, &begin, &end);
-    const int64_t length = end - begin;
-    end = begin + length * (part + 1) / parts;
-    begin += length * part / parts;
-    const T* table = static_cast<const T*>(t.rows) + column;
-    for (int64_t i = begin; i < end; i += kInFlight) {
-      int64_t id[kInFlight];
-      bool taken[kInFlight], here[kInFlight];  // part of the bag; a row of the table
-      Pack<T, VEC> row[kInFlight];
-      float scale[kInFlight], minimum[kInFlight], weight[kInFlight];
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        taken[u] = i + u < end;
-        id[u] = taken[u] ? b.ids[i + u] : 0;
-        weight[u] = taken[u] && weights ? weights[i + u] : 1.0f;
-        taken[u] = taken[u] && !(b.padding_idx >= 0 && id[u] == b.padding_idx);
-        here[u] = taken[u] && id[u] >= 0 && id[u] < t.count;
-      }
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (here[u]) {
-          row[u] = load_pack<T, VEC>(table + id[u] * t.ld);
-          if (kCodes) scale[u] = t.scale[id[u]], minimum[u] = t.minimum[id[u]];
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (!taken[u]) continue;
-        const bool first = s.count++ == 0;
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) {
-          float v = quiet_nan();
-          if (here[u]) v = kCodes ? fmaf(scale[u], row[u][j], minimum[u]) : row[u][j];
-          if (MAX)
-            s.take(j, v, here[u] ? id[u] : -1, first);
-          else
-            s.add(j, v, weight[u]);
-        }
-      }
-    }
-  }
-
-  if (parts > 1) {                                                  // combine the stretches in order
-    float* values = dynamic_shared<float>();                        // [VEC][kThreads]
-    int* counts = reinterpret_cast<int*>(values + VEC * kThreads);  // [kThreads]
-    auto* froms = reinterpret_cast<int64_t*>(counts + kThreads);    // [VEC][kThreads], max only
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      values[j * kThreads + threadIdx.x] = s.value[j];
-      if (MAX) froms[j * kThreads + threadIdx.x] = s.from[MAX ? j : 0];
-    }
-    counts[threadIdx.x] = s.count;
-    __syncthreads();
-    if (part == 0) {
-      for (int p = 1; p < parts; ++p) {
-        const int other = threadIdx.x + (p << plan.log_lanes);
-        const int count = counts[other];
-        if (count == 0) continue;
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) {
-          const float v = values[j * kThreads + other];
-          if (MAX)
-            s.take(j, v, froms[j * kThreads + other], s.count == 0);
-          else
-            s.value[j] += v;
-        }
-        s.count += count;
-      }
-    }
-  }
-  if (!active || part != 0) return;
-  const float factor = mean && s.count > 1 ? 1.0f / static_cast<float>(s.count) : 1.0f;
-#pragma unroll
-  for (int j = 0; j < VEC; ++j) s.value[j] = good ? s.value[j] * factor : quiet_nan();
-  store_pack<typename Out<T>::type, VEC>(out + bag * t.dim + column, s.value);
-  if (MAX && argmax) {
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) argmax[bag * t.dim + column + j] = s.from[MAX ? j : 0];
-  }
-}
-
-// Groups as narrow as a row allows, at most a warp; then enough stretches for about 128k threads, none shorter
-// than 16 ids. Known from the shapes alone.
-Plan plan_for(const BagIds& b, int64_t dim, int vec) {
-  const int lanes = power_of_two(div_up(dim, vec), 32);
-  const int64_t threads = b.bags * lanes * div_up(dim, lanes * vec);
-  const int64_t length = b.offsets ? b.n_ids / (b.bags > 0 ? b.bags : 1) : b.length;
-  int parts = 1;
-  while (parts * 2 * lanes <= kThreads && threads * parts * 2 <= 131072 && length >= parts * 32) parts *= 2;
-  return Plan{log2_of(lanes), log2_of(parts)};
-}
-
-template <class T, int VEC, bool MAX>
-void run(const BagArgs& a, const Launch& l) {
-  const Plan plan = plan_for(a.bag, a.dim, VEC);
-  const int per_block = kThreads >> (plan.log_lanes + plan.log_parts);
-  const int64_t columns = div_up(a.dim, static_cast<int64_t>(VEC) << plan.log_lanes);
-  if (columns > 65535) throw std::length_error("lutra: bag on CUDA takes rows of at most 65535 * 32 values");
-  const dim3 grid(grid_x(div_up(a.bag.bags, per_block)), static_cast<unsigned>(columns));
-  const size_t shared = plan.log_parts == 0 ? 0 : kThreads * (VEC * (MAX ? 12 : 4) + 4);
-  launch("bag", bag_kernel<T, VEC, MAX>, grid, kThreads, shared, l, view_of(a.bag),
-         Table{a.table, a.rows, a.dim, a.ld, a.scale, a.minimum}, a.weights, a.bag.mode == Mode::mean,
-         static_cast<typename Out<T>::type*>(a.out), a.argmax, plan);
-}
+constexpr int kInFlight = 4;
 
 template <class T, int VEC>
 void by_mode(const BagArgs& a, const Launch& l) {
+  const DenseRows<T, VEC> source{static_cast<const T*>(a.table),           a.rows,   a.dim, a.ld, a.scale, a.minimum,
+                                 static_cast<typename Out<T>::type*>(a.out)};
   if (a.bag.mode == Mode::max)
-    run<T, VEC, true>(a, l);
+    run_bag<VEC, true, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
   else
-    run<T, VEC, false>(a, l);
+    run_bag<VEC, false, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
 }
 
 template <class T, int WIDE>

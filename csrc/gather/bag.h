@@ -57,8 +57,7 @@ struct BagArgs {
 // bag_sort sorts the ids; bag_backward then writes
 //   dense:  grad_table (rows, dim), whole: untouched rows are zero;
 //   else:   grad_table (*count, dim): the rows touched[0 : *count], in increasing order.
-// All arrays are the caller's. On CUDA count lies on the device: a dense gradient needs no synchronisation, the
-// caller of a sparse one reads it to know the size.
+// All arrays are the caller's. (CUDA: see BagGradArgs.)
 struct BagSortArgs {
   BagIds bag;
   int64_t rows;
@@ -68,7 +67,7 @@ struct BagSortArgs {
   int32_t* bag_of;   // (n_ids,) the bag of order[i] (not of position i)
   float* bag_scale;  // (bags,) 1 / count of each bag, Mode::mean only, else nullptr
   int64_t* count;    // (1,) number of touched rows
-  void* workspace;   // as many bytes as the module's bag_sort_workspace(n_ids, rows) says
+  void* workspace;   // as many bytes as bag_sort_workspace(n_ids, rows) says
   int64_t workspace_bytes;
   int64_t* bad;  // as in BagArgs
 };
@@ -108,14 +107,34 @@ struct BagWeightGradArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(bag, ::lutra::BagArgs)
+#ifndef LUTRA_CUDA_ENTRIES
 LUTRA_KERNEL(bag_sort, ::lutra::BagSortArgs)
 LUTRA_KERNEL(bag_backward, ::lutra::BagBackwardArgs)
+#endif
 LUTRA_KERNEL(bag_weight_grad, ::lutra::BagWeightGradArgs)
 #ifdef LUTRA_CUDA_ENTRIES
 namespace lutra {
 namespace cuda {
-int64_t bag_sort_workspace(int64_t n_ids);
-int64_t bag_backward_workspace(int64_t n_ids, int64_t dim);  // for the partial sums of long segments
+
+// On CUDA bag_sort and bag_backward are one call, so that nothing of the plan has to be allocated one by one.
+//   dense:  grad (rows, dim), whole
+//   else:   the rows touched[0 : *count], increasing, and their gradients grad (*count, dim); both arrays have room for
+//           min(n_ids, rows).
+struct BagGradArgs {
+  BagIds bag;
+  int64_t rows, dim;
+  const void* grad_out;   // (bags, dim)
+  DType grad_dtype;       // f32, f16, bf16; of grad_out and of grad
+  const float* weights;   // (n_ids,) or nullptr
+  const int64_t* argmax;  // (bags, dim), Mode::max only
+  bool dense;
+  void* grad;
+  int64_t* touched;
+  int64_t* count;  // (1,)
+};
+int64_t bag_grad_workspace(const BagGradArgs& a);  // looks at no array but for which are nullptr
+void bag_grad(const BagGradArgs& a, const Launch& l);
+
 }  // namespace cuda
 }  // namespace lutra
 #endif

@@ -1,7 +1,7 @@
-// Gradients of bag on CUDA: the table's (sort, then sum by segment; see segments.cuh) and the weights'.
+// Gradients of bag on CUDA: the table's (sort, then sum by row; see row_plan.cuh and row_sums.cuh) and the weights'.
 //
-// Which rows are touched, and how many, stays on the device: the dense gradient never needs the number on the
-// host, and a caller who wants the touched rows alone reads it (and waits).
+// Which rows are touched, and how many, stays on the device: the dense gradient never needs the number, and a caller
+// who wants the touched rows alone reads it when all work has been launched.
 // Ids outside the table and positions that no bag holds are left out of the table's gradient; a weight whose id
 // lies outside the table gets a NaN.
 //
@@ -9,7 +9,7 @@
 #include "common/device.cuh"
 #include "gather/bag.h"
 #include "gather/bag_ids.cuh"
-#include "gather/segments.cuh"
+#include "gather/row_sums.cuh"
 
 namespace lutra {
 namespace cuda {
@@ -17,33 +17,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-
-__global__ void __launch_bounds__(kThreads) keys_kernel(BagView b, int64_t rows, uint32_t* keys, int32_t* bag_of) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= b.n_ids) return;
-  const int64_t bag = b.bag_of(i), id = b.ids[i];
-  const bool here = bag >= 0 && id >= 0 && id < rows && !(b.padding_idx >= 0 && id == b.padding_idx);
-  keys[i] = here ? static_cast<uint32_t>(id) : kNoKey;
-  bag_of[i] = bag >= 0 ? static_cast<int32_t>(bag) : 0;
-}
-
-// 1 / number of entries of each bag, padding left out; a warp per bag.
-__global__ void __launch_bounds__(kThreads) mean_kernel(BagView b, float* factor) {
-  const int64_t bag = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int lane = threadIdx.x & 31;
-  if (bag >= b.bags) return;
-  int64_t begin, end;
-  b.range(bag, &begin, &end);
-  int64_t count = end - begin;
-  if (b.padding_idx >= 0) {
-    int mine = 0;
-    for (int64_t i = begin + lane; i < end; i += 32) mine += b.ids[i] != b.padding_idx;
-#pragma unroll
-    for (int s = 16; s > 0; s >>= 1) mine += __shfl_xor_sync(kFullWarp, mine, s);
-    count = mine;
-  }
-  if (lane == 0) factor[bag] = count > 0 ? 1.0f / static_cast<float>(count) : 0.0f;
-}
 
 // A warp takes every stride-th id of a bag and multiplies its row with the bag's gradient.
 template <class T, class G, int VEC>
@@ -82,6 +55,57 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A row's sum goes to its place in the table's gradient, or into the list of the touched rows.
+template <class T>
+struct Store {
+  T* grad;
+  int64_t dim;
+  bool dense;
+  __device__ __forceinline__ void prefetch(uint32_t, int64_t) const {}
+  template <int VEC, int CH>
+  __device__ __forceinline__ void take(uint32_t row, int number, int64_t column, int64_t, const float (&sum)[CH][VEC],
+                                       const Group&) const {
+    if (column < dim)
+      store_pack<T, VEC>(grad + (dense ? static_cast<int64_t>(row) : static_cast<int64_t>(number)) * dim + column,
+                         sum[0]);
+  }
+};
+
+template <class T, int VEC>
+void store_rows(const RowSums& sums, const BagGradArgs& a, const Launch& l) {
+  const Store<T> sink{static_cast<T*>(a.grad), a.dim, a.dense};
+  const int lanes = power_of_two(div_up(a.dim, VEC), 32);
+  if (sums.argmax)
+    sum_rows<T, VEC, 1, true>(sums, sink, lanes, "bag_grad", l);
+  else
+    sum_rows<T, VEC, 1, false>(sums, sink, lanes, "bag_grad", l);
+}
+
+template <class T, int WIDE>
+void store_by_width(const RowSums& sums, const BagGradArgs& a, const Launch& l) {
+  if (a.dim % WIDE == 0 && aligned(a.grad_out, 16) && aligned(a.grad, 16)) return store_rows<T, WIDE>(sums, a, l);
+  store_rows<T, 1>(sums, a, l);
+}
+
+struct GradArrays {
+  RowPlan plan;
+  float* factors;  // of bags, for means of unknown size
+  float* partial;
+  int tile;
+  int64_t bytes;
+};
+GradArrays grad_arrays(const BagGradArgs& a, void* workspace) {
+  Carve c(workspace);
+  GradArrays s;
+  s.plan = take_plan(&c, a.bag, a.weights != nullptr, !a.dense);
+  const bool counted = a.bag.mode == Mode::mean && (a.bag.offsets || a.bag.padding_idx >= 0);
+  s.factors = counted ? c.take<float>(a.bag.bags) : nullptr;
+  s.tile = tile_for(a.bag.n_ids, div_up(a.dim, a.grad_dtype == DType::f32 ? 4 : 8));
+  s.partial = c.take<float>(partial_floats(a.bag.n_ids, s.tile, a.dim));
+  s.bytes = c.used();
+  return s;
+}
+
 template <class T, class G>
 void weight_grad(const BagWeightGradArgs& a, const Launch& l) {
   const BagView b = view_of(a.bag);
@@ -105,40 +129,30 @@ void weight_grad_for(const BagWeightGradArgs& a, const Launch& l) {
 
 }  // namespace
 
-int64_t bag_sort_workspace(int64_t n_ids) {
-  int64_t bytes = 0;
-  sort_arrays(nullptr, n_ids, &bytes);
-  return bytes;
-}
+int64_t bag_grad_workspace(const BagGradArgs& a) { return grad_arrays(a, nullptr).bytes; }
 
-int64_t bag_backward_workspace(int64_t n_ids, int64_t dim) {
-  return partial_floats(n_ids, dim) * static_cast<int64_t>(sizeof(float));
-}
-
-void bag_sort(const BagSortArgs& a, const Launch& l) {
-  if (a.bag.bags > 0x7fffffff || a.rows >= 0xffffffff)
-    throw std::length_error("lutra: CUDA gradients take fewer than 2^31 bags and 2^32 - 1 rows");
+void bag_grad(const BagGradArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
-  const int64_t n = a.bag.n_ids;
-  int64_t bytes = 0;
-  const SortArrays s = sort_arrays(a.workspace, n, &bytes);
-  if (bytes > a.workspace_bytes) throw std::length_error("lutra: the workspace of bag_sort is too small");
-  const BagView view = view_of(a.bag);
-  launch("bag_sort", keys_kernel, grid_x(div_up(n, kThreads)), kThreads, 0, l, view, a.rows, s.keys_in, s.bag_in);
-  sort_positions(s, Segments{a.order, a.starts, a.touched, a.bag_of, a.count}, n, a.rows, 0, l);
-  if (a.bag_scale)
-    launch("bag_sort", mean_kernel, grid_x(div_up(a.bag.bags, kWarps)), kThreads, 0, l, view, a.bag_scale);
-}
-
-void bag_backward(const BagBackwardArgs& a, const Launch& l) {
-  const DeviceGuard guard(l.device);
+  const GradArrays s = grad_arrays(a, l.workspace);
   const size_t size = a.grad_dtype == DType::f32 ? 4 : 2;
-  if (a.dense) fill_zero("bag_backward", a.grad_table, static_cast<size_t>(a.rows * a.dim) * size, l);
-  const bool mean = a.bag.mode == Mode::mean, max = a.bag.mode == Mode::max;
-  add_segments(SegmentSum{a.order, a.starts, a.touched, a.bag_of, a.count, a.bag.n_ids, a.dim, a.grad_out, a.grad_dtype,
-                          a.weights, mean ? a.bag_scale : nullptr, max ? a.argmax : nullptr, a.dense, a.grad_table,
-                          static_cast<float*>(l.workspace)},
-               "bag_backward", l);
+  sort_rows(s.plan, a.bag, a.rows, l);
+  if (!a.dense) number_rows(s.plan, s.tile, a.touched, nullptr, a.count, l);
+  if (a.dense) fill_zero("bag_grad", a.grad, static_cast<size_t>(a.rows * a.dim) * size, l);
+  RowSums sums{entries_of(s.plan), a.dim, a.grad_out, a.weights, nullptr, 1.0f, nullptr, s.plan.tile_number,
+               s.tile,             s.partial};
+  if (a.bag.mode == Mode::max) sums.argmax = a.argmax;
+  if (a.bag.mode == Mode::mean) {
+    if (s.factors)
+      bag_factors(a.bag, s.factors, l);
+    else if (a.bag.length > 0)
+      sums.factor = 1.0f / static_cast<float>(a.bag.length);
+    sums.bag_factor = s.factors;
+  }
+  switch (a.grad_dtype) {
+    case DType::f16: return store_by_width<__half, 8>(sums, a, l);
+    case DType::bf16: return store_by_width<__nv_bfloat16, 8>(sums, a, l);
+    default: return store_by_width<float, 4>(sums, a, l);
+  }
 }
 
 void bag_weight_grad(const BagWeightGradArgs& a, const Launch& l) {

@@ -89,9 +89,7 @@ struct BagPackedWeightGradArgs {
 
 }  // namespace lutra
 
-#ifndef LUTRA_CUDA_ENTRIES  // there are no CUDA kernels of packed rows
 LUTRA_KERNEL(pack_rows, ::lutra::PackRowsArgs)
 LUTRA_KERNEL(unpack_rows, ::lutra::UnpackRowsArgs)
 LUTRA_KERNEL(bag_packed, ::lutra::BagPackedArgs)
 LUTRA_KERNEL(bag_packed_weight_grad, ::lutra::BagPackedWeightGradArgs)
-#endif

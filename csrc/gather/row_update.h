@@ -50,4 +50,23 @@ struct RowUpdateArgs {
 
 }  // namespace lutra
 
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+
+// On CUDA ids come as they are and are sorted in the same call; what is bad is left out. step: the table, its state,
+// the rule, and grad, weights and mode (sum and mean) of the bags; count, touched and the plan are not used.
+// rowwise_adagrad takes rows of at most bag_update_columns values.
+struct BagUpdateArgs {
+  BagIds bag;
+  RowUpdateArgs step;
+};
+int64_t bag_update_columns(DType dtype, DType grad, int64_t dim);
+int64_t bag_update_workspace(const BagUpdateArgs& a);
+void bag_update(const BagUpdateArgs& a, const Launch& l);
+
+}  // namespace cuda
+}  // namespace lutra
+#else
 LUTRA_KERNEL(row_update, ::lutra::RowUpdateArgs)
+#endif

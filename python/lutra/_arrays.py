@@ -43,6 +43,10 @@ class Kind:
         """``a`` itself where it is C-contiguous (and native-endian), else a copy that is."""
         raise NotImplementedError
 
+    def copy(self, a: Any) -> Any:
+        """A copy in memory of its own."""
+        return a.clone() if self.name == "torch" else a.copy()
+
     def ptr(self, a: Any) -> Any:
         """What a binding takes for ``a``: the array or its address."""
         raise NotImplementedError

@@ -1,5 +1,7 @@
 #include "bind/cuda/intake.h"
 #include "gather/bag.h"
+#include "gather/packed.h"
+#include "gather/row_update.h"
 #include "gather/tables.h"
 
 namespace lutra {
@@ -12,10 +14,89 @@ BagIds bag_ids(Address ids, int id_type, int64_t n_ids, Address offsets, bool la
                 padding_idx, static_cast<Mode>(mode)};
 }
 
+PackedTable packed_table(Address data, int kind, int64_t rows, int64_t dim, int64_t group, int64_t row_bytes) {
+  return PackedTable{data.as<uint8_t>(), rows, dim, group, row_bytes, static_cast<Packed>(kind)};
+}
+
+void register_packed(py::module_& m) {
+  m.def("bag_packed",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, int mode, Address packed, int kind, int64_t rows, int64_t dim, int64_t group,
+           int64_t row_bytes, Address weights, Address out, int out_dtype, int device, Address stream) {
+          BagPackedArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                          packed_table(packed, kind, rows, dim, group, row_bytes),
+                          weights.as<float>(),
+                          out.p,
+                          static_cast<DType>(out_dtype),
+                          nullptr};
+          cuda::bag_packed(a, Launch{device, stream.p});
+          return -1;
+        });
+  m.def("bag_packed_weight_grad",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, Address packed, int kind, int64_t rows, int64_t dim, int64_t group, int64_t row_bytes,
+           Address grad_out, int grad_dtype, Address grad_weights, int device, Address stream) {
+          BagPackedWeightGradArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx,
+                                            static_cast<int>(Mode::sum)),
+                                    packed_table(packed, kind, rows, dim, group, row_bytes),
+                                    grad_out.p,
+                                    static_cast<DType>(grad_dtype),
+                                    grad_weights.as<float>(),
+                                    nullptr};
+          cuda::bag_packed_weight_grad(a, Launch{device, stream.p});
+          return -1;
+        });
+  m.def("unpack_rows",
+        [](Address packed, int kind, int64_t rows, int64_t dim, int64_t group, int64_t row_bytes, Address ids,
+           int id_type, int64_t n, int64_t first, Address out, int out_dtype, int device, Address stream) {
+          UnpackRowsArgs a{packed_table(packed, kind, rows, dim, group, row_bytes),
+                           ids.p,
+                           static_cast<DType>(id_type),
+                           n,
+                           first,
+                           out.p,
+                           static_cast<DType>(out_dtype),
+                           nullptr};
+          cuda::unpack_rows(a, Launch{device, stream.p});
+          return -1;
+        });
+}
+
+void register_update(py::module_& m) {
+  m.def("bag_update_columns", [](int dtype, int grad_dtype, int64_t dim) {
+    return cuda::bag_update_columns(static_cast<DType>(dtype), static_cast<DType>(grad_dtype), dim);
+  });
+  m.def("bag_update_workspace", [](int64_t n_ids, Address offsets, int64_t bags, int64_t padding_idx, int mode,
+                                   int dtype, int64_t dim, Address weights) {
+    cuda::BagUpdateArgs a{};
+    a.bag = bag_ids({}, 0, n_ids, offsets, false, bags, 0, padding_idx, mode);
+    a.step.dtype = static_cast<DType>(dtype), a.step.dim = dim, a.step.weights = weights.as<float>();
+    return cuda::bag_update_workspace(a);
+  });
+  m.def("bag_update",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, int mode, Address table, int dtype, int64_t rows, int64_t dim, Address s0, Address s1,
+           int rule, float lr, float shrink, float first, float second, float eps, float scale, bool stochastic,
+           uint64_t seed, Address weights, Address grad, int grad_dtype, Address workspace, int device,
+           Address stream) {
+          cuda::BagUpdateArgs a{};
+          a.bag = bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode);
+          RowUpdateArgs& r = a.step;
+          r.table = table.p, r.dtype = static_cast<DType>(dtype), r.rows = rows, r.dim = dim;
+          r.s0 = s0.as<float>(), r.s1 = s1.as<float>(), r.rule = static_cast<Rule>(rule);
+          r.lr = lr, r.shrink = shrink, r.a = first, r.b = second, r.eps = eps, r.scale = scale;
+          r.stochastic = stochastic, r.seed = seed, r.weights = weights.as<float>();
+          r.grad = grad.p, r.grad_dtype = static_cast<DType>(grad_dtype), r.mode = static_cast<Mode>(mode);
+          cuda::bag_update(a, Launch{device, stream.p, workspace.p});
+        });
+}
+
 }  // namespace
 
 // Where the CPU's functions return the position of a bad id these return -1: it is known on the device alone.
 void register_gather(py::module_& m) {
+  register_packed(m);
+  register_update(m);
   m.def("bag",
         [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
            int64_t padding_idx, int mode, Address table, int dtype, int64_t rows, int64_t dim, Address scale,
@@ -35,49 +116,30 @@ void register_gather(py::module_& m) {
           cuda::bag(a, Launch{device, stream.p});
           return -1;
         });
-  m.def("bag_sort_workspace", [](int64_t n_ids, int64_t) { return cuda::bag_sort_workspace(n_ids); });
-  m.def("bag_sort",
-        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
-           int64_t padding_idx, int mode, int64_t rows, Address order, Address starts, Address touched, Address bag_of,
-           Address bag_scale, Address count, Address workspace, int64_t workspace_bytes, int device, Address stream) {
-          BagSortArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+  m.def("bag_grad_workspace", [](int64_t n_ids, Address offsets, int64_t bags, int64_t padding_idx, int mode,
+                                 int64_t dim, int grad_dtype, Address weights, bool dense) {
+    cuda::BagGradArgs a{};
+    a.bag = bag_ids({}, 0, n_ids, offsets, false, bags, 0, padding_idx, mode);
+    a.dim = dim, a.grad_dtype = static_cast<DType>(grad_dtype), a.weights = weights.as<float>(), a.dense = dense;
+    return cuda::bag_grad_workspace(a);
+  });
+  m.def("bag_grad", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
+                       int64_t length, int64_t padding_idx, int mode, int64_t rows, int64_t dim, Address grad_out,
+                       int grad_dtype, Address weights, Address argmax, bool dense, Address grad, Address touched,
+                       Address count, Address workspace, int device, Address stream) {
+    cuda::BagGradArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
                         rows,
-                        order.as<int64_t>(),
-                        starts.as<int64_t>(),
+                        dim,
+                        grad_out.p,
+                        static_cast<DType>(grad_dtype),
+                        weights.as<float>(),
+                        argmax.as<int64_t>(),
+                        dense,
+                        grad.p,
                         touched.as<int64_t>(),
-                        bag_of.as<int32_t>(),
-                        bag_scale.as<float>(),
-                        count.as<int64_t>(),
-                        workspace.p,
-                        workspace_bytes,
-                        nullptr};
-          cuda::bag_sort(a, Launch{device, stream.p});
-          return -1;
-        });
-  m.def("bag_backward_workspace",
-        [](int64_t n_ids, int64_t dim, int, Address) { return cuda::bag_backward_workspace(n_ids, dim); });
-  m.def("bag_backward",
-        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
-           int64_t padding_idx, int mode, int64_t rows, int64_t dim, Address order, Address starts, Address touched,
-           Address bag_of, Address bag_scale, Address count, Address grad_out, int grad_dtype, Address weights,
-           Address argmax, bool dense, Address grad_table, Address workspace, int device, Address stream) {
-          BagBackwardArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
-                            rows,
-                            dim,
-                            order.as<int64_t>(),
-                            starts.as<int64_t>(),
-                            touched.as<int64_t>(),
-                            bag_of.as<int32_t>(),
-                            bag_scale.as<float>(),
-                            count.as<int64_t>(),
-                            grad_out.p,
-                            static_cast<DType>(grad_dtype),
-                            weights.as<float>(),
-                            argmax.as<int64_t>(),
-                            dense,
-                            grad_table.p};
-          cuda::bag_backward(a, Launch{device, stream.p, workspace.p});
-        });
+                        count.as<int64_t>()};
+    cuda::bag_grad(a, Launch{device, stream.p, workspace.p});
+  });
   m.def("bag_weight_grad",
         [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
            int64_t padding_idx, int mode, Address table, int dtype, int64_t rows, int64_t dim, Address scale,

@@ -420,6 +420,12 @@ def _backward(
         argmax = kind.dense(argmax)
     grad = kind.dense(grad)
     n_ids = ids.shape[0] if offsets is not None else bags * length
+    if kind.cuda:
+        where = (
+            kind.ptr(ids), id_code, n_ids, _ptr(kind, offsets), include_last_offset, bags, length, padding,
+            mode_code, rows,
+        )  # fmt: skip
+        return _backward_on_cuda(kind, grad, code, where, weights, argmax, sparse)
     order, starts, touched, bag_of, count, workspace = _spread.plan_memory(kind, grad, n_ids, rows)
     if sparse:  # it outlives the others
         touched = kind.empty((n_ids,), I64, grad)
@@ -430,24 +436,51 @@ def _backward(
         rows,
     )  # fmt: skip
     plan = (ptr(order), ptr(starts), ptr(touched), ptr(bag_of), _ptr(kind, bag_scale), ptr(count))
-    bad = kind.kernels.bag_sort(*where, *plan, ptr(workspace), workspace.shape[0], *kind.launch(grad))
-    if bad != -1 and not kind.cuda:
+    bad = kind.kernels.bag_sort(*where, *plan, ptr(workspace), workspace.shape[0])
+    if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset)
     few = not sparse and _spread.few_pages(kind, n_ids, rows, dim * grad.dtype.itemsize)
     sparse = sparse or few
-    if sparse:  # on CUDA this waits for the device, as any sparse result must
+    if sparse:
         height = int(count[0])
         result = kind.empty((height, dim), code, grad)
     else:
         result = _spread.empty(kind, (rows, dim), code, grad)
-    scratch = kind.scratch("bag_backward", grad, n_ids, dim)
     kind.kernels.bag_backward(
-        *where, dim, *plan, ptr(grad), code, _ptr(kind, weights), _ptr(kind, argmax), not sparse, ptr(result),
-        *kind.launch(grad, scratch),
-    )  # fmt: skip
+        *where, dim, *plan, ptr(grad), code, _ptr(kind, weights), _ptr(kind, argmax), not sparse, ptr(result)
+    )
     if few:
         return _spread.spread(kind, touched[:height], result, rows)
     return (touched[:height], result) if sparse else result
+
+
+def _backward_on_cuda(kind, grad, code, where, weights, argmax, sparse):
+    """One call sorts and sums. The number of touched rows is read last, when all work has been launched."""
+    ptr, dim, rows = kind.ptr, grad.shape[1], where[-1]
+    n_ids, bags, padding, mode = where[2], where[5], where[7], where[8]
+    touched = count = None
+    if sparse:
+        most = min(n_ids, rows)
+        result = kind.empty((most, dim), code, grad)
+        touched, count = kind.empty((most,), I64, grad), kind.empty((1,), I64, grad)
+    else:
+        result = kind.empty((rows, dim), code, grad)
+    weights, argmax = _ptr(kind, weights), _ptr(kind, argmax)
+    size = kind.kernels.bag_grad_workspace(
+        n_ids, where[3], bags, padding, mode, dim, code, weights, not sparse
+    )
+    workspace = kind.empty((size,), U8, grad)
+    kind.kernels.bag_grad(
+        *where, dim, ptr(grad), code, weights, argmax, not sparse, ptr(result), _ptr(kind, touched),
+        _ptr(kind, count), *kind.launch(grad, workspace),
+    )  # fmt: skip
+    if not sparse:
+        return result
+    height = int(count[0])  # waits for the device, as any sparse result must
+    touched, values = touched[:height], result[:height]
+    if height * 4 <= most:  # a view would keep the memory of all
+        touched, values = kind.copy(touched), kind.copy(values)
+    return touched, values
 
 
 def _bag_weight_grad(

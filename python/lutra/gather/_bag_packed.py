@@ -7,8 +7,8 @@ from typing import Any
 from .. import _checks
 from .._arrays import F32, F64, FLOATS, call
 from ..reference import packed as reference
-from ._bag import MODES, _bag, _bag_weight_grad, _explain, _ids, _layout, _padding, _same, _to_numpy, _weights
-from ._packed import KINDS, OUT_TYPES, check_packed, row_layout
+from ._bag import MODES, _explain, _ids, _layout, _padding, _same, _to_numpy, _weights
+from ._packed import KINDS, OUT_TYPES, check_packed, no_module, row_layout
 
 
 def bag_packed(
@@ -55,7 +55,7 @@ def bag_packed(
     Notes
     -----
     Gradients (torch) flow to the weights. Cost: a random read of one or two cache lines per id; rows are
-    decoded in registers. There is no CUDA kernel: there torch's own ops decode the rows, which are summed.
+    decoded in registers.
 
     Examples
     --------
@@ -90,10 +90,7 @@ def _bag_packed(
     ids, offsets, id_code = _ids(kind, ids, offsets)
     if weights is not None:
         weights = _weights(kind, weights, ids, mode, F32)
-    if kind.cuda:
-        out = _by_torch(_bag, kind, packed, ids, dim, packed_kind, at, padding, offsets, weights, mode=mode,
-                        include_last_offset=include_last_offset)  # fmt: skip
-        return kind.cast(out, out_code)
+    no_module(kind, "bag_packed")
     if kind.kernels is None:
         result = reference.bag_packed(
             *_to_numpy(kind, packed, ids, offsets, weights), dim=dim, kind=packed_kind, group=at.group,
@@ -107,7 +104,7 @@ def _bag_packed(
         ptr(ids), id_code, ids.shape[0] if offsets is not None else bags * length,
         None if offsets is None else ptr(offsets), include_last_offset, bags, length, padding, mode_code,
         ptr(packed), KINDS[packed_kind], rows, dim, at.group, at.row_bytes,
-        None if weights is None else ptr(weights), ptr(out), out_code,
+        None if weights is None else ptr(weights), ptr(out), out_code, *kind.launch(packed),
     )  # fmt: skip
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset)
@@ -133,14 +130,7 @@ def _bag_packed_weight_grad(
     if grad_code == F64:
         grad, grad_code = kind.cast(grad, F32), F32
     grad = kind.dense(grad)
-    if kind.cuda:
-
-        def run(kind, table, ids, offsets, padding_idx):
-            return _bag_weight_grad(
-                kind, kind.cast(grad, F32), table, ids, offsets, None, None, padding_idx, include_last_offset
-            )
-
-        return _by_torch(run, kind, packed, ids, dim, packed_kind, at, padding, offsets)
+    no_module(kind, "bag_packed_weight_grad")
     if kind.kernels is None:
         result = reference.bag_packed_weight_grad(
             *_to_numpy(kind, grad, packed, ids, offsets), dim=dim, kind=packed_kind, group=at.group,
@@ -154,27 +144,9 @@ def _bag_packed_weight_grad(
         ptr(ids), id_code, ids.shape[0] if offsets is not None else bags * length,
         None if offsets is None else ptr(offsets), include_last_offset, bags, length, padding,
         ptr(packed), KINDS[packed_kind], rows, dim, at.group, at.row_bytes, ptr(grad), grad_code, ptr(result),
+        *kind.launch(grad),
     )  # fmt: skip
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset)
     return result
 
-
-def _by_torch(op, kind, packed, ids, dim, packed_kind, at, padding, offsets, *arrays, **options):
-    """An op of dense tables on the decoded rows of the ids, in their order, for CUDA tensors.
-
-    Ids out of range give NaN; entries of padding point at a row of zeros behind the others.
-    """
-    import torch
-
-    from ._packed_torch import unpack
-
-    flat = ids.reshape(-1)
-    table = unpack(packed, dim, packed_kind, at, flat, "float32")
-    entries, pad = torch.arange(len(flat), device=flat.device), None
-    if padding >= 0:
-        pad = len(flat)
-        entries = torch.where(flat == padding, pad, entries)
-        table = torch.cat([table, table.new_zeros(1, dim)])
-    entries = entries.reshape(ids.shape).to(ids.dtype)
-    return op(kind, table, entries, offsets, *arrays, padding_idx=pad, **options)

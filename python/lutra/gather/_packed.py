@@ -321,10 +321,7 @@ def _unpack_rows(kind, packed, ids=None, dim=0, packed_kind="int8", group=None, 
         id_code = _checks.dtype(kind, ids, "ids", (I32, I64))
         _checks.ndim(ids, "ids", 1)
         ids = kind.dense(ids)
-    if kind.cuda:
-        from ._packed_torch import unpack
-
-        return unpack(packed, dim, packed_kind, at, ids, dtype)
+    no_module(kind, "unpack_rows")
     n = rows if ids is None else ids.shape[0]
     if kind.kernels is None:
         if ids is not None:
@@ -336,12 +333,18 @@ def _unpack_rows(kind, packed, ids=None, dim=0, packed_kind="int8", group=None, 
         out = kind.empty((n, dim), out_code, packed)
     bad = kind.kernels.unpack_rows(
         kind.ptr(packed), KINDS[packed_kind], rows, dim, at.group, at.row_bytes, _ptr(kind, ids), id_code, n,
-        0, kind.ptr(out), out_code,
+        0, kind.ptr(out), out_code, *kind.launch(packed),
     )  # fmt: skip
     if bad != -1:
         check_row_ids(kind.to_numpy(ids), rows)
         raise IndexError("ids changed while the kernel ran")
     return out
+
+
+def no_module(kind, op):
+    """On CUDA nothing falls back on the reference."""
+    if kind.cuda and kind.kernels is None:
+        _checks.no_kernel(kind, op)
 
 
 def check_row_ids(ids, rows):

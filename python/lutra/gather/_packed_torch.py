@@ -35,15 +35,3 @@ def decode(packed: Any, dim: int, kind: str, group: int | None, dtype: Any = tor
     if k.minimum:
         values = values + tail[..., 1]
     return values.to(dtype)
-
-
-def unpack(packed: Any, dim: int, kind: str, at: reference.Layout, ids: Any, dtype: str) -> Any:
-    """Rows ``ids``; NaN for those out of range, since nothing may wait for a device to raise an error."""
-    wanted = getattr(torch, dtype)
-    if ids is None:
-        return decode(packed, dim, kind, at.group, wanted)
-    rows = packed.shape[0]
-    if rows == 0:
-        return torch.full((ids.shape[0], dim), float("nan"), dtype=wanted, device=packed.device)
-    out = decode(packed[ids.clamp(0, rows - 1).long()], dim, kind, at.group, wanted)
-    return torch.where(((ids < 0) | (ids >= rows)).unsqueeze(-1), float("nan"), out)

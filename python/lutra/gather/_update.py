@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .. import _checks
-from .._arrays import BF16, F32, F64, FLOATS, I32, I64, NAMES, NUMPY, call, is_torch, kind_of
+from .._arrays import BF16, F32, F64, FLOATS, I32, I64, NAMES, NUMPY, U8, call, is_torch, kind_of
 from ..reference import row_update as reference
 from . import _spread
 from ._bag import (
@@ -154,7 +154,9 @@ def update_rows(
     Notes
     -----
     Arithmetic and state are float32 (float64 for float64 tables). Deterministic: the same bits whatever the
-    number of threads. On CUDA and for float64 in torch the step is a composition of torch's operations.
+    number of threads. On CUDA one call sorts, sums and updates, without waiting for the device; ids out of
+    range are left out there. float64 in torch, and on CUDA 'rowwise_adagrad' of rows longer than 512 (float32),
+    takes torch's operations.
 
     'rowwise_adagrad' keeps one number a row, the sum over steps of the mean of the gradient's squares
     (FBGEMM, DLRM: Naumov et al., arXiv 1906.00091).
@@ -349,6 +351,9 @@ def _update_rows(kind, table, rows, grads, s0=None, s1=None, rule="sgd", numbers
         )
     if grad_code == F64 and code != F64:
         grads, grad_code = kind.cast(grads, F32), F32
+    if _on_device(kind, code, grad_code, rule, table.shape[1]):
+        ids = rows.reshape(-1, 1)  # the same as bags of one id
+        return _update_bags(kind, table, grads, ids, None, None, None, s0, s1, rule, numbers, seed=seed)
     rows = kind.dense(kind.cast(rows, I64))
     if kind.kernels is None or code == F64 or kind.cuda:
         return _fall_back(kind, table, rows, grads, s0, s1, rule, numbers, seed)
@@ -368,6 +373,15 @@ def _update_rows(kind, table, rows, grads, s0=None, s1=None, rule="sgd", numbers
     return None
 
 
+def _on_device(kind, code, grad_code, rule, dim):
+    """Whether a CUDA kernel sorts, sums and updates."""
+    if not kind.cuda or kind.kernels is None or code == F64:
+        return False
+    if grad_code != code:
+        grad_code = F32
+    return rule != "rowwise_adagrad" or dim <= kind.kernels.bag_update_columns(code, grad_code, dim)
+
+
 def _outside(rows, k, height):
     raise IndexError(f"rows[{k}] is {int(rows[k])}; rows must lie in [0, {height}), the rows of the table")
 
@@ -380,7 +394,8 @@ def _fall_back(kind, table, rows, grads, s0, s1, rule, numbers, seed):
         return step_rows(table, rows, grads, s0, s1, rule, numbers, seed)
     if kind.cuda:
         raise RuntimeError(
-            "update_rows and update_bags have no kernel for CuPy arrays; torch tensors are served"
+            "update_rows and update_bags of CuPy arrays have no kernel for float64 nor for rowwise_adagrad of rows "
+            "this long; torch tensors are served"
         )
     flat = kind.to_numpy(rows)
     bad = (flat < 0) | (flat >= table.shape[0])
@@ -421,11 +436,19 @@ def _update_bags(
     ids, offsets, id_code = _ids(kind, ids, offsets)
     if weights is not None:
         weights = _weights(kind, weights, ids, mode, F64 if code == F64 else F32)
+    if argmax is None and _on_device(kind, code, grad_code, rule, dim):
+        where = (
+            kind.ptr(ids), id_code, ids.shape[0] if offsets is not None else bags * length,
+            _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code,
+        )  # fmt: skip
+        return _update_on_cuda(kind, table, code, grad, grad_code, where, weights, s0, s1, rule, numbers, seed)
     if kind.kernels is None or code == F64 or kind.cuda:
         wide = kind.cast(grad, F64 if code == F64 else F32)
         touched, values = _bag_backward_rows(
             kind, wide, ids, offsets, weights, argmax, rows, mode, padding_idx, include_last_offset
         )
+        if _on_device(kind, code, F32, rule, dim):  # maxima
+            return _update_rows(kind, table, touched, values, s0, s1, rule, numbers, seed)
         return _fall_back(kind, table, touched, values, s0, s1, rule, numbers, seed)
     grad = kind.dense(grad)
     n_ids = ids.shape[0] if offsets is not None else bags * length
@@ -446,3 +469,20 @@ def _update_bags(
     )  # fmt: skip
     _changed(kind, table, s0, s1)
     return None
+
+
+def _update_on_cuda(kind, table, code, grad, grad_code, where, weights, s0, s1, rule, numbers, seed):
+    """Sort, sum and update in one call; ids out of range are left out. Nothing waits for the device."""
+    if grad_code != code and grad_code != F32:
+        grad, grad_code = kind.cast(grad, F32), F32
+    grad, ptr = kind.dense(grad), kind.ptr
+    rows, dim = table.shape
+    n_ids, bags, padding, mode = where[2], where[5], where[7], where[8]
+    weights = _ptr(kind, weights)
+    size = kind.kernels.bag_update_workspace(n_ids, where[3], bags, padding, mode, code, dim, weights)
+    workspace = kind.empty((size,), U8, table)
+    kind.kernels.bag_update(
+        *where, ptr(table), code, rows, dim, _ptr(kind, s0), _ptr(kind, s1), RULES[rule], *numbers,
+        seed is not None, seed or 0, weights, ptr(grad), grad_code, *kind.launch(table, workspace),
+    )  # fmt: skip
+    _changed(kind, table, s0, s1)

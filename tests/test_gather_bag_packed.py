@@ -172,23 +172,6 @@ def test_torch_ops():
     )
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_the_way_of_cuda(kind):
-    """What CUDA tensors are computed with, run on the CPU."""
-    torch = pytest.importorskip("torch")
-    from lutra._arrays import torch_kind
-    from lutra.gather import _bag_packed
-
-    packed = torch.from_numpy(table_of(10, 33, kind, 16))
-    at = reference.layout(33, kind, 16)
-    ids = torch.tensor([[1, 2, 3], [9, 3, 3]])
-    got = _bag_packed._by_torch(
-        _bag_packed._bag, torch_kind(False), packed, ids, 33, kind, at, 3, None, None, mode="mean"
-    )
-    want = gather.bag_packed(packed, ids, dim=33, kind=kind, group=16, mode="mean", padding_idx=3)
-    torch.testing.assert_close(got, want)
-
-
 # ---------------------------------------------------------------- bad input
 def test_bad_input():
     packed = table_of(10, 33, "int4")

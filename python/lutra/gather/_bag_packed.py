@@ -149,4 +149,3 @@ def _bag_packed_weight_grad(
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset)
     return result
-

@@ -155,8 +155,8 @@ def update_rows(
     -----
     Arithmetic and state are float32 (float64 for float64 tables). Deterministic: the same bits whatever the
     number of threads. On CUDA one call sorts, sums and updates, without waiting for the device; ids out of
-    range are left out there. float64 in torch, and on CUDA 'rowwise_adagrad' of rows longer than 512 (float32),
-    takes torch's operations.
+    range are left out there. float64 in torch, and on CUDA 'rowwise_adagrad' of rows longer than 512
+    (float32), take torch's operations.
 
     'rowwise_adagrad' keeps one number a row, the sum over steps of the mean of the gradient's squares
     (FBGEMM, DLRM: Naumov et al., arXiv 1906.00091).
@@ -394,8 +394,8 @@ def _fall_back(kind, table, rows, grads, s0, s1, rule, numbers, seed):
         return step_rows(table, rows, grads, s0, s1, rule, numbers, seed)
     if kind.cuda:
         raise RuntimeError(
-            "update_rows and update_bags of CuPy arrays have no kernel for float64 nor for rowwise_adagrad of rows "
-            "this long; torch tensors are served"
+            "update_rows and update_bags of CuPy arrays have no kernel for float64, nor for rowwise_adagrad "
+            "of rows this long; torch tensors are served"
         )
     flat = kind.to_numpy(rows)
     bad = (flat < 0) | (flat >= table.shape[0])
@@ -441,7 +441,9 @@ def _update_bags(
             kind.ptr(ids), id_code, ids.shape[0] if offsets is not None else bags * length,
             _ptr(kind, offsets), include_last_offset, bags, length, padding, mode_code,
         )  # fmt: skip
-        return _update_on_cuda(kind, table, code, grad, grad_code, where, weights, s0, s1, rule, numbers, seed)
+        return _update_on_cuda(
+            kind, table, code, grad, grad_code, where, weights, s0, s1, rule, numbers, seed
+        )
     if kind.kernels is None or code == F64 or kind.cuda:
         wide = kind.cast(grad, F64 if code == F64 else F32)
         touched, values = _bag_backward_rows(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from .. import _checks
+from .._arrays import torch_kind
 from ..gather import _bag as bag
 from ..gather import _rows as quantized
 from ..gather import _tables as tables
-from .library import gradient, register
+from .library import gradient, plain, register
 
 ops = torch.ops.lutra
 
@@ -59,6 +60,13 @@ def _bag_setup(ctx, inputs, output):
     ctx.save_for_backward(table if reads else None, ids, offsets, weights, scale, minimum)
 
 
+def _run(name, implementation, arguments):
+    """An op of a backward pass, directly where nothing needs torch's dispatcher, which takes longer."""
+    if plain(*arguments[:5]):
+        return implementation(torch_kind(arguments[0].is_cuda), *arguments)
+    return getattr(ops, name)(*arguments)
+
+
 def _bag_backward(ctx, grad):
     table, ids, offsets, weights, scale, minimum = ctx.saved_tensors
     to_table = to_weights = None
@@ -66,14 +74,14 @@ def _bag_backward(ctx, grad):
         argmax = None
         if ctx.mode == "max":  # found again: cheaper than (bags, dim) int64 kept for every call
             argmax = ops.bag_argmax(table, ids, offsets, ctx.padding_idx, ctx.last)
-        options = (ctx.shape[0], ctx.mode, ctx.padding_idx, ctx.last)
+        arguments = (grad, ids, offsets, weights, argmax, ctx.shape[0], ctx.mode, ctx.padding_idx, ctx.last)
         if ctx.sparse:
-            rows, values = ops.bag_backward_rows(grad, ids, offsets, weights, argmax, *options)
+            rows, values = _run("bag_backward_rows", bag._bag_backward_rows, arguments)
             to_table = torch.sparse_coo_tensor(
                 rows.unsqueeze(0), values, ctx.shape, check_invariants=False, is_coalesced=True
             )
         else:
-            to_table = ops.bag_backward(grad, ids, offsets, weights, argmax, *options)
+            to_table = _run("bag_backward", bag._bag_backward, arguments)
     if _needs(ctx, 3):
         to_weights = ops.bag_weight_grad(
             grad, table, ids, offsets, scale, minimum, ctx.padding_idx, ctx.last

@@ -15,8 +15,34 @@ from .._arrays import torch_kind
 
 LIBRARY = torch.library.Library("lutra", "DEF")
 
+_no_modes = _C._len_torch_dispatch_stack
 _functorch = _C._functorch.peek_interpreter_stack
+_tracing = _C._get_tracing_state
 _below_autograd = _C._AutoDispatchBelowAutograd
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def plain(*tensors: Any) -> bool:
+    """Whether a call needs nothing of torch's dispatcher, so that the kernel may be called directly.
+
+    True for ordinary tensors outside torch.compile, tracing, functorch, dispatch modes and forward-mode
+    differentiation, none of which requires a gradient that is being recorded. The dispatcher's way to a
+    Python implementation takes 1.8 microseconds here, with an autograd formula 14; this test takes 0.6.
+    """
+    if torch.compiler.is_compiling() or _no_modes() or _functorch() is not None or _tracing() is not None:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or (grad and t.requires_grad):
+            return False
+        # A meta tensor has no memory; that of a negative view holds other values.
+        if not (t.is_cpu or t.is_cuda) or t.is_neg():
+            return False
+    return True
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -32,6 +32,13 @@ __device__ __forceinline__ float round_randomly(float x, uint32_t key, int64_t c
   return __uint_as_float((u + b) & 0xffff0000u);
 }
 
+// Approximations of 1 to 2 units in the last place: exact division and root are subroutines.
+__device__ __forceinline__ float root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 struct Step {
   Rule rule;
   float lr, shrink, a, b, eps, scale;
@@ -46,9 +53,10 @@ struct Update {
   float* s1;
   int64_t dim;
   Step step;
+  bool ahead;
 
   __device__ __forceinline__ void prefetch(uint32_t row, int64_t column) const {
-    if (column >= dim) return;
+    if (column >= dim || !ahead) return;
     const int64_t at = static_cast<int64_t>(row) * dim + column;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(table + at));
     if (s0 && step.rule != Rule::rowwise_adagrad) asm volatile("prefetch.global.L2 [%0];" ::"l"(s0 + at));
@@ -70,7 +78,7 @@ struct Update {
       const float total = s0[row] + group.sum(squares) / static_cast<float>(dim);  // all have read it before one writes
       __syncwarp(group.mask);
       if (group.lane == 0) s0[row] = total;
-      rate = step.lr / (sqrtf(total) + step.eps);
+      rate = __fdividef(step.lr, root(total) + step.eps);
     }
     const uint32_t key = step.stochastic ? row_key(step.seed, row) : 0;
 #pragma unroll
@@ -99,7 +107,7 @@ struct Update {
 #pragma unroll
           for (int j = 0; j < VEC; ++j) {
             s[j] = fmaf(sum[c][j], sum[c][j], s[j]);
-            x[j] -= sum[c][j] * rate / (sqrtf(s[j]) + step.eps);
+            x[j] -= __fdividef(sum[c][j] * rate, root(s[j]) + step.eps);
           }
           store_pack<float, VEC>(s0 + base + at, s);
           break;
@@ -112,7 +120,7 @@ struct Update {
           for (int j = 0; j < VEC; ++j) {
             m[j] = fmaf(sum[c][j] - m[j], step.a, m[j]);
             v[j] = fmaf(sum[c][j] * sum[c][j] - v[j], step.b, v[j]);
-            x[j] -= m[j] * rate / (sqrtf(v[j]) * step.scale + step.eps);
+            x[j] -= __fdividef(m[j] * rate, root(v[j]) * step.scale + step.eps);
           }
           store_pack<float, VEC>(s0 + base + at, m);
           store_pack<float, VEC>(s1 + base + at, v);
@@ -159,7 +167,8 @@ void run(const RowSums& sums, const BagUpdateArgs& a, const Launch& l) {
                        r.s0,
                        r.s1,
                        r.dim,
-                       {r.rule, r.lr, r.shrink, r.a, r.b, r.eps, r.scale, r.stochastic && r.dtype == DType::bf16, r.seed}};
+                       {r.rule, r.lr, r.shrink, r.a, r.b, r.eps, r.scale, r.stochastic && r.dtype == DType::bf16, r.seed},
+                       std::getenv("LUTRA_GATHER_NOPREFETCH") == nullptr};
   const int lanes = lanes_for(r.dim, VEC);
   if (r.rule == Rule::rowwise_adagrad && r.dim > lanes * VEC)
     sum_rows<G, VEC, kSlabs, false>(sums, sink, lanes, "row_update", l);

@@ -55,30 +55,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A row's sum goes to its place in the table's gradient, or into the list of the touched rows.
-template <class T>
-struct Store {
-  T* grad;
-  int64_t dim;
-  bool dense;
-  __device__ __forceinline__ void prefetch(uint32_t, int64_t) const {}
-  template <int VEC, int CH>
-  __device__ __forceinline__ void take(uint32_t row, int number, int64_t column, int64_t, const float (&sum)[CH][VEC],
-                                       const Group&) const {
-    if (column < dim)
-      store_pack<T, VEC>(grad + (dense ? static_cast<int64_t>(row) : static_cast<int64_t>(number)) * dim + column,
-                         sum[0]);
-  }
-};
-
 template <class T, int VEC>
 void store_rows(const RowSums& sums, const BagGradArgs& a, const Launch& l) {
-  const Store<T> sink{static_cast<T*>(a.grad), a.dim, a.dense};
+  const BagRows<T> source{static_cast<const T*>(a.grad_out), a.dim};
+  const StoreRows<T> sink{static_cast<T*>(a.grad), a.dim, a.dense};
   const int lanes = power_of_two(div_up(a.dim, VEC), 32);
   if (sums.argmax)
-    sum_rows<T, VEC, 1, true>(sums, sink, lanes, "bag_grad", l);
+    sum_rows<VEC, 1, true>(sums, source, sink, lanes, "bag_grad", l);
   else
-    sum_rows<T, VEC, 1, false>(sums, sink, lanes, "bag_grad", l);
+    sum_rows<VEC, 1, false>(sums, source, sink, lanes, "bag_grad", l);
 }
 
 template <class T, int WIDE>
@@ -138,7 +123,7 @@ void bag_grad(const BagGradArgs& a, const Launch& l) {
   sort_rows(s.plan, a.bag, a.rows, l);
   if (!a.dense) number_rows(s.plan, s.tile, a.touched, nullptr, a.count, l);
   if (a.dense) fill_zero("bag_grad", a.grad, static_cast<size_t>(a.rows * a.dim) * size, l);
-  RowSums sums{entries_of(s.plan), a.dim, a.grad_out, a.weights, nullptr, 1.0f, nullptr, s.plan.tile_number,
+  RowSums sums{entries_of(s.plan), a.dim,  a.weights, nullptr, 1.0f, nullptr, s.plan.tile_number,
                s.tile,             s.partial};
   if (a.bag.mode == Mode::max) sums.argmax = a.argmax;
   if (a.bag.mode == Mode::mean) {

@@ -126,8 +126,38 @@ struct PieceSumsArgs {
 
 }  // namespace lutra
 
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+
+// `numbers`: how many numbers the source has, at most 64. An address outside the table makes the bag NaN.
+void pieces(const PiecesArgs& a, int64_t numbers, const Launch& l);
+void piece_dots(const PieceDotsArgs& a, int64_t numbers, const Launch& l);
+
+// The gradient of the table of pieces of any kind, whole, by sorting addresses: elements and rows are summed in f32 in
+// the order of the entries. With `table` (products) the other piece's row is read from it.
+struct PieceGradArgs {
+  BagIds bag;
+  PieceSource source;
+  int64_t numbers;
+  Combine combine;
+  int64_t width;
+  const void* table;
+  const void* grad_out;  // (bags, dim)
+  DType dtype;           // of table, piece_weights, grad_out and grad_table
+  const float* weights;
+  const void* piece_weights;
+  void* grad_table;  // (table_rows, width); robe: (table_rows,)
+};
+int64_t piece_grad_workspace(const PieceGradArgs& a);
+void piece_grad(const PieceGradArgs& a, const Launch& l);
+
+}  // namespace cuda
+}  // namespace lutra
+#else
 LUTRA_KERNEL(pieces, ::lutra::PiecesArgs)
 LUTRA_KERNEL(pieces_backward, ::lutra::PiecesBackwardArgs)
 LUTRA_KERNEL(piece_dots, ::lutra::PieceDotsArgs)
 LUTRA_KERNEL(piece_addresses, ::lutra::PieceAddressesArgs)
 LUTRA_KERNEL(piece_sums, ::lutra::PieceSumsArgs)
+#endif

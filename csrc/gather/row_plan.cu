@@ -164,21 +164,30 @@ int64_t temporary_bytes(int n) {
   return static_cast<int64_t>(last);
 }
 
+void sort_pairs(const RowPlan& p, int64_t rows, const Launch& l) {
+  if (p.n == 0) return;
+  // Only the low bits are sorted: as many as `rows` has, rows <= 2^bits - 1, so that every key, at most rows - 1,
+  // stays below kNoRow, whose low bits are 2^bits - 1.
+  int bits = 1;
+  while (bits < 32 && (rows >> bits) != 0) ++bits;
+  size_t bytes = static_cast<size_t>(p.temporary_bytes);
+  check(cub::DeviceRadixSort::SortPairs(p.temporary, bytes, static_cast<const uint32_t*>(p.keys_in), p.keys,
+                                        static_cast<const int32_t*>(p.values_in), p.values, p.n, 0, bits, stream_of(l)),
+        "sort by row");
+}
+
 }  // namespace
 
-RowPlan take_plan(Carve* c, const BagIds& b, bool positions, bool numbered) {
-  const int64_t n = b.n_ids;
-  if (n > 0x7fffffff - 65536 || b.bags > 0x7fffffff)
-    throw std::length_error("lutra: CUDA gradients take fewer than 2^31 ids and bags in a call");
+RowPlan take_keys(Carve* c, int64_t n, bool numbered) {
+  if (n > 0x7fffffff - 65536) throw std::length_error("lutra: CUDA gradients take fewer than 2^31 ids in a call");
   RowPlan p{};
   p.n = static_cast<int>(n);
-  p.positions = positions;
-  p.length = positions && !b.offsets ? static_cast<int>(b.length) : 0;
+  p.positions = true;
   p.keys = c->take<uint32_t>(padded(n));
   p.values = c->take<int32_t>(padded(n));
   p.keys_in = c->take<uint32_t>(n);
   p.values_in = c->take<int32_t>(n);
-  if (positions && b.offsets) p.bag_at = c->take<int32_t>(n);
+  p.bag_at = c->take<int32_t>(n);
   p.temporary_bytes = n > 0 ? temporary_bytes(p.n) : 0;
   p.temporary = c->take<char>(p.temporary_bytes);
   if (numbered) {
@@ -188,21 +197,29 @@ RowPlan take_plan(Carve* c, const BagIds& b, bool positions, bool numbered) {
   return p;
 }
 
+RowPlan take_plan(Carve* c, const BagIds& b, bool positions, bool numbered) {
+  if (b.bags > 0x7fffffff) throw std::length_error("lutra: CUDA gradients take fewer than 2^31 bags in a call");
+  RowPlan p = take_keys(c, b.n_ids, numbered);
+  p.positions = positions;
+  p.length = positions && !b.offsets ? static_cast<int>(b.length) : 0;
+  if (!positions || !b.offsets) p.bag_at = nullptr;
+  return p;
+}
+
 void sort_rows(const RowPlan& p, const BagIds& b, int64_t rows, const Launch& l) {
   if (rows >= 0xffffffff) throw std::length_error("lutra: CUDA gradients take fewer than 2^32 - 1 rows");
   const char* what = "sort by row";
   const int64_t all = padded(p.n);
   launch(what, keys_kernel, grid_x(div_up(all, kStep)), kThreads, 0, l, view_of(b), rows, p.positions, all, p.keys_in,
          p.values_in, p.bag_at, p.keys, p.values);
-  if (p.n == 0) return;
-  // Only the low bits are sorted: as many as `rows` has, rows <= 2^bits - 1, so that every key, at most rows - 1,
-  // stays below kNoRow, whose low bits are 2^bits - 1.
-  int bits = 1;
-  while (bits < 32 && (rows >> bits) != 0) ++bits;
-  size_t bytes = static_cast<size_t>(p.temporary_bytes);
-  check(cub::DeviceRadixSort::SortPairs(p.temporary, bytes, static_cast<const uint32_t*>(p.keys_in), p.keys,
-                                        static_cast<const int32_t*>(p.values_in), p.values, p.n, 0, bits, stream_of(l)),
-        what);
+  sort_pairs(p, rows, l);
+}
+
+void sort_keys(const RowPlan& p, int64_t rows, const Launch& l) {
+  const size_t behind = static_cast<size_t>(padded(p.n) - p.n);
+  check(cudaMemsetAsync(p.keys + p.n, 0xff, behind * sizeof(uint32_t), stream_of(l)), "sort by row");
+  check(cudaMemsetAsync(p.values + p.n, 0, behind * sizeof(int32_t), stream_of(l)), "sort by row");
+  sort_pairs(p, rows, l);
 }
 
 void number_rows(const RowPlan& p, int tile, int64_t* touched, int32_t* starts, int64_t* count, const Launch& l) {

@@ -40,6 +40,11 @@ RowPlan take_plan(Carve* c, const BagIds& b, bool positions, bool numbered);
 // Fills it. `rows`: ids lie in [0, rows).
 void sort_rows(const RowPlan& p, const BagIds& b, int64_t rows, const Launch& l);
 
+// The same for keys that somebody else makes: a plan of n entries, whose keys_in, values_in and bag_at (with
+// `positions`) the caller has filled.
+RowPlan take_keys(Carve* c, int64_t n, bool numbered);
+void sort_keys(const RowPlan& p, int64_t rows, const Launch& l);
+
 // Writes touched (ascending rows), starts (n + 1, may be null: where each run begins, and the end), tile_number for
 // tiles of `tile` entries, and the number of runs.
 void number_rows(const RowPlan& p, int tile, int64_t* touched, int32_t* starts, int64_t* count, const Launch& l);

@@ -25,7 +25,6 @@ namespace cuda {
 struct RowSums {
   Entries entries;
   int64_t dim;
-  const void* source;       // (bags, dim)
   const float* weights;     // per position (entries hold positions then), or null: 1
   const float* bag_factor;  // per bag, or null: 1
   float factor;             // of everything
@@ -33,6 +32,23 @@ struct RowSums {
   const int32_t* tile_number;  // or null
   int tile;
   float* partial;  // partial_floats
+};
+
+// Where the gradient of an entry comes from: row `bag` of an array (bags, dim).
+template <class G>
+struct BagRows {
+  template <int VEC>
+  using Raw = Pack<G, VEC>;
+  const G* source;
+  int64_t dim;
+  template <int VEC>
+  __device__ __forceinline__ Raw<VEC> load(int32_t bag, int32_t, int64_t column) const {
+    return load_pack<G, VEC>(source + bag * dim + column);
+  }
+  template <int VEC>
+  static __device__ __forceinline__ float value(const Raw<VEC>& raw, int j) {
+    return raw[j];
+  }
 };
 
 struct Group {  // threads that work on one tile
@@ -72,8 +88,8 @@ inline int tile_for(int64_t n, int64_t lanes_in_all) {
 }
 inline int64_t partial_floats(int64_t n, int tile, int64_t dim) { return (div_up(n, tile) + 1) * 2 * dim; }
 
-template <class G, int VEC, int CH, bool MAX, class Sink>
-__global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Sink sink, int log_lanes) {
+template <int VEC, int CH, bool MAX, class Source, class Sink>
+__global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Source source, Sink sink, int log_lanes) {
   const Group group = group_of(log_lanes);
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * (kSumThreads >> log_lanes) + (threadIdx.x >> log_lanes));
   const int64_t begin = at * a.tile;
@@ -87,7 +103,6 @@ __global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Sink sink
   int number = a.tile_number ? a.tile_number[at] : 0;
   int32_t last_bag = MAX && carried ? a.entries.bag_of(a.entries.values[begin - 1]) : -1;
   float* partial = a.partial + at * 2 * a.dim;
-  const G* source = static_cast<const G*>(a.source);
   float sum[CH][VEC];
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
@@ -102,7 +117,7 @@ __global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Sink sink
     const int32_t value[kInFlightRows] = {v.x, v.y, v.z, v.w};
     int32_t bag[kInFlightRows];
     float factor[kInFlightRows];
-    Pack<G, VEC> row[kInFlightRows][CH];
+    typename Source::template Raw<VEC> row[kInFlightRows][CH];
 #pragma unroll
     for (int u = 0; u < kInFlightRows; ++u) {
       if (key[u] == kNoRow) continue;
@@ -112,7 +127,7 @@ __global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Sink sink
       if (a.bag_factor) factor[u] *= a.bag_factor[bag[u]];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        if (column + c * step < a.dim) row[u][c] = load_pack<G, VEC>(source + bag[u] * a.dim + column + c * step);
+        if (column + c * step < a.dim) row[u][c] = source.template load<VEC>(bag[u], value[u], column + c * step);
       }
       sink.prefetch(key[u], column);
     }
@@ -150,9 +165,9 @@ __global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Sink sink
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
           if (!MAX)
-            sum[c][j] = fmaf(factor[u], row[u][c][j], sum[c][j]);
+            sum[c][j] = fmaf(factor[u], source.template value<VEC>(row[u][c], j), sum[c][j]);
           else if (argmax[j] == static_cast<int64_t>(current))
-            sum[c][j] += row[u][c][j];
+            sum[c][j] += source.template value<VEC>(row[u][c], j);
         }
       }
     }
@@ -195,6 +210,23 @@ __device__ __forceinline__ void add_partials(const float* partial, int64_t dim, 
     }
   }
 }
+
+// A sink: a row's sum goes to its place in the table's gradient, or into the list of the touched rows.
+template <class T>
+struct StoreRows {
+  T* grad;
+  int64_t dim;
+  bool dense;
+  __device__ __forceinline__ void prefetch(uint32_t, int64_t) const {}
+  template <int VEC, int CH>
+  __device__ __forceinline__ void take(uint32_t row, int number, int64_t column, int64_t, const float (&sum)[CH][VEC],
+                                       const Group&) const {
+    static_assert(CH == 1, "rows are stored in slabs");
+    if (column < dim)
+      store_pack<T, VEC>(grad + (dense ? static_cast<int64_t>(row) : static_cast<int64_t>(number)) * dim + column,
+                         sum[0]);
+  }
+};
 
 constexpr int kLongRun = 64;  // tiles; a row that crosses more is added up by a whole block
 
@@ -283,14 +315,14 @@ __global__ void __launch_bounds__(kSumThreads) borders_kernel(RowSums a, Sink si
 }
 
 // Both launches. lanes of a group: a power of two.
-template <class G, int VEC, int CH, bool MAX, class Sink>
-void sum_rows(const RowSums& a, const Sink& sink, int lanes, const char* what, const Launch& l) {
+template <int VEC, int CH, bool MAX, class Source, class Sink>
+void sum_rows(const RowSums& a, const Source& source, const Sink& sink, int lanes, const char* what, const Launch& l) {
   if (a.entries.n == 0 || a.dim == 0) return;
   const int64_t slabs = div_up(a.dim, static_cast<int64_t>(lanes) * VEC * CH);
   if (slabs > 65535) throw std::length_error(std::string("lutra: ") + what + ": rows too long for CUDA");
   const int64_t tiles = div_up(a.entries.n, a.tile);
   const dim3 grid(grid_x(div_up(tiles, kSumThreads / lanes)), static_cast<unsigned>(slabs));
-  launch(what, tiles_kernel<G, VEC, CH, MAX, Sink>, grid, kSumThreads, 0, l, a, sink, log2_of(lanes));
+  launch(what, tiles_kernel<VEC, CH, MAX, Source, Sink>, grid, kSumThreads, 0, l, a, source, sink, log2_of(lanes));
   launch(what, borders_kernel<VEC, CH, Sink>, grid, kSumThreads, 0, l, a, sink, log2_of(lanes));
 }
 

@@ -169,11 +169,12 @@ void run(const RowSums& sums, const BagUpdateArgs& a, const Launch& l) {
                        r.dim,
                        {r.rule, r.lr, r.shrink, r.a, r.b, r.eps, r.scale, r.stochastic && r.dtype == DType::bf16, r.seed},
                        std::getenv("LUTRA_GATHER_NOPREFETCH") == nullptr};
+  const BagRows<G> source{static_cast<const G*>(r.grad), r.dim};
   const int lanes = lanes_for(r.dim, VEC);
   if (r.rule == Rule::rowwise_adagrad && r.dim > lanes * VEC)
-    sum_rows<G, VEC, kSlabs, false>(sums, sink, lanes, "row_update", l);
+    sum_rows<VEC, kSlabs, false>(sums, source, sink, lanes, "row_update", l);
   else
-    sum_rows<G, VEC, 1, false>(sums, sink, lanes, "row_update", l);
+    sum_rows<VEC, 1, false>(sums, source, sink, lanes, "row_update", l);
 }
 
 constexpr int vector_of(DType dtype, DType grad) { return dtype == DType::f32 || grad == DType::f32 ? 4 : 8; }
@@ -204,7 +205,7 @@ void bag_update(const BagUpdateArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
   const UpdateArrays s = update_arrays(a, l.workspace);
   sort_rows(s.plan, a.bag, r.rows, l);
-  RowSums sums{entries_of(s.plan), r.dim, r.grad, r.weights, nullptr, 1.0f, nullptr, nullptr, s.tile, s.partial};
+  RowSums sums{entries_of(s.plan), r.dim, r.weights, nullptr, 1.0f, nullptr, nullptr, s.tile, s.partial};
   if (a.bag.mode == Mode::mean) {
     if (s.factors)
       bag_factors(a.bag, s.factors, l);

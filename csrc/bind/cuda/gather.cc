@@ -1,3 +1,4 @@
+#include "bind/cuda/bags.h"
 #include "bind/cuda/intake.h"
 #include "gather/bag.h"
 #include "gather/packed.h"
@@ -6,13 +7,6 @@
 
 namespace lutra {
 namespace {
-
-// The ids of a bag call: (ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode).
-BagIds bag_ids(Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
-               int64_t padding_idx, int mode) {
-  return BagIds{ids.p,       static_cast<DType>(id_type), n_ids, offsets.p, last_offset, bags, length,
-                padding_idx, static_cast<Mode>(mode)};
-}
 
 PackedTable packed_table(Address data, int kind, int64_t rows, int64_t dim, int64_t group, int64_t row_bytes) {
   return PackedTable{data.as<uint8_t>(), rows, dim, group, row_bytes, static_cast<Packed>(kind)};

@@ -24,6 +24,7 @@ void register_address(py::module_& m);
 void register_gather(py::module_& m);
 void register_lists(py::module_& m);
 void register_maxsim(py::module_& m);
+void register_pieces(py::module_& m);
 void register_scan(py::module_& m);
 
 }  // namespace lutra

@@ -36,5 +36,6 @@ PYBIND11_MODULE(_cuda, m) {
   lutra::register_gather(m);
   lutra::register_lists(m);
   lutra::register_maxsim(m);
+  lutra::register_pieces(m);
   lutra::register_scan(m);
 }

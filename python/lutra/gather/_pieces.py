@@ -122,7 +122,8 @@ def bag_pieces(
     -----
     Accumulated in float32. Gradients (torch): to table, piece_weights and weights, in an order that does not
     depend on the number of threads. Cost of a row: one random read of its code and m reads from the cache
-    for code books; m random reads for large tables. float64, and CUDA, take a composition of torch's ops.
+    for code books; m random reads for large tables. float64 takes a composition of torch's ops. CUDA takes
+    kinds of at most 64 numbers (hash: 31 pieces); what is out of range makes its bag NaN there.
 
     References
     ----------
@@ -229,12 +230,13 @@ def _check(kind, table, stored, piece_weights, pieces, rows):
 
 
 def composes(table: Any) -> bool:
-    """Whether a torch table is served by torch's own ops: float64, CUDA, nothing compiled."""
+    """Whether a torch table is served by torch's own ops: float64, nothing compiled, other devices."""
     import torch
 
     from .. import _backend
 
-    return table.dtype == torch.float64 or not table.is_cpu or _backend.core is None
+    module = _backend.core if table.is_cpu else _backend.cuda if table.is_cuda else None
+    return table.dtype == torch.float64 or module is None
 
 
 # ---------------------------------------------------------------- forward
@@ -264,7 +266,7 @@ def _bag_pieces(
     bad = kind.kernels.pieces(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         _MODES[mode], *_source(kind, pieces, rows, stored), COMBINE[combine], kind.ptr(table), code, width,
-        _bag._ptr(kind, weights), _bag._ptr(kind, piece_weights), kind.ptr(out),
+        _bag._ptr(kind, weights), _bag._ptr(kind, piece_weights), kind.ptr(out), *kind.launch(table),
     )  # fmt: skip
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset, stored, pieces)
@@ -345,6 +347,8 @@ def _pieces_backward(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         _MODES[mode], *_source(kind, pieces, rows, stored),
     )  # fmt: skip
+    if kind.cuda:
+        return _backward_on_cuda(kind, grad, code, where, pieces, table, weights, piece_weights)
     # Residual codes: sums of all rows of the books, unless few are touched.
     summed = combine == "sum" and source == "codes" and piece_weights is None and pieces.numbers[1] <= 8
     summed = summed and n_ids >= 512
@@ -368,6 +372,22 @@ def _pieces_backward(
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset, stored, pieces)
     return _sum_sorted(kind, grad, pieces, at, factors, n, offsets, include_last_offset, bags, length, table)
+
+
+def _backward_on_cuda(kind, grad, code, where, pieces, table, weights, piece_weights):
+    """Addresses of all pieces are made, sorted and summed in one call, whatever the kind."""
+    if pieces.combine != "product":
+        table = None
+    elif table is not None:
+        table = kind.dense(table)
+    out = kind.empty((pieces.table_rows, 1 if pieces.kind == "robe" else pieces.width), code, grad)
+    arguments = (
+        *where, COMBINE[pieces.combine], pieces.width, _bag._ptr(kind, table), kind.ptr(grad), code,
+        _bag._ptr(kind, weights), _bag._ptr(kind, piece_weights), kind.ptr(out),
+    )  # fmt: skip
+    workspace = kind.empty((kind.kernels.piece_grad(*arguments, None, *kind.launch(grad)),), U8, grad)
+    kind.kernels.piece_grad(*arguments, *kind.launch(grad, workspace))
+    return out
 
 
 def _sum_sorted(kind, grad, pieces, at, factors, n, offsets, include_last_offset, bags, length, table):
@@ -418,7 +438,7 @@ def _piece_dots(
     bad = kind.kernels.piece_dots(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         _MODES["sum"], *_source(kind, pieces, rows, stored), COMBINE[combine], kind.ptr(table), code, width,
-        kind.ptr(grad), kind.ptr(dots),
+        kind.ptr(grad), kind.ptr(dots), *kind.launch(grad),
     )  # fmt: skip
     if bad != -1:
         _explain(kind, ids, offsets, rows, include_last_offset, stored, pieces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._arrays import torch_kind
 from ..gather import _bag as bag
 from ..gather import _pieces as pieces
 from ..gather import _scaled as scaled
@@ -50,7 +51,7 @@ def _scaled_fake(
 def _setup(ctx, inputs, output):
     table, ids, offsets, weights, stored, piece_weights, *ctx.options = inputs
     ctx.shape = table.shape
-    ctx.scaled = ctx.options[0] == "modulo" and piece_weights is not None
+    ctx.scaled = ctx.options[0] == "modulo" and piece_weights is not None and table.is_cpu
     reads = _needs(ctx, 3) or _needs(ctx, 5) or ctx.options[3] == "product" or ctx.scaled
     ctx.save_for_backward(table if reads else None, ids, offsets, weights, stored, piece_weights)
 
@@ -101,6 +102,8 @@ def _piece_weight_grad(dots, ids, offsets, weights, rows, mode, padding_idx, las
         dots = dots / _of_bags(counts, ids, offsets, last)[:, None]
     elif weights is not None:
         dots = dots * weights.reshape(-1, 1)
+    if dots.is_cuda:  # torch's additions are in any order there
+        return bag._bag_backward(torch_kind(True), dots, ids.reshape(-1, 1), rows=rows)
     # torch adds the entries of a column one after another, in their order; sorting pays for wide rows only.
     flat = _inside(ids, rows)
     columns = [dots.new_zeros(rows).index_add(0, flat, column) for column in dots.unbind(1)]

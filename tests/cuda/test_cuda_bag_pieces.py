@@ -1,4 +1,4 @@
-"""Rows that are put together from pieces, on CUDA: against the reference, gradients against float64 in torch."""
+"""Rows put together from pieces on CUDA: against the reference, gradients against float64 in torch."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..compress._table import to_numpy
 from ..gather import bag
+from ..gather._host_table import HostBag, readable
 from ..index import _files
 from ._common import IDS, ScaleByFrequency
 from ._embedding_ops import ops
@@ -131,7 +132,36 @@ class Host(torch.nn.Module):
         if self.mapped:
             self.table, _ = open_table(self.path, self._name)
 
+    def pin_table(self) -> None:
+        """Move the table to page-locked memory (once, which takes a second for some 4 GB).
+
+        From then on a call with ids on a GPU has its rows read by the GPU's kernel, over the bus and as many
+        bytes as are needed: ids are not brought to the host, and nothing waits for the device. Ids out of
+        range give NaN then. Gradients of the table come to the host, and the backward pass waits for them;
+        after a forward pass alone, wait for the device before the table is changed. Not with ``max_norm``, and
+        with ``scale_grad_by_freq`` only where the table is not trained: such calls take the other way.
+
+        Raises
+        ------
+        ValueError
+            A table in a file.
+        RuntimeError
+            There is no CUDA device.
+        """
+        if self.mapped:
+            raise ValueError(
+                "the table is in a file, whose pages cannot be locked: give it to the layer as a tensor"
+            )
+        if not self.table.is_pinned():
+            self.table.data = self.table.data.contiguous().pin_memory()
+
     # ---------------------------------------------------------------- computing
+    def _by_kernel(self, ids: Tensor) -> bool:
+        """Whether a kernel on the device of the ids reads the table itself."""
+        if not ids.is_cuda or self.max_norm is not None or (self.scale_grad_by_freq and self._trains()):
+            return False
+        return readable(self.table) and not torch.compiler.is_compiling()
+
     def _trains(self) -> bool:
         return self.table.requires_grad and torch.is_grad_enabled()
 
@@ -167,9 +197,9 @@ class HostEmbedding(Host, torch.nn.Embedding):
     """``torch.nn.Embedding`` whose table stays in host memory, or in a mapped file.
 
     The rest of the model may be on a GPU: ids are brought to the host, rows are looked up there, and only
-    these rows are sent to the device of the ids (from pinned memory, without waiting). ``module.to(device)``
-    moves nothing of the table, ``module.to(dtype)`` changes the dtype of the rows that are given, not that of
-    the table.
+    these rows are sent to the device of the ids (from pinned memory, without waiting); or, after
+    `pin_table`, the GPU reads them itself. ``module.to(device)`` moves nothing of the table,
+    ``module.to(dtype)`` changes the dtype of the rows that are given, not that of the table.
 
     Parameters
     ----------
@@ -256,6 +286,20 @@ class HostEmbedding(Host, torch.nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows, (\\*input.shape, embedding_dim), on the device of the ids."""
+        if self._by_kernel(input):
+            _check_type(input)
+            rows = HostBag.apply(
+                self.table,
+                input.reshape(-1, 1),
+                None,
+                None,
+                "sum",
+                None,
+                self.padding_idx,
+                False,
+                self.sparse,
+            )
+            return rows.to(self.weight.dtype).reshape(*input.shape, self.embedding_dim)
         ids = on_host(input, self.num_embeddings)
         table, ids = self._limited(ids)
         if self._trains():
@@ -332,6 +376,14 @@ class HostEmbeddingBag(Host, torch.nn.EmbeddingBag):
         """Bags of rows, (bags, embedding_dim), on the device of the ids."""
         if self.mode == "max" and self.scale_grad_by_freq:
             raise ValueError("mode 'max' does not support scale_grad_by_freq")
+        if self._by_kernel(input):
+            _check_type(input)
+            padding = self.padding_idx
+            out = HostBag.apply(
+                self.table, input, offsets, per_sample_weights, self.mode, padding, padding,
+                self.include_last_offset and offsets is not None, self.sparse and self.mode != "max",
+            )  # fmt: skip
+            return out.to(self.weight.dtype)
         changes = self.max_norm is not None or self.scale_grad_by_freq
         ids = on_host(input, self.num_embeddings if changes else None)  # else the bag checks
         others = [None if a is None else a.cpu() for a in (offsets, per_sample_weights)]
@@ -358,9 +410,13 @@ def check_sizes(rows: int | None, dim: int | None, path: Any) -> None:
         raise TypeError("give num_embeddings and embedding_dim, or neither")
 
 
-def on_host(ids: Tensor, rows: int | None) -> Tensor:
+def _check_type(ids: Tensor) -> None:
     if ids.dtype not in IDS:
         raise TypeError(f"input has dtype {ids.dtype}; it must be int64 or int32")
+
+
+def on_host(ids: Tensor, rows: int | None) -> Tensor:
+    _check_type(ids)
     ids = ids.cpu()
     if rows is not None and ids.numel():
         low, high = (int(v) for v in torch.aminmax(ids))

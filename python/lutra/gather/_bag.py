@@ -458,9 +458,10 @@ def _backward_on_cuda(kind, grad, code, where, weights, argmax, sparse):
     """One call sorts and sums. The number of touched rows is read last, when all work has been launched."""
     ptr, dim, rows = kind.ptr, grad.shape[1], where[-1]
     n_ids, bags, padding, mode = where[2], where[5], where[7], where[8]
-    touched = count = None
+    touched: Any = None
+    count: Any = None
+    most = min(n_ids, rows)
     if sparse:
-        most = min(n_ids, rows)
         result = kind.empty((most, dim), code, grad)
         touched, count = kind.empty((most,), I64, grad), kind.empty((1,), I64, grad)
     else:
@@ -474,7 +475,7 @@ def _backward_on_cuda(kind, grad, code, where, weights, argmax, sparse):
         *where, dim, ptr(grad), code, weights, argmax, not sparse, ptr(result), _ptr(kind, touched),
         _ptr(kind, count), *kind.launch(grad, workspace),
     )  # fmt: skip
-    if not sparse:
+    if count is None:
         return result
     height = int(count[0])  # waits for the device, as any sparse result must
     touched, values = touched[:height], result[:height]

@@ -44,7 +44,7 @@ def host_bag(
     if weights is not None:
         weights = _weights(kind, weights, ids, mode, F32)
     (rows, dim), bags = table.shape, where[5]
-    out = kind.empty((bags, dim), code, ids)  # type: ignore[arg-type]
+    out = kind.empty((bags, dim), code, ids)
     argmax = kind.empty((bags, dim), I64, ids) if want_argmax else None
     kind.kernels.bag(
         *where, table.data_ptr(), code, rows, dim, None, None, _ptr(kind, weights), out.data_ptr(),

@@ -138,8 +138,8 @@ class Host(torch.nn.Module):
         From then on a call with ids on a GPU has its rows read by the GPU's kernel, over the bus and as many
         bytes as are needed: ids are not brought to the host, and nothing waits for the device. Ids out of
         range give NaN then. Gradients of the table come to the host, and the backward pass waits for them;
-        after a forward pass alone, wait for the device before the table is changed. Not with ``max_norm``, and
-        with ``scale_grad_by_freq`` only where the table is not trained: such calls take the other way.
+        after a forward pass alone, wait for the device before the table is changed. Not with ``max_norm``,
+        and with ``scale_grad_by_freq`` only where the table is not trained: such calls take the other way.
 
         Raises
         ------

@@ -63,5 +63,24 @@ struct BagCsrWeightGradArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(bag_csr, ::lutra::BagCsrArgs)
-LUTRA_KERNEL(bag_csr_backward, ::lutra::BagCsrBackwardArgs)
 LUTRA_KERNEL(bag_csr_weight_grad, ::lutra::BagCsrWeightGradArgs)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+
+// On CUDA ids are sorted in the same call.
+struct CsrGradArgs {
+  BagIds bag;
+  CsrTable table;  // its values are not read
+  const float* weights;
+  const void* grad_out;  // (bags, dim), the values' type
+  void* grad_values;     // (nnz,), whole
+};
+int64_t csr_grad_workspace(const CsrGradArgs& a);
+void csr_grad(const CsrGradArgs& a, const Launch& l);
+
+}  // namespace cuda
+}  // namespace lutra
+#else
+LUTRA_KERNEL(bag_csr_backward, ::lutra::BagCsrBackwardArgs)
+#endif

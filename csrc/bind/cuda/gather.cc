@@ -1,8 +1,10 @@
 #include "bind/cuda/bags.h"
 #include "bind/cuda/intake.h"
 #include "gather/bag.h"
+#include "gather/bag_csr.h"
 #include "gather/packed.h"
 #include "gather/row_update.h"
+#include "gather/senses.h"
 #include "gather/tables.h"
 
 namespace lutra {
@@ -56,6 +58,73 @@ void register_packed(py::module_& m) {
         });
 }
 
+CsrTable csr_table(Address indptr, bool wide, Address columns, int column_bytes, Address values, int dtype,
+                   int64_t rows, int64_t dim, int64_t nnz) {
+  return CsrTable{indptr.p, wide, columns.p, column_bytes, values.p, static_cast<DType>(dtype), rows, dim, nnz};
+}
+
+void register_csr(py::module_& m) {
+  m.def("bag_csr",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, int mode, Address indptr, bool wide, Address columns, int column_bytes, Address values,
+           int dtype, int64_t rows, int64_t dim, int64_t nnz, Address weights, Address out, int device,
+           Address stream) {
+          BagCsrArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                       csr_table(indptr, wide, columns, column_bytes, values, dtype, rows, dim, nnz),
+                       weights.as<float>(), out.p, nullptr};
+          cuda::bag_csr(a, Launch{device, stream.p});
+          return -1;
+        });
+  // Without a workspace: how many bytes of it are needed.
+  m.def("bag_csr_grad",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, int mode, Address indptr, bool wide, Address columns, int column_bytes, Address values,
+           int dtype, int64_t rows, int64_t dim, int64_t nnz, Address weights, Address grad_out, Address grad_values,
+           Address workspace, int device, Address stream) {
+          cuda::CsrGradArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                              csr_table(indptr, wide, columns, column_bytes, values, dtype, rows, dim, nnz),
+                              weights.as<float>(), grad_out.p, grad_values.p};
+          if (!workspace.p) return cuda::csr_grad_workspace(a);
+          cuda::csr_grad(a, Launch{device, stream.p, workspace.p});
+          return int64_t{0};
+        });
+  m.def("bag_csr_weight_grad",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, int mode, Address indptr, bool wide, Address columns, int column_bytes, Address values,
+           int dtype, int64_t rows, int64_t dim, int64_t nnz, Address grad_out, Address grad_weights, int device,
+           Address stream) {
+          BagCsrWeightGradArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                                 csr_table(indptr, wide, columns, column_bytes, values, dtype, rows, dim, nnz),
+                                 grad_out.p, grad_weights.as<float>(), nullptr};
+          cuda::bag_csr_weight_grad(a, Launch{device, stream.p});
+          return -1;
+        });
+}
+
+void register_senses(py::module_& m) {
+  m.def("senses", [](Address table, int dtype, int64_t total, int64_t dim, int64_t tokens, Address offsets,
+                     int64_t each, Address ids, int id_type, int64_t n, Address context, Address out, Address best,
+                     Address scores, int device, Address stream) {
+    SensesArgs a{table.p,
+                 static_cast<DType>(dtype),
+                 total,
+                 dim,
+                 tokens,
+                 offsets.as<int64_t>(),
+                 each,
+                 ids.p,
+                 static_cast<DType>(id_type),
+                 n,
+                 context.p,
+                 out.p,
+                 best.as<int64_t>(),
+                 scores.as<float>(),
+                 nullptr};
+    cuda::senses(a, Launch{device, stream.p});
+    return py::make_tuple(-1, -1);
+  });
+}
+
 void register_update(py::module_& m) {
   m.def("bag_update_columns", [](int dtype, int grad_dtype, int64_t dim) {
     return cuda::bag_update_columns(static_cast<DType>(dtype), static_cast<DType>(grad_dtype), dim);
@@ -89,7 +158,9 @@ void register_update(py::module_& m) {
 
 // Where the CPU's functions return the position of a bad id these return -1: it is known on the device alone.
 void register_gather(py::module_& m) {
+  register_csr(m);
   register_packed(m);
+  register_senses(m);
   register_update(m);
   m.def("bag",
         [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _checks
-from .._arrays import F32, F64, FLOATS, I32, I64, call
+from .._arrays import F32, F64, FLOATS, I32, I64, U8, call
 from ..reference import csr as reference
 from . import _bag, _plan, _spread
 
@@ -58,7 +58,8 @@ def bag_csr(
     Notes
     -----
     Sums are in float32. Gradients (torch): to the values, of which only those of touched rows are written,
-    and to the weights; deterministic. CPU; on CUDA a TypeError.
+    and to the weights; deterministic. On CUDA rows of at most 56,000 columns; all of the gradient is written,
+    an id out of range makes its bag NaN, and an ``indptr`` that is wrong counts as empty rows.
 
     Examples
     --------
@@ -99,9 +100,9 @@ def _table(kind, values, indptr, columns, dim):
 
 def _checked(kind, values, indptr, columns):
     """Dtypes; contiguous arrays."""
-    if kind.cuda:
-        raise TypeError("bag_csr computes on the CPU; got arrays on a GPU")
-    _checks.dtype(kind, values, "values", (*FLOATS, F64))
+    code = _checks.dtype(kind, values, "values", (*FLOATS, F64))
+    if kind.cuda and (kind.kernels is None or code == F64):
+        _checks.no_kernel(kind, "bag_csr")
     _checks.dtype(kind, indptr, "indptr", (I32, I64))
     name = str(columns.dtype).removeprefix("torch.")
     if name not in _COLUMNS:
@@ -152,6 +153,7 @@ def _bag_csr(
     bad = kind.kernels.bag_csr(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         _MODES[mode], *_table(kind, values, indptr, columns, dim), _bag._ptr(kind, weights), kind.ptr(out),
+        *kind.launch(values),
     )  # fmt: skip
     _raise(kind, bad, ids, offsets, rows, include_last_offset)
     return out
@@ -178,8 +180,18 @@ def _bag_csr_backward(
             None if padding < 0 else padding, include_last_offset,
         ])  # fmt: skip
         return kind.from_numpy(result, code, grad)
-    plan = _plan.sort_ids(kind, ids, id_code, offsets, bags, length, padding, mode, rows, include_last_offset)
     n_ids = ids.shape[0] if offsets is not None else bags * length
+    if kind.cuda:
+        out = kind.empty((columns.shape[0],), code, grad)
+        arguments = (
+            kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
+            _MODES[mode], *_table(kind, grad, indptr, columns, dim), _bag._ptr(kind, weights), kind.ptr(grad),
+            kind.ptr(out),
+        )  # fmt: skip
+        workspace = kind.empty((kind.kernels.bag_csr_grad(*arguments, None, *kind.launch(grad)),), U8, grad)
+        kind.kernels.bag_csr_grad(*arguments, *kind.launch(grad, workspace))
+        return out
+    plan = _plan.sort_ids(kind, ids, id_code, offsets, bags, length, padding, mode, rows, include_last_offset)
     nnz, size = columns.shape[0], grad.dtype.itemsize
     few = _spread.few_pages(kind, n_ids, rows, nnz * size // max(rows, 1))
     out = (_spread.zeros if few else _spread.empty)(kind, (nnz,), code, grad)
@@ -217,6 +229,7 @@ def _bag_csr_weight_grad(
     bad = kind.kernels.bag_csr_weight_grad(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         0, *_table(kind, values, indptr, columns, dim), kind.ptr(grad), kind.ptr(out),
+        *kind.launch(grad),
     )  # fmt: skip
     _raise(kind, bad, ids, offsets, rows, include_last_offset)
     return out

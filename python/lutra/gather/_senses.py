@@ -74,7 +74,8 @@ def senses(
     -----
     Scores, choice and copy are one pass over the senses of each token; nothing of size (n, senses, dim) is
     written, neither forward nor backward. Cost: reading these rows once. A float64 table is computed by the
-    NumPy reference, CUDA tensors with torch's own ops, where ids and offsets are not checked beforehand.
+    NumPy reference. On CUDA, where nothing waits for the device, an id that is out of range or has no sense gives
+    NaN and row -1.
 
     Examples
     --------
@@ -137,13 +138,12 @@ def _senses(
     if offsets is not None and _checks.dtype(kind, offsets, "offsets", (I32, I64)) != I64:
         offsets = kind.cast(offsets, I64)
     wide = F64 if code == F64 else F32
-    if kind.cuda:
-        if kind.name != "torch":
-            raise TypeError("senses has no kernel for CuPy arrays; torch tensors on CUDA are computed")
+    if kind.cuda and kind.name == "torch" and (kind.kernels is None or code == F64):
         from ..torch_ops.senses import choose
 
         return choose(table, ids, context, offsets)
     if kind.kernels is None or code == F64:
+        _checks.no_kernel(kind, "senses")
         arrays = [None if a is None else kind.to_numpy(a) for a in (table, ids, context, offsets)]
         vectors, rows, scores = reference.senses(*arrays)
         return (
@@ -160,7 +160,7 @@ def _senses(
     bad, none = kind.kernels.senses(
         ptr(table), code, prod(table.shape[:-1]), dim, tokens, None if offsets is None else ptr(offsets),
         table.shape[1] if offsets is None else 0, ptr(ids), id_code, prod(shape), ptr(context), ptr(vectors),
-        ptr(rows), ptr(scores),
+        ptr(rows), ptr(scores), *kind.launch(table),
     )  # fmt: skip
     if bad != -1 or none != -1:
         given = None if offsets is None else kind.to_numpy(offsets)

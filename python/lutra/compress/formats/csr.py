@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ... import gather
-from ..._arrays import is_torch
+from ..._arrays import is_torch, torch_kind
 from ...reference import csr as reference
 from ._bags import index_type, row_weights
 from .base import SIZES, Array, Data, Format, Shape, check_ids, register
@@ -115,7 +115,7 @@ class CSR(Format):
 
     def gather(self, data: Data, shape: Shape, ids: Any, sparse: bool = False) -> Any:
         values = data["values"]
-        if is_torch(values) and (values.is_cuda or str(values.dtype) == "torch.float64"):
+        if _by_torch(values):
             return self.lookup(data, shape, check_ids(ids, shape[0]))
         return gather.bag_csr(values, data["indptr"], data["columns"], ids.reshape(-1, 1), dim=shape[1])
 
@@ -125,8 +125,7 @@ class CSR(Format):
         sparse: bool = False,
     ) -> Any:  # fmt: skip
         values = data["values"]
-        other = is_torch(values) and (values.is_cuda or str(values.dtype) == "torch.float64")
-        if other or mode not in ("sum", "mean"):
+        if _by_torch(values) or mode not in ("sum", "mean"):
             return super().bag(
                 data, shape, ids, offsets, weights, mode=mode, padding_idx=padding_idx,
                 include_last_offset=include_last_offset, sparse=sparse,
@@ -180,3 +179,10 @@ def _pruned(table: np.ndarray, worth: np.ndarray, kept: int, arrays: dict[str, A
         "columns": (at % dim).astype(arrays["columns"].dtype),
         "indptr": indptr.astype(arrays["indptr"].dtype),
     }
+
+
+def _by_torch(values: Any) -> bool:
+    """Whether torch's own ops compute: where there is no kernel."""
+    if not is_torch(values):
+        return False
+    return str(values.dtype) == "torch.float64" or (values.is_cuda and torch_kind(True).kernels is None)

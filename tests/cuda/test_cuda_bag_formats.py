@@ -33,11 +33,11 @@ def test_bag_csr(gpu, dtype):
             ids, offsets, last = make_ids(21, layout, wide, n)
             w = np.random.default_rng(n).standard_normal(ids.shape).astype(np.float32)
             w = w if layout == "last" else None
+            arrays = [gpu.put(a) for a in (ids, offsets, w)]
             with gpu.no_sync():
                 out = lutra.gather.bag_csr(
-                    *table, gpu.put(ids), gpu.put(offsets), gpu.put(w), dim=dim, mode=mode, padding_idx=2,
-                    include_last_offset=last,
-                )  # fmt: skip
+                    *table, *arrays, dim=dim, mode=mode, padding_idx=2, include_last_offset=last
+                )
             want = reference.bag_csr(values, indptr, columns, ids, offsets, w, dim, mode, 2, last)
             close(gpu.get(out), want, dtype, 4)
 
@@ -68,7 +68,7 @@ def test_gradients_of_csr(gpu_torch, dtype):
 
 @pytest.mark.sanitize
 def test_csr_out_of_range(gpu):
-    """An id outside gives NaN; an indptr that is wrong counts as empty rows, a column beyond dim is dropped."""
+    """An id outside gives NaN; a wrong indptr counts as empty rows, a column beyond dim is dropped."""
     values, columns = np.ones(6, np.float32), np.array([0, 1, 9, 2, 0, 3], np.int32)
     indptr = np.array([0, 3, 2, 4, 99])
     ids = np.array([[0], [1], [2], [3], [4], [-1]])

@@ -33,10 +33,11 @@ def test_bag_packed(gpu, kind, mode):
         weights = np.random.default_rng(n).standard_normal(ids.shape).astype(np.float32)
         w = weights if mode == "sum" and n % 4 else None
         padding = 2 if n % 5 else None
+        arrays = [gpu.put(a) for a in (table, ids, offsets, w)]
         with gpu.no_sync():
             out = lutra.gather.bag_packed(
-                gpu.put(table), gpu.put(ids), gpu.put(offsets), gpu.put(w), dim=dim, kind=kind, group=group,
-                mode=mode, padding_idx=padding, include_last_offset=last,
+                *arrays, dim=dim, kind=kind, group=group, mode=mode, padding_idx=padding,
+                include_last_offset=last,
             )  # fmt: skip
         want = reference.bag_packed(
             table, ids, offsets, w, dim=dim, kind=kind, group=group, mode=mode, padding_idx=padding,

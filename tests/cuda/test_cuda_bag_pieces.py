@@ -53,11 +53,12 @@ def test_bag_pieces(gpu, dtype, name):
         ids, offsets, last = make_ids(ROWS, layout, "int32" if seed else "int64", seed)
         w = np.random.default_rng(seed).standard_normal(ids.shape).astype(np.float32)
         w, padding = (w if layout == "last" else None), (3 if seed else None)
+        arrays = [gpu.put(table, dtype), *map(gpu.put, (ids, offsets, w))]
+        more = {"stored": gpu.put(stored), "piece_weights": gpu.put(own, dtype)}
         with gpu.no_sync():
             out = lutra.gather.bag_pieces(
-                gpu.put(table, dtype), gpu.put(ids), gpu.put(offsets), gpu.put(w), pieces=pieces, rows=ROWS,
-                stored=gpu.put(stored), piece_weights=gpu.put(own, dtype), mode=mode, padding_idx=padding,
-                include_last_offset=last,
+                *arrays, pieces=pieces, rows=ROWS, mode=mode, padding_idx=padding, include_last_offset=last,
+                **more,
             )  # fmt: skip
         given = (table, ids, offsets, w, stored, own)
         close(gpu.get(out), _by_reference(pieces, given, ROWS, mode, padding, last), dtype, 4)

@@ -49,10 +49,11 @@ def test_update_bags(gpu, dtype, rule):
             )
             on_gpu = gpu.put(table, dtype)
             states = {k: gpu.put(v) for k, v in state.items()}
+            arrays = [gpu.put(g, dtype), *map(gpu.put, (ids, offsets, w))]
             with gpu.no_sync():
                 lutra.gather.update_bags(
-                    on_gpu, gpu.put(g, dtype), gpu.put(ids), gpu.put(offsets), gpu.put(w), optimizer=rule,
-                    state=states or None, mode=mode, padding_idx=2, include_last_offset=last, **OPTIONS,
+                    on_gpu, *arrays, optimizer=rule, state=states or None, mode=mode, padding_idx=2,
+                    include_last_offset=last, **OPTIONS,
                 )  # fmt: skip
             close(gpu.get(on_gpu), want, dtype, 4)
             for name, a in states.items():

@@ -184,9 +184,9 @@ def _bag_csr_backward(
     if kind.cuda:
         out = kind.empty((columns.shape[0],), code, grad)
         arguments = (
-            kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
-            _MODES[mode], *_table(kind, grad, indptr, columns, dim), _bag._ptr(kind, weights), kind.ptr(grad),
-            kind.ptr(out),
+            kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length,
+            padding, _MODES[mode], *_table(kind, grad, indptr, columns, dim), _bag._ptr(kind, weights),
+            kind.ptr(grad), kind.ptr(out),
         )  # fmt: skip
         workspace = kind.empty((kind.kernels.bag_csr_grad(*arguments, None, *kind.launch(grad)),), U8, grad)
         kind.kernels.bag_csr_grad(*arguments, *kind.launch(grad, workspace))

@@ -74,8 +74,8 @@ def senses(
     -----
     Scores, choice and copy are one pass over the senses of each token; nothing of size (n, senses, dim) is
     written, neither forward nor backward. Cost: reading these rows once. A float64 table is computed by the
-    NumPy reference. On CUDA, where nothing waits for the device, an id that is out of range or has no sense gives
-    NaN and row -1.
+    NumPy reference. On CUDA, where nothing waits for the device, an id that is out of range or has no sense
+    gives NaN and row -1.
 
     Examples
     --------

@@ -58,7 +58,12 @@ constexpr int kInFlight = 4;
 
 template <class T, int VEC>
 void by_mode(const BagArgs& a, const Launch& l) {
-  const DenseRows<T, VEC> source{static_cast<const T*>(a.table),           a.rows,   a.dim, a.ld, a.scale, a.minimum,
+  const DenseRows<T, VEC> source{static_cast<const T*>(a.table),
+                                 a.rows,
+                                 a.dim,
+                                 a.ld,
+                                 a.scale,
+                                 a.minimum,
                                  static_cast<typename Out<T>::type*>(a.out)};
   if (a.bag.mode == Mode::max)
     run_bag<VEC, true, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);

@@ -123,8 +123,7 @@ void bag_grad(const BagGradArgs& a, const Launch& l) {
   sort_rows(s.plan, a.bag, a.rows, l);
   if (!a.dense) number_rows(s.plan, s.tile, a.touched, nullptr, a.count, l);
   if (a.dense) fill_zero("bag_grad", a.grad, static_cast<size_t>(a.rows * a.dim) * size, l);
-  RowSums sums{entries_of(s.plan), a.dim,  a.weights, nullptr, 1.0f, nullptr, s.plan.tile_number,
-               s.tile,             s.partial};
+  RowSums sums{entries_of(s.plan), a.dim, a.weights, nullptr, 1.0f, nullptr, s.plan.tile_number, s.tile, s.partial};
   if (a.bag.mode == Mode::max) sums.argmax = a.argmax;
   if (a.bag.mode == Mode::mean) {
     if (s.factors)

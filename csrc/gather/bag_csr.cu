@@ -32,9 +32,7 @@ struct Csr {
   }
 };
 
-Csr csr_of(const CsrTable& t) {
-  return Csr{{t.indptr, t.wide}, t.columns, t.column_bytes, t.rows, t.dim, t.nnz};
-}
+Csr csr_of(const CsrTable& t) { return Csr{{t.indptr, t.wide}, t.columns, t.column_bytes, t.rows, t.dim, t.nnz}; }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -65,7 +63,8 @@ __global__ void __launch_bounds__(kThreads)
     __syncwarp();  // the next row may have the same columns in other threads
   }
   const float factor = mean && count > 1 ? 1.0f / static_cast<float>(count) : 1.0f;
-  for (int64_t c = lane; c < t.dim; c += 32) out[bag * t.dim + c] = from_float<T>(good ? sums[c] * factor : quiet_nan());
+  for (int64_t c = lane; c < t.dim; c += 32)
+    out[bag * t.dim + c] = from_float<T>(good ? sums[c] * factor : quiet_nan());
 }
 
 // A warp takes a touched row and adds up the gradient of each of its values, in the order of the entries.

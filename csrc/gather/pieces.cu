@@ -110,9 +110,8 @@ void by_width(const PiecesArgs& a, int64_t numbers, const Launch& l) {
 
 // A warp takes every stride-th entry of a bag.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    dots_kernel(BagView b, DevicePieces s, Combine combine, const T* table, int64_t width, const T* grad_out,
-                float* dots) {
+__global__ void __launch_bounds__(kThreads) dots_kernel(BagView b, DevicePieces s, Combine combine, const T* table,
+                                                        int64_t width, const T* grad_out, float* dots) {
   const int64_t bag = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   if (bag >= b.bags) return;

@@ -101,7 +101,7 @@ PieceArrays piece_arrays(const PieceGradArgs& a, void* workspace) {
 template <class T, int VEC>
 void sum(const PieceGradArgs& a, const PieceArrays& s, const Launch& l) {
   const bool concat = a.combine == Combine::concat, product = a.combine == Combine::product;
-  const PieceGrads<T> source{static_cast<const T*>(a.grad_out), s.per,
+  const PieceGrads<T> source{static_cast<const T*>(a.grad_out),  s.per,
                              concat ? s.per * s.width : s.width, concat ? s.width : 0,
                              product ? s.plan.keys_in : nullptr, static_cast<const T*>(a.table)};
   const RowSums sums{entries_of(s.plan), s.width, s.factors, nullptr, 1.0f, nullptr, nullptr, s.tile, s.partial};

@@ -50,10 +50,12 @@ struct DevicePieces {
       }
       case PieceKind::robe: {
         const uint64_t v = static_cast<uint64_t>(x) % kPiecePrime, k = static_cast<uint64_t>(j);
-        const uint64_t h = (static_cast<uint64_t>(a[2]) * v + static_cast<uint64_t>(a[3]) * k +
-                            static_cast<uint64_t>(a[4])) % kPiecePrime;
-        const uint64_t g = (static_cast<uint64_t>(a[5]) * v + static_cast<uint64_t>(a[6]) * k +
-                            static_cast<uint64_t>(a[7])) % kPiecePrime;
+        const uint64_t h =
+            (static_cast<uint64_t>(a[2]) * v + static_cast<uint64_t>(a[3]) * k + static_cast<uint64_t>(a[4])) %
+            kPiecePrime;
+        const uint64_t g =
+            (static_cast<uint64_t>(a[5]) * v + static_cast<uint64_t>(a[6]) * k + static_cast<uint64_t>(a[7])) %
+            kPiecePrime;
         *odd = g & 1;
         return static_cast<uint32_t>(h) % static_cast<uint32_t>(a[1]);
       }

@@ -60,7 +60,8 @@ __device__ __forceinline__ int block_sum(int v, int* scratch) {
 }
 
 // Runs that begin in each chunk.
-__global__ void __launch_bounds__(kThreads) heads_kernel(const uint32_t* keys, int64_t n, int64_t chunk, int32_t* heads) {
+__global__ void __launch_bounds__(kThreads)
+    heads_kernel(const uint32_t* keys, int64_t n, int64_t chunk, int32_t* heads) {
   __shared__ int scratch[kWarps];
   const int64_t begin = blockIdx.x * chunk, end = begin + chunk < n ? begin + chunk : n;
   int mine = 0;
@@ -232,8 +233,8 @@ void number_rows(const RowPlan& p, int tile, int64_t* touched, int32_t* starts, 
   const int64_t chunk = round_up(div_up(p.n, kChunks), kStep);
   const unsigned chunks = grid_x(div_up(p.n, chunk));
   launch(what, heads_kernel, chunks, kThreads, 0, l, p.keys, p.n, chunk, p.chunk_heads);
-  launch(what, numbers_kernel, chunks, kThreads, 0, l, p.keys, p.n, chunk, p.chunk_heads, log2_of(tile), touched, starts,
-         p.tile_number, count);
+  launch(what, numbers_kernel, chunks, kThreads, 0, l, p.keys, p.n, chunk, p.chunk_heads, log2_of(tile), touched,
+         starts, p.tile_number, count);
 }
 
 void bag_factors(const BagIds& b, float* factor, const Launch& l) {

@@ -19,12 +19,12 @@ constexpr uint32_t kNoRow = 0xffffffffu;  // the key of an entry that belongs to
 constexpr int kLongestTile = 128;         // sorted entries are walked in tiles of at most so many
 
 struct RowPlan {
-  int n;             // entries
-  uint32_t* keys;    // sorted rows
-  int32_t* values;   // where with_positions: the position of each; else its bag
-  int32_t* bag_at;   // the bag of each position (not sorted), where values are positions of bags with offsets
-  int length;        // of a bag, where values are positions and bags have one length
-  bool positions;    // what values are
+  int n;              // entries
+  uint32_t* keys;     // sorted rows
+  int32_t* values;    // where with_positions: the position of each; else its bag
+  int32_t* bag_at;    // the bag of each position (not sorted), where values are positions of bags with offsets
+  int length;         // of a bag, where values are positions and bags have one length
+  bool positions;     // what values are
   uint32_t* keys_in;  // scratch: unsorted
   int32_t* values_in;
   void* temporary;

@@ -10,7 +10,8 @@
 //
 // A sink is
 //   struct Sink { __device__ void prefetch(uint32_t row, int64_t column);
-//                 template <int VEC, int CH> __device__ void take(uint32_t row, int number, int64_t column, int64_t step,
+//                 template <int VEC, int CH> __device__ void take(uint32_t row, int number, int64_t column, int64_t
+//                 step,
 //                                                                 const float (&sum)[CH][VEC], const Group& group); };
 // take is called by all threads of a group together; thread columns are column + c * step, beyond dim: sum is 0.
 #pragma once
@@ -25,10 +26,10 @@ namespace cuda {
 struct RowSums {
   Entries entries;
   int64_t dim;
-  const float* weights;     // per position (entries hold positions then), or null: 1
-  const float* bag_factor;  // per bag, or null: 1
-  float factor;             // of everything
-  const int64_t* argmax;    // (bags, dim) or null: an entry counts only where argmax is its row, once a bag
+  const float* weights;        // per position (entries hold positions then), or null: 1
+  const float* bag_factor;     // per bag, or null: 1
+  float factor;                // of everything
+  const int64_t* argmax;       // (bags, dim) or null: an entry counts only where argmax is its row, once a bag
   const int32_t* tile_number;  // or null
   int tile;
   float* partial;  // partial_floats
@@ -61,7 +62,8 @@ struct Group {  // threads that work on one tile
 };
 __device__ __forceinline__ Group group_of(int log_lanes) {
   const int lanes = 1 << log_lanes, first = (threadIdx.x & 31) & ~(lanes - 1);
-  return Group{lanes, static_cast<int>(threadIdx.x) & (lanes - 1), lanes == 32 ? kFullWarp : ((1u << lanes) - 1) << first};
+  return Group{lanes, static_cast<int>(threadIdx.x) & (lanes - 1),
+               lanes == 32 ? kFullWarp : ((1u << lanes) - 1) << first};
 }
 
 // VEC neighbouring values as floats, by accesses of at most 16 bytes.
@@ -233,7 +235,7 @@ constexpr int kLongRun = 64;  // tiles; a row that crosses more is added up by a
 // Rows that cross a border of tiles: the group of the tile in which one begins adds up its parts.
 template <int VEC, int CH, class Sink>
 __global__ void __launch_bounds__(kSumThreads) borders_kernel(RowSums a, Sink sink, int log_lanes) {
-  __shared__ int64_t long_last[kSumThreads];        // by group; 0: none
+  __shared__ int64_t long_last[kSumThreads];       // by group; 0: none
   __shared__ float parts[kSumThreads * CH * VEC];  // sums of the groups
   const Group group = group_of(log_lanes);
   const int groups = kSumThreads >> log_lanes, mine = threadIdx.x >> log_lanes;
@@ -302,7 +304,8 @@ __global__ void __launch_bounds__(kSumThreads) borders_kernel(RowSums a, Sink si
       for (int c = 0; c < CH; ++c) {
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-          float total = column + c * step < a.dim ? a.partial[((first - 1) * 2 + 1) * a.dim + column + c * step + j] : 0.0f;
+          float total =
+              column + c * step < a.dim ? a.partial[((first - 1) * 2 + 1) * a.dim + column + c * step + j] : 0.0f;
           for (int p = 0; p < groups; ++p) total += parts[(c * VEC + j) * kSumThreads + (p << log_lanes) + group.lane];
           sum[c][j] = total;
         }

@@ -163,12 +163,13 @@ int lanes_for(int64_t dim, int vec) { return power_of_two(div_up(dim, vec), 32);
 template <class W, class G, int VEC>
 void run(const RowSums& sums, const BagUpdateArgs& a, const Launch& l) {
   const RowUpdateArgs& r = a.step;
-  const Update<W> sink{static_cast<W*>(r.table),
-                       r.s0,
-                       r.s1,
-                       r.dim,
-                       {r.rule, r.lr, r.shrink, r.a, r.b, r.eps, r.scale, r.stochastic && r.dtype == DType::bf16, r.seed},
-                       std::getenv("LUTRA_GATHER_NOPREFETCH") == nullptr};
+  const Update<W> sink{
+      static_cast<W*>(r.table),
+      r.s0,
+      r.s1,
+      r.dim,
+      {r.rule, r.lr, r.shrink, r.a, r.b, r.eps, r.scale, r.stochastic && r.dtype == DType::bf16, r.seed},
+      std::getenv("LUTRA_GATHER_NOPREFETCH") == nullptr};
   const BagRows<G> source{static_cast<const G*>(r.grad), r.dim};
   const int lanes = lanes_for(r.dim, VEC);
   if (r.rule == Rule::rowwise_adagrad && r.dim > lanes * VEC)
@@ -215,8 +216,7 @@ void bag_update(const BagUpdateArgs& a, const Launch& l) {
   }
   const bool single = r.grad_dtype == DType::f32;
   switch (r.dtype) {
-    case DType::f16:
-      return single ? by_width<__half, float, 4>(sums, a, l) : by_width<__half, __half, 8>(sums, a, l);
+    case DType::f16: return single ? by_width<__half, float, 4>(sums, a, l) : by_width<__half, __half, 8>(sums, a, l);
     case DType::bf16:
       return single ? by_width<__nv_bfloat16, float, 4>(sums, a, l)
                     : by_width<__nv_bfloat16, __nv_bfloat16, 8>(sums, a, l);

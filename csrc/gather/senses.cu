@@ -1,5 +1,5 @@
-// Senses on CUDA: a warp reads the senses of a token, two rows at a time, and copies the one with the largest score; see
-// senses.h. A token that is out of range or has no sense gives NaN, with row -1. Limit: reading the senses.
+// Senses on CUDA: a warp reads the senses of a token, two rows at a time, and copies the one with the largest score;
+// see senses.h. A token that is out of range or has no sense gives NaN, with row -1. Limit: reading the senses.
 #include "gather/senses.h"
 
 #include "common/device.cuh"
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads)
     if (row < 0 || s0 > score || (isnan(s0) && !isnan(score))) row = r, score = s0;
     if (two && (s1 > score || (isnan(s1) && !isnan(score)))) row = r + 1, score = s1;
   }
-  for (int64_t j = lane; j < dim; j += 32) out[i * dim + j] = row < 0 ? from_float<T>(quiet_nan()) : table[row * dim + j];
+  for (int64_t j = lane; j < dim; j += 32)
+    out[i * dim + j] = row < 0 ? from_float<T>(quiet_nan()) : table[row * dim + j];
   if (lane == 0) best[i] = row, scores[i] = score;
 }
 

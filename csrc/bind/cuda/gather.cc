@@ -28,20 +28,20 @@ void register_packed(py::module_& m) {
           cuda::bag_packed(a, Launch{device, stream.p});
           return -1;
         });
-  m.def("bag_packed_weight_grad",
-        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
-           int64_t padding_idx, Address packed, int kind, int64_t rows, int64_t dim, int64_t group, int64_t row_bytes,
-           Address grad_out, int grad_dtype, Address grad_weights, int device, Address stream) {
-          BagPackedWeightGradArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx,
-                                            static_cast<int>(Mode::sum)),
-                                    packed_table(packed, kind, rows, dim, group, row_bytes),
-                                    grad_out.p,
-                                    static_cast<DType>(grad_dtype),
-                                    grad_weights.as<float>(),
-                                    nullptr};
-          cuda::bag_packed_weight_grad(a, Launch{device, stream.p});
-          return -1;
-        });
+  m.def("bag_packed_weight_grad", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset,
+                                     int64_t bags, int64_t length, int64_t padding_idx, Address packed, int kind,
+                                     int64_t rows, int64_t dim, int64_t group, int64_t row_bytes, Address grad_out,
+                                     int grad_dtype, Address grad_weights, int device, Address stream) {
+    BagPackedWeightGradArgs a{
+        bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, static_cast<int>(Mode::sum)),
+        packed_table(packed, kind, rows, dim, group, row_bytes),
+        grad_out.p,
+        static_cast<DType>(grad_dtype),
+        grad_weights.as<float>(),
+        nullptr};
+    cuda::bag_packed_weight_grad(a, Launch{device, stream.p});
+    return -1;
+  });
   m.def("unpack_rows",
         [](Address packed, int kind, int64_t rows, int64_t dim, int64_t group, int64_t row_bytes, Address ids,
            int id_type, int64_t n, int64_t first, Address out, int out_dtype, int device, Address stream) {
@@ -64,17 +64,16 @@ CsrTable csr_table(Address indptr, bool wide, Address columns, int column_bytes,
 }
 
 void register_csr(py::module_& m) {
-  m.def("bag_csr",
-        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
-           int64_t padding_idx, int mode, Address indptr, bool wide, Address columns, int column_bytes, Address values,
-           int dtype, int64_t rows, int64_t dim, int64_t nnz, Address weights, Address out, int device,
-           Address stream) {
-          BagCsrArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
-                       csr_table(indptr, wide, columns, column_bytes, values, dtype, rows, dim, nnz),
-                       weights.as<float>(), out.p, nullptr};
-          cuda::bag_csr(a, Launch{device, stream.p});
-          return -1;
-        });
+  m.def("bag_csr", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
+                      int64_t length, int64_t padding_idx, int mode, Address indptr, bool wide, Address columns,
+                      int column_bytes, Address values, int dtype, int64_t rows, int64_t dim, int64_t nnz,
+                      Address weights, Address out, int device, Address stream) {
+    BagCsrArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                 csr_table(indptr, wide, columns, column_bytes, values, dtype, rows, dim, nnz), weights.as<float>(),
+                 out.p, nullptr};
+    cuda::bag_csr(a, Launch{device, stream.p});
+    return -1;
+  });
   // Without a workspace: how many bytes of it are needed.
   m.def("bag_csr_grad",
         [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
@@ -105,21 +104,10 @@ void register_senses(py::module_& m) {
   m.def("senses", [](Address table, int dtype, int64_t total, int64_t dim, int64_t tokens, Address offsets,
                      int64_t each, Address ids, int id_type, int64_t n, Address context, Address out, Address best,
                      Address scores, int device, Address stream) {
-    SensesArgs a{table.p,
-                 static_cast<DType>(dtype),
-                 total,
-                 dim,
-                 tokens,
-                 offsets.as<int64_t>(),
-                 each,
-                 ids.p,
-                 static_cast<DType>(id_type),
-                 n,
-                 context.p,
-                 out.p,
-                 best.as<int64_t>(),
-                 scores.as<float>(),
-                 nullptr};
+    SensesArgs a{
+        table.p, static_cast<DType>(dtype),   total, dim,       tokens, offsets.as<int64_t>(), each,
+        ids.p,   static_cast<DType>(id_type), n,     context.p, out.p,  best.as<int64_t>(),    scores.as<float>(),
+        nullptr};
     cuda::senses(a, Launch{device, stream.p});
     return py::make_tuple(-1, -1);
   });
@@ -136,22 +124,21 @@ void register_update(py::module_& m) {
     a.step.dtype = static_cast<DType>(dtype), a.step.dim = dim, a.step.weights = weights.as<float>();
     return cuda::bag_update_workspace(a);
   });
-  m.def("bag_update",
-        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
-           int64_t padding_idx, int mode, Address table, int dtype, int64_t rows, int64_t dim, Address s0, Address s1,
-           int rule, float lr, float shrink, float first, float second, float eps, float scale, bool stochastic,
-           uint64_t seed, Address weights, Address grad, int grad_dtype, Address workspace, int device,
-           Address stream) {
-          cuda::BagUpdateArgs a{};
-          a.bag = bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode);
-          RowUpdateArgs& r = a.step;
-          r.table = table.p, r.dtype = static_cast<DType>(dtype), r.rows = rows, r.dim = dim;
-          r.s0 = s0.as<float>(), r.s1 = s1.as<float>(), r.rule = static_cast<Rule>(rule);
-          r.lr = lr, r.shrink = shrink, r.a = first, r.b = second, r.eps = eps, r.scale = scale;
-          r.stochastic = stochastic, r.seed = seed, r.weights = weights.as<float>();
-          r.grad = grad.p, r.grad_dtype = static_cast<DType>(grad_dtype), r.mode = static_cast<Mode>(mode);
-          cuda::bag_update(a, Launch{device, stream.p, workspace.p});
-        });
+  m.def("bag_update", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
+                         int64_t length, int64_t padding_idx, int mode, Address table, int dtype, int64_t rows,
+                         int64_t dim, Address s0, Address s1, int rule, float lr, float shrink, float first,
+                         float second, float eps, float scale, bool stochastic, uint64_t seed, Address weights,
+                         Address grad, int grad_dtype, Address workspace, int device, Address stream) {
+    cuda::BagUpdateArgs a{};
+    a.bag = bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode);
+    RowUpdateArgs& r = a.step;
+    r.table = table.p, r.dtype = static_cast<DType>(dtype), r.rows = rows, r.dim = dim;
+    r.s0 = s0.as<float>(), r.s1 = s1.as<float>(), r.rule = static_cast<Rule>(rule);
+    r.lr = lr, r.shrink = shrink, r.a = first, r.b = second, r.eps = eps, r.scale = scale;
+    r.stochastic = stochastic, r.seed = seed, r.weights = weights.as<float>();
+    r.grad = grad.p, r.grad_dtype = static_cast<DType>(grad_dtype), r.mode = static_cast<Mode>(mode);
+    cuda::bag_update(a, Launch{device, stream.p, workspace.p});
+  });
 }
 
 }  // namespace

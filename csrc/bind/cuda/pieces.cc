@@ -30,41 +30,41 @@ PieceSource piece_source(int kind, int64_t m, int64_t rows, Address stored, int6
 
 // As the CPU's functions; an id or an address that is out of range makes its bag NaN.
 void register_pieces(py::module_& m) {
-  m.def("pieces", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
-                     int64_t length, int64_t padding_idx, int mode, int kind, int64_t count, int64_t rows,
-                     Address stored, int64_t code_bytes, const Numbers& numbers, int64_t table_rows, int combine,
-                     Address table, int dtype, int64_t width, Address weights, Address piece_weights, Address out,
-                     int device, Address stream) {
-    PiecesArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
-                 piece_source(kind, count, rows, stored, code_bytes, numbers, table_rows),
-                 static_cast<Combine>(combine),
-                 table.p,
-                 static_cast<DType>(dtype),
-                 width,
-                 weights.as<float>(),
-                 piece_weights.p,
-                 out.p,
-                 nullptr};
-    cuda::pieces(a, static_cast<int64_t>(numbers.size()), Launch{device, stream.p});
-    return -1;
-  });
-  m.def("piece_dots", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
-                         int64_t length, int64_t padding_idx, int mode, int kind, int64_t count, int64_t rows,
-                         Address stored, int64_t code_bytes, const Numbers& numbers, int64_t table_rows, int combine,
-                         Address table, int dtype, int64_t width, Address grad_out, Address dots, int device,
-                         Address stream) {
-    PieceDotsArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
-                    piece_source(kind, count, rows, stored, code_bytes, numbers, table_rows),
-                    static_cast<Combine>(combine),
-                    table.p,
-                    static_cast<DType>(dtype),
-                    width,
-                    grad_out.p,
-                    dots.as<float>(),
-                    nullptr};
-    cuda::piece_dots(a, static_cast<int64_t>(numbers.size()), Launch{device, stream.p});
-    return -1;
-  });
+  m.def("pieces",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, int mode, int kind, int64_t count, int64_t rows, Address stored, int64_t code_bytes,
+           const Numbers& numbers, int64_t table_rows, int combine, Address table, int dtype, int64_t width,
+           Address weights, Address piece_weights, Address out, int device, Address stream) {
+          PiecesArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                       piece_source(kind, count, rows, stored, code_bytes, numbers, table_rows),
+                       static_cast<Combine>(combine),
+                       table.p,
+                       static_cast<DType>(dtype),
+                       width,
+                       weights.as<float>(),
+                       piece_weights.p,
+                       out.p,
+                       nullptr};
+          cuda::pieces(a, static_cast<int64_t>(numbers.size()), Launch{device, stream.p});
+          return -1;
+        });
+  m.def("piece_dots",
+        [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
+           int64_t padding_idx, int mode, int kind, int64_t count, int64_t rows, Address stored, int64_t code_bytes,
+           const Numbers& numbers, int64_t table_rows, int combine, Address table, int dtype, int64_t width,
+           Address grad_out, Address dots, int device, Address stream) {
+          PieceDotsArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+                          piece_source(kind, count, rows, stored, code_bytes, numbers, table_rows),
+                          static_cast<Combine>(combine),
+                          table.p,
+                          static_cast<DType>(dtype),
+                          width,
+                          grad_out.p,
+                          dots.as<float>(),
+                          nullptr};
+          cuda::piece_dots(a, static_cast<int64_t>(numbers.size()), Launch{device, stream.p});
+          return -1;
+        });
   // Without a workspace: how many bytes of it are needed.
   m.def("piece_grad", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
                          int64_t length, int64_t padding_idx, int mode, int kind, int64_t count, int64_t rows,

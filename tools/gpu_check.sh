@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One command that proves the GPU side: builds with what is installed (no network, no isolation), runs the CUDA
-# tests and the CUDA benchmarks, and writes one JSON with the device, the outcome and the figures.
+# tests, then those marked `sanitize` under compute-sanitizer (memcheck, racecheck), then the CUDA benchmarks, and
+# writes one JSON with the device, the outcome and the figures: <gpu>-<date>.json.
 #
-#   tools/gpu_check.sh [--quick]
+#   tools/gpu_check.sh [--quick]      an eighth of the data, no sanitizer
 #
 #   OUT     folder for the JSON and the logs       (default: benchmarks/results)
 #   PYTHON  interpreter that has torch, numpy, pytest and pybind11   (default: python3)
@@ -27,7 +28,7 @@ name=$(echo "$name" | xargs) driver=$(echo "$driver" | xargs) capability=$(echo 
 archs=${LUTRA_CUDA_ARCHS:-${capability/./}-real}
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
-file="$out/$(echo "$name" | tr ' A-Z' '-a-z' | tr -cd 'a-z0-9._-').json"
+file="$out/$(echo "$name" | tr ' A-Z' '-a-z' | tr -cd 'a-z0-9._-')-$(date -u +%Y-%m-%d).json"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 echo "gpu_check: $name, driver $driver, compute capability $capability"
@@ -44,7 +45,7 @@ build=$?
 seconds=$(($(date +%s) - begin))
 echo "gpu_check: build $([ $build = 0 ] && echo done || echo FAILED) after $seconds s (log: $out/build.log)"
 
-tests=1 bench=1
+tests=1 sanitizer=1 bench=1
 if [ $build = 0 ]; then
   cp -r python "$work/python" && cp "$work"/modules/*.so "$work/python/lutra/"
   export PYTHONPATH="$work/python${PYTHONPATH:+:$PYTHONPATH}"
@@ -53,17 +54,31 @@ if [ $build = 0 ]; then
   "$PYTHON" -m pytest -q -m cuda "${jobs[@]}" -o addopts="-ra --strict-markers" --junitxml "$work/tests.xml" \
     -p no:cacheprovider tests 2>&1 | tee "$out/tests.log"
   tests=${PIPESTATUS[0]}
+  if [ -n "$quick" ] || ! command -v compute-sanitizer >/dev/null 2>&1; then
+    sanitizer=skipped
+  else
+    # every allocation from the driver: torch's and CuPy's pools would hide a step over the end of an array
+    sanitizer=0
+    for tool in memcheck racecheck; do
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        --target-processes all --kernel-regex kns=lutra \
+        "$PYTHON" -m pytest -q -m "cuda and sanitize" -o addopts="-ra --strict-markers" -p no:cacheprovider \
+        tests/cuda 2>&1 | tee "$out/$tool.log" | tail -n 5
+      [ "${PIPESTATUS[0]}" = 0 ] || sanitizer=1
+    done
+  fi
   "$PYTHON" benchmarks/cuda/bench_cuda.py $quick --json "$work/bench.json" 2>&1 | tee "$out/bench.log"
   bench=${PIPESTATUS[0]}
 else
   tail -n 30 "$out/build.log"
 fi
 
-"$PYTHON" - "$work" "$file" "$name" "$driver" "$capability" "$build" "$seconds" "$tests" "$bench" "$archs" <<'EOF'
+"$PYTHON" - "$work" "$file" "$name" "$driver" "$capability" "$build" "$seconds" "$tests" "$sanitizer" "$bench" \
+  "$archs" <<'EOF'
 import datetime, json, pathlib, platform, subprocess, sys
 import xml.etree.ElementTree as xml
 
-work, file, name, driver, capability, build, seconds, tests, bench, archs = sys.argv[1:]
+work, file, name, driver, capability, build, seconds, tests, sanitizer, bench, archs = sys.argv[1:]
 work = pathlib.Path(work)
 
 
@@ -100,10 +115,11 @@ report = {
     "commit": command("git", "rev-parse", "HEAD"),
     "build": {"ok": build == "0", "seconds": int(seconds)},
     "tests": {"ok": tests == "0" and ran, **(counts or {})},
+    "sanitizer": {"ok": sanitizer != "1", "ran": sanitizer != "skipped"},
     "benchmarks": {"ok": bench == "0", **(figures or {})},
 }
 pathlib.Path(file).write_text(json.dumps(report, indent=1) + "\n")
-wrong = [part for part in ("build", "tests", "benchmarks") if not report[part]["ok"]]
+wrong = [part for part in ("build", "tests", "sanitizer", "benchmarks") if not report[part]["ok"]]
 print(f"gpu_check: wrote {file}; " + (f"FAILED: {', '.join(wrong)}" if wrong else "all well"))
 sys.exit(1 if wrong else 0)
 EOF

@@ -26,6 +26,7 @@ OF_VECTORS = {
 #: What is not made by two numbers alone, or lives on the host; what draws anew in every call.
 NOT_TABLES = {"SconeEmbedding", "HostEmbedding", "MethodEmbedding", "CompressedEmbedding", "SharedEmbedding"}
 RANDOM = {
+    "AutoDimEmbedding",
     "LPTEmbedding",
     "ALPTEmbedding",
     "AutoSrhEmbedding",
@@ -68,10 +69,17 @@ def result(out):
     return out if isinstance(out, torch.Tensor) else next(t for t in out if isinstance(t, torch.Tensor))
 
 
+def forward(module, x):
+    """The output of a call; layers that draw anew for every sequence begin with the same one."""
+    if hasattr(module, "next_sequence"):
+        module.next_sequence.zero_()
+    return result(module(x))
+
+
 def step(module, x):
     """The output and the gradients of the parameters and of a float input."""
     x = x.detach().requires_grad_(x.is_floating_point())
-    out = result(module(x))
+    out = forward(module, x)
     leaves = [p for p in (x, *module.parameters()) if p.requires_grad]
     grads = torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True) if leaves else ()
     return [out, *(g.to_dense() for g in grads if g is not None)]
@@ -101,8 +109,10 @@ def test_compiles_without_a_graph_break(gpu_torch, name):
     _, module, x = on_both(name)
     module.eval()
     x = x.cuda()
-    want = result(module(x))
+    want = forward(module, x)
     torch._dynamo.reset()
+    if hasattr(module, "next_sequence"):
+        module.next_sequence.zero_()
     got = result(torch.compile(module, fullgraph=True, backend="aot_eager")(x))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -112,10 +122,12 @@ def test_autocast(gpu_torch, name):
     _, module, x = on_both(name)
     module.eval()
     x = x.cuda()
-    want = result(module(x))
+    want = forward(module, x)
     with torch.autocast("cuda", torch.bfloat16):
-        got = result(module(x))
-    assert got.is_floating_point()
+        got = forward(module, x)
+    assert got.is_floating_point() and bool(got.isfinite().all())
+    if name == "ProductKeyMemory":
+        return  # bf16 scores choose other keys
     torch.testing.assert_close(got.float(), want.float(), rtol=0.1, atol=0.1 * float(want.abs().max() + 1e-3))
 
 
@@ -125,15 +137,17 @@ def test_forward_in_a_cuda_graph(gpu_torch, name):
     module.eval()
     x = x.cuda()
     with torch.no_grad():
-        want = result(module(x)).clone()
+        want = forward(module, x).clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            module(x)
+            forward(module, x)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = result(module(x))
         out.zero_()
+        if hasattr(module, "next_sequence"):
+            module.next_sequence.zero_()
         graph.replay()
     torch.testing.assert_close(out, want)

@@ -17,7 +17,7 @@ from . import _files
 from ._arena import BLOCK, Arena, Field
 from ._codec import ROWS, Codec, merge, to_rows, to_rows_on_gpu
 from ._codec_gpu import GpuScan, distinct
-from ._home import HOST, Home, home_of
+from ._home import HOST, Home
 from ._quantizer_files import quantizer_of, quantizer_tensors, restore_quantizer
 from ._refine import refine as refine_candidates
 from ._refine import rescore_converted
@@ -35,6 +35,8 @@ _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
 
 class CodedIndex(Index):
     """Vectors coded by a quantizer (or kept as rows) in lists; with ``refine`` the vectors too."""
+
+    _needs_kernels = True
 
     def __init__(self, d: int, quantizer: Any, metric: str, refine: str | None) -> None:
         super().__init__(d, metric)
@@ -86,17 +88,6 @@ class CodedIndex(Index):
 
     def _unit(self, x: Any) -> Any:
         return self._here.normalise(x) if self.metric == "cosine" else x
-
-    def _home_for(self, native: Any) -> Home:
-        """Where the index is to live that is given this array first."""
-        home = self._home or home_of(native)
-        return home if home.kind is HOST.kind or home.kind.kernels is not None else HOST
-
-    def _settle(self, native: Any) -> Home:
-        if self._home is None:
-            self._move(self._home_for(native))
-        assert self._home is not None
-        return self._home
 
     def _move(self, home: Home) -> None:
         if home.kind.cuda and home.kind.kernels is None:

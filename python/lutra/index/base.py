@@ -49,6 +49,8 @@ class Index:
     metric: str
     #: Whether this kind lives on the CPU only; queries from elsewhere are copied there.
     _host_only = False
+    #: Whether it stays on the CPU where arrays on a GPU come and there are no CUDA kernels.
+    _needs_kernels = False
     #: The metrics that this kind takes.
     _metrics: dict[str, int] = _METRICS
 
@@ -257,7 +259,7 @@ class Index:
             native = check_matrix(q, "q", self.d)
             if type(k) is not int or k < 1:
                 k = _checks.integer("k", k, 1)
-            home = self._home or home_of(native, "q")
+            home = self._home or self._home_for(native)
             if not home.kind.cuda:
                 return self._results(home, native, q, k, filter, options)
             with home.following(native):
@@ -370,9 +372,16 @@ class Index:
     def _settle(self, native: Any) -> Home:
         """The home, decided by this first array where it was still open."""
         if self._home is None:
-            self._move(home_of(native))
+            self._move(self._home_for(native))
         assert self._home is not None
         return self._home
+
+    def _home_for(self, native: Any) -> Home:
+        """The home, or the one that this array would decide."""
+        home = self._home or home_of(native, "q")
+        if self._needs_kernels and home.kind.cuda and home.kind.kernels is None:
+            return HOST
+        return home
 
     def _move(self, home: Home) -> None:
         for name, rows in self._rows.items():

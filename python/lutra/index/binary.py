@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, address, scan
-from .._arrays import F16, F32, U8, kind_of
+from .._arrays import F16, F32, I8, U8, kind_of
 from .._results import Neighbors
 from ..reference.binary import signs
 from ..scan._binary import BINARY_METRICS
+from ..scan._knn import CUDA_MAX_K
 from . import _files
 from ._compact import rescore_fetched
-from ._home import HOST, adopt, check_matrix, deliver, to_float32
+from ._home import HOST, Home, adopt, check_matrix, deliver, to_float32
 from ._refine import refine as refine_candidates
+from ._refine import rescore_converted
 from ._rows import Rows
 from .base import Index, register
 
@@ -54,8 +56,8 @@ class Binary(Index):
 
     Notes
     -----
-    It lives on the CPU; arrays on a GPU are copied. Memory: d / 8 bytes a vector, the vectors that are kept,
-    and 8 for an id where ids are not simply 0, 1, 2, ...
+    Memory: d / 8 bytes a vector, the vectors that are kept, and 8 for an id where ids are not simply 0, 1, 2,
+    ... On a GPU k, and k * refine_factor at each stage, are at most 2048.
 
     Examples
     --------
@@ -69,7 +71,7 @@ class Binary(Index):
            [1]]))
     """
 
-    _host_only = True
+    _needs_kernels = True
     _metrics = BINARY_METRICS
 
     def __init__(
@@ -97,6 +99,7 @@ class Binary(Index):
         self.rescore = None if refine is None else "vectors"
         self.refine_factor = 4
         self._limits: np.ndarray | None = None  # float32 (d,), what values are compared with
+        self._copied: Any = None  # a home that is not the host, and the limits there
         if not isinstance(threshold, str):
             self._limits = np.full(self.d, threshold, np.float32)
         self._rows = {"codes": Rows(HOST, (self.d + 7) // 8, U8)}
@@ -122,7 +125,7 @@ class Binary(Index):
             A sample of the vectors; packed bits need no training, nor can they give any.
         """
         native = check_matrix(x, "x", self.d)
-        with self._lock.writing():
+        with self._changing():
             if self.threshold != "median":
                 return
             if self.ntotal:
@@ -130,6 +133,7 @@ class Binary(Index):
             if native.shape[0] == 0:
                 raise ValueError("x has no rows; medians need one at least")
             self._limits = np.median(to_float32(HOST, native, "x"), axis=0).astype(np.float32)
+            self._copied = None
 
     # ---- what comes in
     def _take(self, a: Any, name: str) -> tuple[Any, bool]:
@@ -145,13 +149,34 @@ class Binary(Index):
             )
         return check_matrix(native, name, self.d), False
 
-    def _clean(self, packed: Any) -> np.ndarray:
-        """Packed bits on the host with nothing in the spare bits of the last byte."""
-        packed = HOST.bring(packed)
+    def _clean(self, home: Home, packed: Any) -> Any:
+        """Packed bits in a home with nothing in the spare bits of the last byte."""
+        packed = home.bring(packed)
         if self.d % 8:
-            packed = packed.copy()
+            packed = packed.clone() if home.kind.name == "torch" else packed.copy()
             packed[:, -1] &= (1 << self.d % 8) - 1
         return packed
+
+    @property
+    def _here(self) -> Home:
+        return self._home or HOST
+
+    def _limits_here(self, home: Home) -> Any:
+        """The thresholds in a home."""
+        if home is HOST:
+            return self._limits
+        copied = self._copied
+        if copied is None or copied[0] is not home:
+            copied = home, home.bring(self._limits)
+            home.wait()  # other streams may use them at once
+            self._copied = copied
+        return copied[1]
+
+    def _move(self, home: Home) -> None:
+        if home.kind.cuda and home.kind.kernels is None:
+            _checks.no_kernel(home.kind, "Binary")
+        super()._move(home)
+        self._copied = None
 
     def add(self, x: Any, ids: Any = None) -> None:
         """Add vectors or packed bits.
@@ -170,7 +195,7 @@ class Binary(Index):
             As `Flat.add`; packed bits for an index that keeps vectors.
         """
         native, packed = self._take(x, "x")
-        with self._lock.writing():
+        with self._changing():
             if packed:
                 self._add_packed(native, ids)
             else:
@@ -181,22 +206,25 @@ class Binary(Index):
             raise ValueError(f"x holds packed bits, but refine={self.refine!r} keeps vectors: add those")
         count = native.shape[0]
         new = self._ids.check_new(ids, count)
-        self._rows["codes"].room(count)[:] = self._clean(native)
+        home = self._settle(native)
+        self._rows["codes"].room(count)[:] = self._clean(home, native)
         self._rows["codes"].grow(count)
         self._ids.add(new, count)
 
     def _encode(self, x, out, first):
-        out["codes"][:] = address.binarize(x, self._limits)
+        home = self._here
+        xp = home.xp
+        out["codes"][:] = address.binarize(x, self._limits_here(home))
         if self.refine == "int8":
-            scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+            scale = xp.amax(abs(x), 1)[:, None] / np.float32(127)
             out["scales"][:] = scale
-            steps = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
-            out["vectors"].view(np.int8)[:] = np.rint(steps)
+            steps = xp.round(x / xp.where(scale > 0, scale, 1))
+            out["vectors"].view(xp.int8)[:] = steps if home is HOST else home.kind.cast(steps, I8)
         elif self.refine is not None:
             with np.errstate(over="ignore"):
                 out["vectors"][:] = x
-            if self.refine == "float16" and not HOST.all_finite(out["vectors"]):
-                row = int(np.flatnonzero(~np.isfinite(out["vectors"]).all(1))[0])
+            if self.refine == "float16" and not home.all_finite(out["vectors"]):
+                row = int(np.flatnonzero(~np.isfinite(HOST.bring(out["vectors"])).all(1))[0])
                 raise ValueError(f"x[{first + row}] holds a value beyond float16: take refine='float32'")
 
     # ---- searching
@@ -261,26 +289,32 @@ class Binary(Index):
         with self._lock.reading():
             if not self.ntotal:
                 self._nothing()
-            keep = None if filter is None else self._keep(HOST, filter)
-            scores, positions = self._nearest(self._clean(native), k, keep)
-            return Neighbors(*deliver(HOST, (scores, self._ids.of(HOST, positions)), q))
+            home = self._here
+            with home.following(native):
+                keep = None if filter is None else self._keep(home, filter)
+                scores, positions = self._nearest(self._clean(home, native), k, keep)
+                return Neighbors(*deliver(home, (scores, self._ids.of(home, positions)), q))
 
-    def _nearest(self, bits: np.ndarray, k: int, keep: Any) -> Neighbors:
+    def _nearest(self, bits: Any, k: int, keep: Any) -> Neighbors:
         return scan.binary(bits, self._rows["codes"].view, k, self.metric, filter=keep)
 
     def _search(self, q, k, keep, rescore, factor):
-        bits = address.binarize(q, self._limits)
+        home = self._here
+        limits = self._limits_here(home)
+        bits = address.binarize(q, limits)
         if rescore is None:
             return self._nearest(bits, k, keep)
-        wanted = min(k * factor * (factor if rescore == "both" else 1), self.ntotal)
+        most = CUDA_MAX_K if home.kind.cuda else self.ntotal
+        wanted = min(k * factor * (factor if rescore == "both" else 1), self.ntotal, most)
         candidates = self._nearest(bits, wanted, keep).ids
         if rescore != "vectors":
-            wanted = k if rescore == "bits" else min(k * factor, self.ntotal)
-            scores, candidates = scan.rescore_bits(
-                q - self._limits, self._rows["codes"].view, candidates, wanted
-            )
+            wanted = k if rescore == "bits" else min(k * factor, self.ntotal, most)
+            scores, candidates = scan.rescore_bits(q - limits, self._rows["codes"].view, candidates, wanted)
             if rescore == "bits":
                 return scores, candidates
+        if home is not HOST and self.refine == "int8":
+            vectors, scales = self._rows["vectors"].view.view(home.xp.int8), self._rows["scales"].view
+            return rescore_converted(home, q, vectors, candidates, k, self.similarity, scales)
         if self.refine == "int8" and self.similarity == "cosine":  # which scales do not change
             return scan.rescore(q, self._rows["vectors"].view.view(np.int8), candidates, k, "cosine")
         if self.refine == "int8":
@@ -288,10 +322,10 @@ class Binary(Index):
         return refine_candidates(q, self._rows["vectors"].view, candidates, k, self.similarity)
 
     def _vectors_at(self, positions):
-        vectors = self._rows["vectors"].view[positions]
+        vectors, home = self._rows["vectors"].view[positions], self._here
         if self.refine == "int8":
-            return vectors.view(np.int8) * self._rows["scales"].view[positions]
-        return vectors.astype(np.float32)
+            return vectors.view(home.xp.int8) * self._rows["scales"].view[positions]
+        return home.kind.cast(vectors, F32)
 
     def reconstruct(self, ids: Any) -> Any:
         """What is stored for some ids.
@@ -316,7 +350,7 @@ class Binary(Index):
     def _reconstruct(self, positions):
         if self.refine is not None:
             return self._vectors_at(positions)
-        return signs(self._rows["codes"].view[positions], self.d)
+        return self._here.bring(signs(HOST.bring(self._rows["codes"].view[positions]), self.d))
 
     # ---- files
     def _config(self):

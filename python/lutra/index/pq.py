@@ -11,7 +11,7 @@ from .._arrays import F16, F32, I64, U8, kind_of
 from .._results import Neighbors
 from ..reference.scan import pq_tables
 from ..scan._knn import CUDA_MAX_K
-from ..scan._lists import Lists, lut8
+from ..scan._lists import Lists, lut8, query_tables
 from . import _files
 from ._home import HOST, Home, adopt, check_matrix, deliver, home_of, to_float32
 from ._kmeans import INITS, lloyd, sample
@@ -153,7 +153,7 @@ class PQ(Index):
         Cost: 2 d 2**bits n_iter flops for each of at most 2**bits * max_points_per_centroid vectors. The same
         seed, vectors and backend give the same codebooks, whatever the number of threads.
         """
-        with self._lock.writing():
+        with self._changing():
             if self.ntotal:
                 raise ValueError(
                     f"the index holds {self.ntotal} vectors coded with its codebooks; train a new one"
@@ -288,7 +288,9 @@ class PQ(Index):
     def _scan(self, q, codes, k, metric, keep):
         if keep is None:
             return scan.pq(q, codes, self._codebooks, k, metric)
-        n = len(codes)
+        n, home = len(codes), self._here
+        if home is not HOST:
+            return self._scan_on_gpu(home, q, codes, k, metric, keep)
         lists = Lists(np.zeros(1, np.int64), np.array([n]), None, n, keep, None)
         parts = []
         step = max(1, _TABLES // (4 * self.ksub * self.d))
@@ -296,6 +298,25 @@ class PQ(Index):
             tables = pq_tables(q[i : i + step], self._codebooks, metric)
             parts.append(lut8(tables, codes, lists, k, metric))
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def _scan_on_gpu(self, home, q, codes, k, metric, keep):
+        """A filtered scan, as one list of all rows."""
+        if k > CUDA_MAX_K:
+            raise ValueError(f"k must be at most {CUDA_MAX_K} on CUDA, got {k}; the CPU has no such limit")
+        n = len(codes)
+        books = home.kind.dense(home.xp.swapaxes(self._codebooks, 1, 2))
+        begin, rows = home.full((1,), 0, I64), home.full((1,), n, I64)
+        scores, ids = [], []
+        step = max(1, (1 << 28) // (4 * self.ksub * self.m))
+        for i in range(0, max(1, len(q)), step):
+            part = q[i : i + step]
+            lut = query_tables(part, books, distances=metric == "l2")
+            probes = home.full((len(part), 1), 0, I64)
+            lists = Lists(begin, rows, None, n, keep, probes, n, n)
+            found = lut8(lut, codes, lists, k, metric)
+            scores.append(found[0])
+            ids.append(found[1])
+        return home.xp.concatenate(scores), home.xp.concatenate(ids)
 
     def _reconstruct(self, positions):
         kept = self._rows.get("vectors")

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import _checks
 from .._arrays import U8, kind_of
-from ..index._home import HOST, adopt, check_matrix, deliver, to_float32
+from ..index._home import HOST, Home, adopt, check_matrix, deliver, home_of, to_float32
 from ..index._progress import Progress
 from ._trained import Trained
 
@@ -276,7 +276,13 @@ def vectors(x: Any, name: str, d: int) -> Any:
     return native
 
 
-def training_matrix(x: Any, d: int, least: int, most: int | None, seed: int) -> np.ndarray:
+def training_home(x: Any) -> Home:
+    """Where k-means runs that is given ``x``: on its GPU, where that has kernels, or on the host."""
+    home = home_of(adopt(x, "x"))
+    return home if home.kind.kernels is not None else HOST
+
+
+def training_matrix(x: Any, d: int, least: int, most: int | None, seed: int, home: Home = HOST) -> Any:
     """The float32 rows to train on: all of ``x``, or ``most`` of them, drawn by ``seed``.
 
     A ValueError where there are fewer than ``least``.
@@ -287,5 +293,5 @@ def training_matrix(x: Any, d: int, least: int, most: int | None, seed: int) -> 
         raise ValueError(f"x has {n} rows; at least {least} are needed to train on")
     if most is not None and n > most:
         rows = np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
-        return to_float32(HOST, HOST.bring(native)[rows], "x", rows)
-    return HOST.kind.dense(to_float32(HOST, native, "x"))
+        return to_float32(home, home.bring(native)[home.positions(rows)], "x", rows)
+    return home.kind.dense(to_float32(home, native, "x"))

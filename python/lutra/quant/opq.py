@@ -11,7 +11,7 @@ from ..index._progress import Progress
 from ._anisotropic import fit
 from ._kernels import multiply, pq_entries, pq_vectors
 from ._rotation import check_rotation
-from .base import Tables
+from .base import Tables, training_home
 from .pq import PQ
 
 
@@ -87,14 +87,14 @@ class OPQ(PQ):
         rotations = _checks.integer("rotations", rotations, 0)
         self._check_init(init)
         loss, threshold = self._training_loss(loss, threshold, directions)
-        points = self._sample(x, max_points_per_centroid)
+        points, home = self._sample(x, max_points_per_centroid), training_home(x)
         rotation = principal_rotation(points, self.m)
         few = 4
         toward = points if directions is None else self._sample_directions(directions, x, len(points))
         steps = rotations + self.m * (few + n_iter) + (n_iter if loss != "l2" else 0)
         with Progress(steps, "OPQ training", progress) as bar:
             rotated = multiply(points, rotation.T)
-            books = self._kmeans(rotated, few, init, bar)
+            books = self._kmeans(rotated, few, init, bar, home)
             for _ in range(rotations):
                 entries = pq_entries(rotated, books)
                 books = update(rotated, entries, books)
@@ -103,7 +103,7 @@ class OPQ(PQ):
                 rotation = (u @ vt).astype(np.float32)
                 rotated = multiply(points, rotation.T)
                 bar.tick()
-            books = self._kmeans(rotated, n_iter, init, bar)
+            books = self._kmeans(rotated, n_iter, init, bar, home)
             if loss != "l2":
                 books = fit(rotated, multiply(toward, rotation.T), books, threshold, n_iter, bar)
         self._rotation, self._codebooks = rotation, books

@@ -9,13 +9,13 @@ import numpy as np
 
 from .. import _checks
 from .._arrays import U8, kind_of
-from ..index._home import HOST, adopt, deliver, to_float32
+from ..index._home import HOST, Home, adopt, deliver, to_float32
 from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
 from . import _bits
 from ._anisotropic import fit
 from ._kernels import pq_entries, pq_vectors
-from .base import PART, Quantizer, Tables, training_matrix, vectors
+from .base import PART, Quantizer, Tables, training_home, training_matrix, vectors
 
 _LOSSES = {"l2": 0, "anisotropic": 1}
 
@@ -150,10 +150,11 @@ class PQ(Quantizer):
         n_iter = _checks.integer("n_iter", n_iter, 1)
         self._check_init(init)
         loss, threshold = self._training_loss(loss, threshold, directions)
-        points = self._sample(x, max_points_per_centroid)
+        home = training_home(x) if loss == "l2" else HOST
+        points = self._sample(x, max_points_per_centroid, home)
         toward = points if directions is None else self._sample_directions(directions, x, len(points))
         with Progress(self.m * n_iter + (n_iter if loss != "l2" else 0), "PQ training", progress) as bar:
-            books = self._kmeans(points, n_iter, init, bar)
+            books = self._kmeans(points, n_iter, init, bar, home)
             if loss != "l2":
                 books = fit(points, toward, books, threshold, n_iter, bar)
         self._codebooks, self.loss, self.threshold = books, loss, threshold
@@ -181,11 +182,11 @@ class PQ(Quantizer):
             raise ValueError("directions are for loss='anisotropic'")
         return self._check_loss(loss, threshold)
 
-    def _sample(self, x: Any, max_points_per_centroid: int | None) -> np.ndarray:
+    def _sample(self, x: Any, max_points_per_centroid: int | None, home: Home = HOST) -> Any:
         most = None
         if max_points_per_centroid is not None:
             most = self.ksub * _checks.integer("max_points_per_centroid", max_points_per_centroid, 1)
-        points = training_matrix(x, self.d, self.ksub, most, self.seed)
+        points = training_matrix(x, self.d, self.ksub, most, self.seed, home)
         if len(points) < 39 * self.ksub:
             warnings.warn(
                 f"{len(points)} vectors for {self.ksub} centroids; at least {39 * self.ksub} are advisable",
@@ -193,12 +194,14 @@ class PQ(Quantizer):
             )
         return points
 
-    def _kmeans(self, points: np.ndarray, n_iter: int, init: str, bar: Progress) -> np.ndarray:
+    def _kmeans(self, points: Any, n_iter: int, init: str, bar: Progress, home: Home = HOST) -> np.ndarray:
+        """Codebooks, by k-means in ``home``, from points there or on the host."""
         books = np.empty((self.m, self.ksub, self.dsub), np.float32)
         for j in range(self.m):
-            part = np.ascontiguousarray(points[:, j * self.dsub : (j + 1) * self.dsub])
+            part = home.kind.dense(home.bring(points[:, j * self.dsub : (j + 1) * self.dsub]))
             rng = np.random.default_rng((self.seed, j))
-            books[j], _ = lloyd(HOST, part, self.ksub, n_iter, init, False, rng, bar)
+            centroids, _ = lloyd(home, part, self.ksub, n_iter, init, False, rng, bar)
+            books[j] = HOST.bring(centroids)
         return books
 
     # ---- codes

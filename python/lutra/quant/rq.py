@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, gather
-from ..index._home import HOST
+from ..index._home import HOST, Home
 from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
 from . import _bits
 from ._kernels import multiply, rq_entries, rq_extend, rq_gram
-from .base import Quantizer, Tables, training_matrix
+from .base import Quantizer, Tables, training_home, training_matrix
 from .pq import pack_entries
 
 _STEPS = 10  # numbers of dimensions that k-means goes through
@@ -132,6 +132,7 @@ class RQ(Quantizer):
                 f"{len(points)} vectors for {self.ksub} centroids; at least {39 * self.ksub} are advisable",
                 stacklevel=2,
             )
+        home = training_home(x)
         n, every = len(points), self.m * self.ksub
         books, gram = np.zeros((self.m, self.ksub, self.d), np.float32), np.zeros((every, every), np.float32)
         codes, reached = np.empty((n, 1, 0), np.uint8), np.zeros((n, 1), np.float32)
@@ -143,7 +144,7 @@ class RQ(Quantizer):
                 if most is not None and len(chosen) > most:
                     chosen = np.sort(rng.choice(len(chosen), most, replace=False))
                 left = points[chosen // width] - _sum(codes.reshape(n * width, j)[chosen], books)
-                books[j] = _progressive(left, self.ksub, n_iter, init, rng, bar)
+                books[j] = _progressive(left, self.ksub, n_iter, init, rng, bar, home)
                 new = slice(j * self.ksub, (j + 1) * self.ksub)
                 gram[: new.stop, new] = multiply(books[: j + 1].reshape(-1, self.d), books[j].T)
                 if j + 1 < self.m:
@@ -207,9 +208,9 @@ def _dimensions(d: int) -> list[int]:
 
 
 def _progressive(
-    points: np.ndarray, k: int, n_iter: int, init: str, rng: np.random.Generator, bar: Progress
+    points: np.ndarray, k: int, n_iter: int, init: str, rng: np.random.Generator, bar: Progress, home: Home
 ) -> np.ndarray:
-    """Centroids (k, d) by k-means in ever more principal components."""
+    """Centroids (k, d) by k-means, in ``home``, in ever more principal components."""
     mean = points.mean(0, dtype=np.float64).astype(np.float32)
     centred = points - mean
     _, columns = np.linalg.eigh(np.cov(centred.T.astype(np.float64)).reshape(2 * centred.shape[1:]))
@@ -218,6 +219,8 @@ def _progressive(
     centroids: Any = None
     for d in _dimensions(points.shape[1]):
         start = None if centroids is None else np.pad(centroids, ((0, 0), (0, d - centroids.shape[1])))
-        some = np.ascontiguousarray(rotated[:, :d])
-        centroids, _ = lloyd(HOST, some, k, n_iter, init, False, rng, bar, start=start)
+        some = home.bring(np.ascontiguousarray(rotated[:, :d]))
+        start = None if start is None else home.bring(start)
+        found, _ = lloyd(home, some, k, n_iter, init, False, rng, bar, start=start)
+        centroids = HOST.bring(found)
     return multiply(centroids, turn.T) + mean

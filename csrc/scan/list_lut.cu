@@ -1,11 +1,11 @@
 // Sums of look-ups over codes of 4 to 8 bits in inverted lists on CUDA; formulas are in lut8.h, the layout of 4-bit
 // codes in fast_scan.h, the plan in list_scan.cuh.
 //
-// A block has one probe: it copies its query's tables to shared memory and each thread adds up the look-ups of one row,
-// j in increasing order, in fp32. 4 bits: a warp's words of a group of 8 entries lie side by side, and 16 entries of a
-// table lie in 16 banks, so that look-ups never meet. 8 bits: up to 16 codes come in a load; words of 32 lanes meet in
-// a bank 3.5 times on average, which is the limit. Entries that ksub does not reach are NaN in the copy, so that no
-// code is ever tested. Tables that do not fit are read through L1, with the test.
+// A block has one probe: it copies its query's tables to shared memory and each thread adds up the look-ups of one row
+// (or of four), j in increasing order, in fp32. 4 bits: a warp's words of a group of 8 entries lie side by side, and 16
+// entries of a table lie in 16 banks, so that look-ups never meet. 8 bits: up to 16 codes come in a load; words of 32
+// lanes meet in a bank 3.5 times on average, which is the limit. Entries that ksub does not reach are NaN in the copy,
+// so that no code is ever tested. Tables that do not fit are read through L1, with the test.
 #include "scan/list_scan.cuh"
 
 namespace lutra {
@@ -15,23 +15,24 @@ namespace {
 struct LutScan {
   const float* lut;  // of the queries of the launch, (nq, m, ksub)
   int m, ksub, bits;
-  int64_t size;  // bytes of a row; 4 bits: of a group of rows' words, see below
+  int64_t size;  // bytes of a row of 5 to 8 bits
   const uint8_t* codes;
   const float *base, *bias, *add, *mul;
 };
 
-// VEC: codes that come in a load (8 bits); FAR: the tables stay in device memory.
-template <int BITS, int VEC, bool FAR>
-__global__ void __launch_bounds__(kListThreads) lut_kernel(ListScan a, LutScan r) {
+// R: rows of a thread. VEC: codes that come in a load (8 bits). FAR: the tables stay in device memory.
+template <int BITS, int R, int VEC, bool FAR>
+__global__ void __launch_bounds__(kListThreads, R == 1 ? 4 : 3) lut_kernel(ListScan a, LutScan r) {
   const ListWork w = list_work<1>(a);
   const int64_t query = w.head / a.lists.nprobe;
   const int entries = BITS == 4 ? 16 : BITS == 8 ? 256 : 1 << r.bits;
   const float* tables = r.lut + query * r.m * r.ksub;
   float* near = dynamic_shared<float>();
-  Selector select;
-  start_list_selection(&select, near + (FAR ? 0 : static_cast<int64_t>(r.m) * entries), 1, a);
+  ListSelection<1> selection;
+  selection.start(near + (FAR ? 0 : static_cast<int64_t>(r.m) * entries), a, w);
   if (!FAR && w.begin < w.end) {
     if (r.ksub == entries && (reinterpret_cast<uintptr_t>(tables) & 15) == 0) {
+#pragma unroll 4
       for (int i = threadIdx.x; i < r.m * entries / 4; i += kListThreads)
         reinterpret_cast<float4*>(near)[i] = reinterpret_cast<const float4*>(tables)[i];
     } else {
@@ -47,60 +48,88 @@ __global__ void __launch_bounds__(kListThreads) lut_kernel(ListScan a, LutScan r
   };
   const float constant = (r.base ? r.base[w.head] : 0.0f) + (r.bias ? r.bias[query] : 0.0f);
   __syncthreads();
-  for (int64_t tile = w.begin; tile < w.end; tile += kListThreads) {
-    const int64_t row = tile + threadIdx.x;
-    float score[1][1] = {{0}};
-    const bool here = row < w.end;
-    if (here) {
-      float sum = 0;
-      if (BITS == 4) {  // word g of a row: entries 8 g to 8 g + 3 in the low halves of its bytes, the next in the high
-        const int groups = (r.m + 7) / 8;
-        const auto* words = reinterpret_cast<const uint32_t*>(r.codes) + (row >> 4) * groups * 16 + (row & 15);
-        int g = 0;
-#pragma unroll 4
-        for (; g < r.m / 8; ++g) {
-          const uint32_t word = words[g * 16];
+  for (int64_t tile = w.begin; tile < w.end; tile += kListThreads * R) {
+    const int64_t first_row = tile + threadIdx.x;
+    const uint8_t* codes[R];
+    float score[1][R];
+    unsigned pending = 0;
+    const int groups = (r.m + 7) / 8;  // words of a row of 4-bit entries
 #pragma unroll
-          for (int e = 0; e < 8; ++e) sum += look(g * 8 + e, word >> ((e & 3) * 8 + (e >> 2) * 4) & 15);
+    for (int v = 0; v < R; ++v) {
+      int64_t row = first_row + v * kListThreads;
+      pending |= static_cast<unsigned>(row < w.end) << v;
+      row = row < w.end ? row : w.end - 1;
+      codes[v] = r.codes + (BITS == 4 ? ((row >> 4) * groups * 16 + (row & 15)) * 4 : row * r.size);
+      score[0][v] = 0;
+    }
+    if (pending) {
+      if (BITS == 4) {  // a word: entries 8 g to 8 g + 3 in the low halves of its bytes, the next four in the high
+        const auto word_at = [&](int v, int g) { return *reinterpret_cast<const uint32_t*>(codes[v] + g * 64); };
+        const auto entry = [](uint32_t word, int e) {
+          return static_cast<int>(word >> ((e & 3) * 8 + (e >> 2) * 4) & 15);
+        };
+        int g = 0;
+#pragma unroll(R == 1 ? 4 : 2)
+        for (; g < r.m / 8; ++g) {
+          uint32_t word[R];
+#pragma unroll
+          for (int v = 0; v < R; ++v) word[v] = word_at(v, g);
+#pragma unroll
+          for (int e = 0; e < 8; ++e)
+#pragma unroll
+            for (int v = 0; v < R; ++v) score[0][v] += look(g * 8 + e, entry(word[v], e));
         }
-        if (g < groups) {
-          const uint32_t word = words[g * 16];
-          for (int e = 0; e < r.m - g * 8; ++e) sum += look(g * 8 + e, word >> ((e & 3) * 8 + (e >> 2) * 4) & 15);
-        }
+        for (int e = 0; g < groups && e < r.m - g * 8; ++e)
+#pragma unroll
+          for (int v = 0; v < R; ++v) score[0][v] += look(g * 8 + e, entry(word_at(v, g), e));
       } else if (BITS == 8) {
-        const uint8_t* codes = r.codes + row * r.size;
 #pragma unroll(VEC == 16 ? 1 : 4)
         for (int j = 0; j < r.m; j += VEC) {
-          const auto word = *reinterpret_cast<const typename Word<VEC>::type*>(codes + j);
-          uint8_t bytes[VEC];
-          memcpy(bytes, &word, VEC);
+          typename Word<VEC>::type word[R];
 #pragma unroll
-          for (int b = 0; b < VEC; ++b) sum += look(j + b, bytes[b]);
+          for (int v = 0; v < R; ++v) word[v] = *reinterpret_cast<const typename Word<VEC>::type*>(codes[v] + j);
+#pragma unroll
+          for (int b = 0; b < VEC; ++b)
+#pragma unroll
+            for (int v = 0; v < R; ++v) {
+              uint8_t bytes[VEC];
+              memcpy(bytes, &word[v], VEC);
+              score[0][v] += look(j + b, bytes[b]);
+            }
         }
       } else {  // eight codes are `bits` bytes
-        const uint8_t* codes = r.codes + row * r.size;
-        for (int j = 0; j < r.m; j += 8) {
-          const int64_t first = static_cast<int64_t>(j / 8) * r.bits;
-          uint64_t eight = 0;
-          for (int b = 0; b < r.bits; ++b)
-            if (first + b < r.size) eight |= static_cast<uint64_t>(codes[first + b]) << (8 * b);
-          const int rest = r.m - j < 8 ? r.m - j : 8;
-          for (int e = 0; e < rest; ++e) sum += look(j + e, static_cast<int>(eight >> (e * r.bits)) & (entries - 1));
+#pragma unroll 1
+        for (int v = 0; v < R; ++v) {
+          float sum = 0;
+          for (int j = 0; j < r.m; j += 8) {
+            const int64_t first = static_cast<int64_t>(j / 8) * r.bits;
+            uint64_t eight = 0;
+            for (int b = 0; b < r.bits; ++b)
+              if (first + b < r.size) eight |= static_cast<uint64_t>(codes[v][first + b]) << (8 * b);
+            const int rest = r.m - j < 8 ? r.m - j : 8;
+            for (int e = 0; e < rest; ++e) sum += look(j + e, static_cast<int>(eight >> (e * r.bits)) & (entries - 1));
+          }
+          score[0][v] = sum;
         }
       }
-      if (r.mul) sum *= r.mul[row];
-      sum += constant;
-      if (r.add) sum += r.add[row];
-      score[0][0] = a.sign * sum;
+#pragma unroll
+      for (int v = 0; v < R; ++v) {
+        if (!(pending >> v & 1)) continue;
+        const int64_t row = first_row + v * kListThreads;
+        if (r.mul) score[0][v] *= r.mul[row];
+        score[0][v] += constant;
+        if (r.add) score[0][v] += r.add[row];
+        score[0][v] *= a.sign;
+      }
     }
-    const int64_t rows[1] = {row};
-    offer_list_rows<1, 1>(a, select, score, rows, here);
+    offer_list_rows<1, R, kListThreads>(a, w, selection, score, first_row, pending, tile == w.begin);
   }
-  finish_list_selection<1>(a, w, select);
+  finish_list_selection<1>(a, w, selection);
 }
 
 struct LutPlan {
   bool far;
+  int rows;  // of a thread
   size_t shared;
   ListScanPlan lists;
 };
@@ -114,7 +143,11 @@ LutPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t m, int64_t 
   const int best = static_cast<int>(a.k < a.npositions ? a.k : a.npositions);
   const size_t selection = list_select_bytes(1, best, list_capacity(best < 1 ? 1 : best));
   p.far = tables + selection > limit;
-  p.lists = plan_list_scan(a, sizes, ListScanShape{kListThreads, false, p.far ? 0 : tables}, device);
+  // Several rows a thread where there is enough work: their loads and look-ups overlap.
+  const double tiles = static_cast<double>(a.nq) * static_cast<double>(a.nprobe) * static_cast<double>(sizes.typical) /
+                       (4 * kListThreads);
+  p.rows = !p.far && (bits == 4 || bits == 8) && tiles >= 8.0 * multiprocessors(device) ? 4 : 1;
+  p.lists = plan_list_scan(a, sizes, ListScanShape{kListThreads * p.rows, false, p.far ? 0 : tables}, device);
   p.shared = (p.far ? 0 : tables) + list_select_bytes(1, p.lists.best, p.lists.capacity);
   return p;
 }
@@ -142,19 +175,20 @@ void list_lut(const Lut8Args& a, const ListSizes& sizes, const Launch& l) {
                     a.bias ? a.bias + first : nullptr,
                     a.add,
                     a.mul};
-    auto kernel = lut_kernel<5, 1, false>;
+    const bool four = p.rows == 4;
+    auto kernel = lut_kernel<5, 1, 1, false>;
     if (a.bits == 4)
-      kernel = p.far ? lut_kernel<4, 1, true> : lut_kernel<4, 1, false>;
+      kernel = p.far ? lut_kernel<4, 1, 1, true> : four ? lut_kernel<4, 4, 1, false> : lut_kernel<4, 1, 1, false>;
     else if (a.bits < 8)
-      kernel = p.far ? lut_kernel<5, 1, true> : lut_kernel<5, 1, false>;
+      kernel = p.far ? lut_kernel<5, 1, 1, true> : lut_kernel<5, 1, 1, false>;
     else if (p.far)
-      kernel = lut_kernel<8, 1, true>;
+      kernel = lut_kernel<8, 1, 1, true>;
     else if (a.m % 16 == 0 && aligned(a.codes, 16))
-      kernel = lut_kernel<8, 16, false>;
+      kernel = four ? lut_kernel<8, 4, 16, false> : lut_kernel<8, 1, 16, false>;
     else if (a.m % 4 == 0 && aligned(a.codes, 4))
-      kernel = lut_kernel<8, 4, false>;
+      kernel = four ? lut_kernel<8, 4, 4, false> : lut_kernel<8, 1, 4, false>;
     else
-      kernel = lut_kernel<8, 1, false>;
+      kernel = four ? lut_kernel<8, 4, 1, false> : lut_kernel<8, 1, 1, false>;
     launch("list_lut", kernel, grid, kListThreads, p.shared, l, s, r);
   });
 }

@@ -20,33 +20,27 @@ struct RowsScan {
   const void* x;
 };
 
-template <class T>
-struct Values {  // V of them as floats
-  template <int V>
-  static __device__ __forceinline__ void load(const T* p, float (&to)[V]) {
-    const auto pack = load_pack<T, V>(p);
+// V neighbouring values as floats.
+template <class T, int V>
+__device__ __forceinline__ void to_floats(const Pack<T, V>& pack, float (&to)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = pack[v];
-  }
-};
-template <>
-struct Values<int8_t> {  // by the mantissa of 2^23 + byte: conversions have a quarter of the rate of additions
-  template <int V>
-  static __device__ __forceinline__ void load(const int8_t* p, float (&to)[V]) {
-    static_assert(V == 4, "a word");
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(p) ^ 0x80808080u;
+  for (int v = 0; v < V; ++v) to[v] = pack[v];
+}
+// By the mantissa of 2^23 + byte: conversions have a quarter of the rate of additions.
+__device__ __forceinline__ void to_floats(const Pack<int8_t, 4>& pack, float (&to)[4]) {
+  const uint32_t word = pack.word ^ 0x80808080u;
 #pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + v)) - 8388736.0f;
-  }
-};
+  for (int v = 0; v < 4; ++v) to[v] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + v)) - 8388736.0f;
+}
 
 template <class T, int Q, int V, bool L2>
-__global__ void __launch_bounds__(kListThreads) rows_kernel(ListScan a, RowsScan r) {
+__global__ void __launch_bounds__(kListThreads, Q == 1 ? 3 : 2) rows_kernel(ListScan a, RowsScan r) {
+  constexpr int kAhead = Q == 1 ? 32 : 4;  // loads in flight: alone, a thread waits for little else
   const ListWork w = list_work<Q>(a);
   if (w.probes == 0) return;  // the whole block
   float* queries = dynamic_shared<float>();
-  Selector select;
-  start_list_selection(&select, queries + Q * r.pitch, Q, a);
+  ListSelection<Q> selection;
+  selection.start(queries + Q * r.pitch, a, w);
 #pragma unroll 1
   for (int i = 0; i < Q; ++i) {
     const float* from = i < w.probes ? r.q + list_probe<Q>(a, w, i) / a.lists.nprobe * r.ldq : nullptr;
@@ -71,23 +65,27 @@ __global__ void __launch_bounds__(kListThreads) rows_kernel(ListScan a, RowsScan
         }
       };
       int j = 0;
-#pragma unroll 2
-      for (; j + 8 <= r.d; j += 8, x += 8 * 16) {
-        float value[8][V];
+#pragma unroll 1
+      for (; j + kAhead <= r.d; j += kAhead, x += kAhead * 16) {
+        Pack<T, V> packs[kAhead];
 #pragma unroll
-        for (int c = 0; c < 8; ++c) Values<T>::template load<V>(x + c * 16, value[c]);
+        for (int c = 0; c < kAhead; ++c) packs[c] = load_pack<T, V>(x + c * 16);
 #pragma unroll
-        for (int i = 0; i < Q; ++i) {
-          const float4 p = *reinterpret_cast<const float4*>(queries + i * r.pitch + j);
-          const float4 s = *reinterpret_cast<const float4*>(queries + i * r.pitch + j + 4);
-          add(value[0], i, p.x), add(value[1], i, p.y), add(value[2], i, p.z), add(value[3], i, p.w);
-          add(value[4], i, s.x), add(value[5], i, s.y), add(value[6], i, s.z), add(value[7], i, s.w);
+        for (int c = 0; c < kAhead; c += 4) {
+          float value[4][V];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) to_floats(packs[c + e], value[e]);
+#pragma unroll
+          for (int i = 0; i < Q; ++i) {
+            const float4 p = *reinterpret_cast<const float4*>(queries + i * r.pitch + j + c);
+            add(value[0], i, p.x), add(value[1], i, p.y), add(value[2], i, p.z), add(value[3], i, p.w);
+          }
         }
       }
 #pragma unroll 1
       for (; j < r.d; ++j, x += 16) {
         float value[V];
-        Values<T>::template load<V>(x, value);
+        to_floats(load_pack<T, V>(x), value);
 #pragma unroll
         for (int i = 0; i < Q; ++i) add(value, i, queries[i * r.pitch + j]);
       }
@@ -96,12 +94,9 @@ __global__ void __launch_bounds__(kListThreads) rows_kernel(ListScan a, RowsScan
 #pragma unroll
         for (int v = 0; v < V; ++v) pending |= static_cast<unsigned>(i < w.probes && row + v < w.end) << (i * V + v);
     }
-    int64_t rows[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) rows[v] = row + v;
-    offer_list_rows<Q, V>(a, select, sum, rows, pending);
+    offer_list_rows<Q, V, 1>(a, w, selection, sum, row, pending, tile == w.begin);
   }
-  finish_list_selection<Q>(a, w, select);
+  finish_list_selection<Q>(a, w, selection);
 }
 
 constexpr int64_t kGroupedDims = 1024;  // from there on a group's queries would take the room of other blocks

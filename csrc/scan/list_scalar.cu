@@ -29,13 +29,13 @@ __device__ __forceinline__ void bytes_to_floats(uint32_t word, float (&to)[V]) {
 }
 
 template <int BITS, int Q, bool L2>
-__global__ void __launch_bounds__(kListThreads) scalar_kernel(ListScan a, ScalarScan r) {
+__global__ void __launch_bounds__(kListThreads, Q == 1 ? 3 : 2) scalar_kernel(ListScan a, ScalarScan r) {
   const ListWork w = list_work<Q>(a);
   if (w.probes == 0) return;  // the whole block
   float* queries = dynamic_shared<float>();
   float *step = queries + Q * r.pitch, *offset = step + r.pitch;
-  Selector select;
-  start_list_selection(&select, offset + r.pitch, Q, a);
+  ListSelection<Q> selection;
+  selection.start(offset + r.pitch, a, w);
 #pragma unroll 1
   for (int i = 0; i < Q; ++i) {
     const float* from = i < w.probes ? r.q + list_probe<Q>(a, w, i) / a.lists.nprobe * r.ldq : nullptr;
@@ -77,21 +77,22 @@ __global__ void __launch_bounds__(kListThreads) scalar_kernel(ListScan a, Scalar
       };
       if (BITS == 8) {
         int j = 0;
+        constexpr int kAhead = Q == 1 ? 32 : 4;
 #pragma unroll 1
-        for (; j + 8 <= r.d; j += 8) {
-          uint32_t word[8];
+        for (; j + kAhead <= r.d; j += kAhead) {
+          uint32_t word[kAhead];
 #pragma unroll
-          for (int c = 0; c < 8; ++c) word[c] = word_at(j + c);
+          for (int c = 0; c < kAhead; ++c) word[c] = word_at(j + c);
 #pragma unroll
-          for (int c = 0; c < 8; ++c) dimension(word[c], j + c);
+          for (int c = 0; c < kAhead; ++c) dimension(word[c], j + c);
         }
-#pragma unroll 1
+#pragma unroll 4
         for (; j < r.d; ++j) dimension(word_at(j), j);
       } else {
         constexpr uint32_t kLow = 0x3f3f3f3fu, kTwo = 0x03030303u;
         int j = 0;
         int64_t byte = 0;
-#pragma unroll 2
+#pragma unroll(Q == 1 ? 8 : 2)
         for (; j + 4 <= r.d; j += 4, byte += 3) {
           const uint32_t x = word_at(byte), y = word_at(byte + 1), z = word_at(byte + 2);
           dimension(x & kLow, j);
@@ -107,12 +108,9 @@ __global__ void __launch_bounds__(kListThreads) scalar_kernel(ListScan a, Scalar
 #pragma unroll
         for (int v = 0; v < V; ++v) pending |= static_cast<unsigned>(i < w.probes && row + v < w.end) << (i * V + v);
     }
-    int64_t rows[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) rows[v] = row + v;
-    offer_list_rows<Q, V>(a, select, sum, rows, pending);
+    offer_list_rows<Q, V, 1>(a, w, selection, sum, row, pending, tile == w.begin);
   }
-  finish_list_selection<Q>(a, w, select);
+  finish_list_selection<Q>(a, w, selection);
 }
 
 constexpr int64_t kGroupedDims = 1024;

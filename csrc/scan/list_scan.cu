@@ -46,6 +46,8 @@ Key* list_keys(const ListScanPlan& p, const ListsArgs& a, Carve* c) {
   return c->take<Key>(p.queries * a.nprobe * p.stretches * p.best);
 }
 
+Key* list_bars(const ListScanPlan& p, Carve* c) { return p.barred ? c->take<Key>(p.queries) : nullptr; }
+
 __global__ void __launch_bounds__(256)
     probe_keys_kernel(const int64_t* probes, int n, int64_t nlist, uint32_t* lists, int32_t* numbers) {
   const int i = static_cast<int>(blockIdx.x * 256u + threadIdx.x);
@@ -107,6 +109,7 @@ ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const Li
   if (most < 1) most = 1;
   if (div_up(longest, p.stretch) > most) p.stretch = round_up(div_up(longest, most), shape.tile);
   p.stretches = static_cast<int>(div_up(longest, p.stretch));
+  p.barred = blocks * div_up(typical, p.stretch) > 2 * slots && nprobe * p.stretches > 1;
 
   int64_t fit = kKeyBytes / (place * p.stretches);
   if (fit > kMostProbes / nprobe) fit = kMostProbes / nprobe;
@@ -120,6 +123,7 @@ int64_t list_scan_bytes(const ListScanPlan& p, const ListsArgs& a) {
   Carve c(nullptr);
   sorted_probes(p, a, &c);
   list_keys(p, a, &c);
+  list_bars(p, &c);
   return c.used();
 }
 
@@ -128,6 +132,7 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
   Carve c(l.workspace);
   const SortedProbes w = sorted_probes(p, a, &c);
   Key* keys = list_keys(p, a, &c);
+  Key* bars = list_bars(p, &c);
   for (int64_t q0 = 0; q0 < a.nq; q0 += p.queries) {
     ListScan s{};
     s.lists = a;
@@ -139,6 +144,7 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
     s.capacity = p.capacity;
     s.sign = a.metric == Metric::l2 ? -1.0f : 1.0f;
     s.keys = keys;
+    s.bars = bars;
     const int n = static_cast<int>(s.lists.nq * a.nprobe);
     if (p.best > 0 && n > 0) {
       if (p.grouped) {
@@ -154,6 +160,7 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
         s.sorted_probes = w.probes;
         s.first = w.first;
       }
+      if (bars) fill_zero(what, bars, static_cast<size_t>(s.lists.nq) * sizeof(Key), l);
       call.scan(call.context, s, q0, dim3(static_cast<unsigned>(n), static_cast<unsigned>(p.stretches)));
     }
     const int parts = p.best > 0 ? static_cast<int>(a.nprobe) * p.stretches : 0;

@@ -9,7 +9,10 @@
 // more than how the work is cut.
 //
 // The candidates of a block lie in shared memory. Positions and the filter are looked up for those only that pass the
-// query's threshold. k <= 2048; fewer than 2^31 probes of a launch, positions below 2^31.
+// query's threshold, which a block does not find by trial: with a k of up to 128 it begins with the k-th largest of
+// the threads' best scores of the first tile, for so many rows are at least as good. And in calls of more blocks than
+// run at once, blocks leave their thresholds to those that come later. Which blocks do changes no result, only how much
+// they look at. k <= 2048; fewer than 2^31 probes of a launch, positions below 2^31.
 #pragma once
 #include "common/select.cuh"
 #include "scan/list_cuda.h"
@@ -18,7 +21,8 @@ namespace lutra {
 namespace cuda {
 
 constexpr int kListThreads = 256, kListWarps = kListThreads / 32;
-constexpr int kGroup = 8;  // probes of a list that a block serves
+constexpr int kGroup = 8;    // probes of a list that a block serves
+constexpr int kSeedK = 128;  // with a larger k a block begins without a threshold
 
 struct ListScan {   // what a kernel gets
   ListsArgs lists;  // of the queries of this launch; scores, ids and bad are not used
@@ -31,11 +35,12 @@ struct ListScan {   // what a kernel gets
   int best, capacity;
   float sign;  // -1 where smaller is better
   Key* keys;   // [queries * nprobe][stretches][best]
+  Key* bars;   // [queries] keys that `best` others reach, or 0; null where no blocks come later
 };
 
 // ---- host side
 struct ListScanPlan {
-  bool grouped, repeated;
+  bool grouped, repeated, barred;
   int best, capacity, stretches;
   int64_t stretch, queries;  // of a launch
 };
@@ -48,7 +53,8 @@ struct ListScanShape {
 
 inline size_t list_select_bytes(int probes, int best, int capacity) {
   return Selector::bytes(probes, best, kListWarps) +
-         (best <= kShortK ? 0 : static_cast<size_t>(probes) * capacity * sizeof(Key));
+         (best <= kShortK ? 0 : static_cast<size_t>(probes) * capacity * sizeof(Key)) +
+         (best <= kSeedK ? static_cast<size_t>(probes) * kListThreads * sizeof(uint32_t) : 0);
 }
 
 ListScanPlan plan_list_scan(const ListsArgs&, const ListSizes&, const ListScanShape&, int device);
@@ -111,19 +117,86 @@ __device__ __forceinline__ int64_t list_probe(const ListScan& a, const ListWork&
   return Q == 1 ? w.head : a.sorted_probes[w.head + i];
 }
 
-__device__ __forceinline__ void start_list_selection(Selector* select, void* shared, int probes, const ListScan& a) {
-  auto* near = static_cast<Key*>(shared);
-  const bool shorter = a.best <= kShortK;
-  select->init(shorter ? near : near + static_cast<int64_t>(probes) * a.capacity, near, a.capacity, probes, a.capacity,
-               a.best);
+// A block's candidates and thresholds.
+template <int Q>
+struct ListSelection {
+  Selector select;
+  uint32_t* best_of_threads;  // [Q][kListThreads] where best <= kSeedK
+
+  // Lays them out from `shared` on; the caller's barrier follows.
+  __device__ __forceinline__ void start(void* shared, const ListScan& a, const ListWork& w) {
+    auto* near = static_cast<Key*>(shared);
+    void* own = a.best <= kShortK ? near : near + static_cast<int64_t>(Q) * a.capacity;
+    select.init(own, near, a.capacity, Q, a.capacity, a.best);
+    best_of_threads = reinterpret_cast<uint32_t*>(static_cast<char*>(own) + Selector::bytes(Q, a.best, kListWarps));
+    if (a.bars && threadIdx.x < w.probes) {  // the thread that has cleared them
+      const int q = threadIdx.x;
+      const Key bar = *static_cast<const volatile Key*>(a.bars + list_probe<Q>(a, w, q) / a.lists.nprobe);
+      if (bar) select.least[q] = bar, select.least_score[q] = key_score(bar);
+    }
+  }
+};
+
+__device__ __forceinline__ int64_t list_position(const ListScan& a, int64_t row) {  // -1: the row does not count
+  const int64_t position = a.lists.positions ? a.lists.positions[row] : row;
+  if (position < 0 || position >= a.lists.npositions) return -1;
+  if (a.lists.keep && !(a.lists.keep[position >> 3] >> (position & 7) & 1)) return -1;
+  return position;
 }
 
-// Offers the scores of V rows for Q probes; scores[q][v] of row rows[v], where bit q * V + v of `pending` is set. All
-// threads of the block call it, and the block's threads wait for one another.
-template <int Q, int V>
-__device__ __forceinline__ void offer_list_rows(const ListScan& a, Selector& select, const float (&scores)[Q][V],
-                                                const int64_t (&rows)[V], unsigned pending) {
+// The first thresholds, from the scores of the first tile. Arguments as below.
+template <int Q, int V, int STEP>
+__device__ __forceinline__ void seed_thresholds(const ListScan& a, const ListWork& w, ListSelection<Q>& s,
+                                                const float (&scores)[Q][V], int64_t row, unsigned pending) {
+  bool open = false;
+#pragma unroll
+  for (int q = 0; q < Q; ++q) open |= q < w.probes && s.select.least[q] == 0;
+  if (!open) return;  // the whole block
+  unsigned counts = 0;
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+    if ((pending >> v & 1) && list_position(a, row + v * STEP) >= 0) counts |= 1u << v;
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    uint32_t best = 0;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const uint32_t bits = counts >> v & 1 ? ordered_bits(scores[q][v]) : 0;
+      best = bits > best ? bits : best;
+    }
+    s.best_of_threads[q * kListThreads + threadIdx.x] = best;
+  }
+  __syncthreads();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  for (int q = warp; q < w.probes; q += kListWarps) {
+    uint32_t value[kListThreads / 32];
+#pragma unroll
+    for (int i = 0; i < kListThreads / 32; ++i) value[i] = s.best_of_threads[q * kListThreads + i * 32 + lane];
+    uint32_t bar = 0;  // the largest that `best` threads reach, but for its last digits
+#pragma unroll 1
+    for (int bit = 31; bit >= 10; --bit) {
+      const uint32_t trial = bar | 1u << bit;
+      unsigned count = 0;
+#pragma unroll
+      for (int i = 0; i < kListThreads / 32; ++i) count += value[i] >= trial;
+      if (static_cast<int>(__reduce_add_sync(kFullWarp, count)) >= a.best) bar = trial;
+    }
+    const Key key = static_cast<Key>(bar) << 32;  // below every candidate of this score
+    if (lane == 0 && key > s.select.least[q]) s.select.least[q] = key, s.select.least_score[q] = from_ordered_bits(bar);
+  }
+  __syncthreads();
+}
+
+// Offers the scores of V rows for Q probes; scores[q][v] of row `row` + v STEP, where bit q * V + v of `pending` is
+// set. All threads of the block call it, and the block's threads wait for one another. `first`: of the block's first
+// tile.
+template <int Q, int V, int STEP>
+__device__ __forceinline__ void offer_list_rows(const ListScan& a, const ListWork& w, ListSelection<Q>& s,
+                                                const float (&scores)[Q][V], int64_t row, unsigned pending,
+                                                bool first) {
   static_assert(Q * V <= 32, "one bit for each score");
+  Selector& select = s.select;
+  if (first && a.best <= kSeedK) seed_thresholds<Q, V, STEP>(a, w, s, scores, row, pending);
   for (;;) {
     unsigned refused = 0;
 #pragma unroll
@@ -132,9 +205,8 @@ __device__ __forceinline__ void offer_list_rows(const ListScan& a, Selector& sel
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (!(pending >> (q * V + v) & 1) || scores[q][v] < bar) continue;
-        const int64_t position = a.lists.positions ? a.lists.positions[rows[v]] : rows[v];
-        if (position < 0 || position >= a.lists.npositions) continue;
-        if (a.lists.keep && !(a.lists.keep[position >> 3] >> (position & 7) & 1)) continue;
+        const int64_t position = list_position(a, row + v * STEP);
+        if (position < 0) continue;
         if (!select.add(q, scores[q][v], static_cast<uint32_t>(position))) refused |= 1u << (q * V + v);
       }
     }
@@ -147,16 +219,19 @@ __device__ __forceinline__ void offer_list_rows(const ListScan& a, Selector& sel
 
 // The end of the block: each probe's best to its place, the rest of the place 0.
 template <int Q>
-__device__ __forceinline__ void finish_list_selection(const ListScan& a, const ListWork& w, Selector& select) {
+__device__ __forceinline__ void finish_list_selection(const ListScan& a, const ListWork& w, ListSelection<Q>& s) {
+  Selector& select = s.select;
   __syncthreads();
   select.compact(true);
   __syncthreads();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   for (int q = warp; q < w.probes; q += kListWarps) {
-    Key* to = a.keys + (list_probe<Q>(a, w, q) * a.stretches + blockIdx.y) * a.best;
+    const int64_t probe = list_probe<Q>(a, w, q);
+    Key* to = a.keys + (probe * a.stretches + blockIdx.y) * a.best;
     const Key* from = select.lists + q * select.pitch;
     const int count = select.counts[q];
     for (int i = lane; i < a.best; i += 32) to[i] = i < count ? from[i] : 0;
+    if (a.bars && lane == 0 && select.least[q]) atomicMax(a.bars + probe / a.lists.nprobe, select.least[q]);
   }
 }
 

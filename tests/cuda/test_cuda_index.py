@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lutra import quant
-from lutra.index import IVF, Binary, Codes, Flat, Transformed, load
+from lutra.index import HNSW, IVF, PQ, Binary, Codes, Flat, Shards, Transformed, load
 from lutra.index.transforms import PCA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* (points|vectors) for .* centroids")
@@ -158,8 +158,8 @@ def test_limits_and_errors(gpu):
     small.train(gpu.put(np.round(x)), n_iter=1)
     with pytest.raises(ValueError, match=r"x\[0, \d+\] is .*int8 rows hold integers"):
         small.add(gpu.put(x))
-    with pytest.raises(NotImplementedError, match=r"Binary is for the CPU.*IVF"):
-        Binary(D).to("cuda") if Binary._host_only else pytest.skip("Binary lives on a GPU")
+    with pytest.raises(NotImplementedError, match=r"HNSW is for the CPU.*IVF"):
+        HNSW(D).to("cuda")
 
 
 def test_transformed(gpu):
@@ -230,3 +230,109 @@ def test_cupy_queries_of_a_torch_index(gpu_torch):
         stream.synchronize()
         assert isinstance(found.ids, cupy.ndarray)
         np.testing.assert_array_equal(found.ids.get(), want)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "pq"])
+def test_shards(gpu, kind, tmp_path):
+    """Two shards on one GPU, and one on the host."""
+    x, q = vectors(3000), vectors(20, 1)
+    index = {"flat": lambda: Flat(D, "ip"), "ivf": lambda: IVF(D, 12, nprobe=4), "pq": lambda: PQ(D, 8)}[
+        kind
+    ]()
+    index.train(x)
+    index.add(x)
+    want = index.search(q, 10)
+    shards = Shards(index, ["cuda", "cuda:0", "cpu"])
+    assert shards.devices == ["cuda:0", "cuda:0", "cpu"]
+    for queries in (q, gpu.put(q)):
+        found = shards.search(queries, 10)
+        assert type(found.ids) is type(queries)
+        ids = found.ids if isinstance(found.ids, np.ndarray) else gpu.get(found.ids)
+        assert recall(ids, want.ids) > 0.99
+    shards.save(tmp_path / "s")
+    back = Shards.load(tmp_path / "s", ["cuda"])
+    assert back.devices == ["cuda:0"] * 3
+    assert recall(gpu.get(back.search(gpu.put(q), 10).ids), want.ids) > 0.99
+    assert back.remove_ids(np.arange(0, 3000, 2)) == 1500
+    back.add(gpu.put(x[:300]))
+    assert back.ntotal == 1800
+
+
+def test_shards_wait_for_nothing(gpu_torch):
+    torch = gpu_torch.torch
+    index = Flat(D, "l2")
+    index.add(vectors(3000))
+    shards = Shards(index, ["cuda", "cuda"])
+    q = gpu_torch.put(vectors(20, 1))
+    want = gpu_torch.get(shards.search(q, 10).ids)
+    with gpu_torch.no_sync():
+        found = shards.search(q, 10)
+    np.testing.assert_array_equal(gpu_torch.get(found.ids), want)
+    if torch.cuda.device_count() > 1:
+        two = Shards(shards.shards[0], ["cuda:0", "cuda:1"])
+        assert two.search(q, 10).ids.device == q.device
+
+
+def test_two_devices(gpu_torch):
+    torch = gpu_torch.torch
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, q = vectors(3000), vectors(20, 1)
+    index = IVF(D, 12, nprobe=4)
+    index.train(torch.from_numpy(x).to("cuda:1"), n_iter=1)
+    index.add(x)
+    assert index.device == "cuda:1"
+    want = index.search(q, 10)
+    for device in ("cuda:0", "cuda:1"):
+        found = index.search(torch.from_numpy(q).to(device), 10)
+        assert str(found.ids.device) == device
+        np.testing.assert_array_equal(found.ids.cpu().numpy(), want.ids)
+    np.testing.assert_array_equal(index.to("cuda:0").search(q, 10).ids, want.ids)
+
+
+@pytest.mark.parametrize("metric", ["hamming", "jaccard"])
+@pytest.mark.parametrize("refine", [None, "float32", "float16", "int8"])
+def test_binary(gpu, metric, refine):
+    for d in (D, 29):
+        x, q = vectors(2000)[:, :d].copy(), vectors(20, 1)[:, :d].copy()
+        index, host = Binary(d, metric, refine=refine), Binary(d, metric, refine=refine)
+        index.add(gpu.put(x))
+        host.add(x)
+        assert index.device == "cuda:0"
+        keep = np.arange(2000) % 3 == 0
+        for rescore in (None, "bits", "vectors", "both") if refine else (None, "bits"):
+            for filter in (None, keep):
+                found = index.search(gpu.put(q), 10, rescore=rescore, filter=filter)
+                want = host.search(q, 10, rescore=rescore, filter=filter)
+                assert recall(gpu.get(found.ids), want.ids) > 0.97
+        packed = np.packbits(q > 0, axis=1, bitorder="little")
+        np.testing.assert_array_equal(
+            gpu.get(index.search(gpu.put(packed), 5).ids), host.search(packed, 5).ids
+        )
+        np.testing.assert_allclose(index.reconstruct([3, 5]), host.reconstruct([3, 5]), atol=1e-6)
+        assert index.remove_ids([1, 2, 9]) == host.remove_ids([1, 2, 9])
+        index.to("cpu")
+        np.testing.assert_array_equal(index.search(q, 5).ids, host.search(q, 5).ids)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_filtered_pq(gpu, metric):
+    x, q = vectors(3000), vectors(20, 1)
+    index = PQ(D, 8, 6, metric)
+    index.train(gpu.put(x))
+    index.add(gpu.put(x))
+    keep = np.arange(3000) % 5 == 0
+    found = gpu.get(index.search(gpu.put(q), 10, filter=keep).ids)
+    assert (found % 5 == 0).all()
+    assert recall(found, index.to("cpu").search(q, 10, filter=keep).ids) > 0.98
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: quant.PQ(D, 8, 6), lambda: quant.OPQ(D, 8, 6), lambda: quant.RQ(D, 4, 5)]
+)
+def test_quantizers_train_on_the_gpu(gpu, make):
+    x = vectors(3000)
+    errors = [
+        np.square(one.decode(one.encode(x)) - x).mean() for one in (make().train(gpu.put(x)), make().train(x))
+    ]
+    assert errors[0] < errors[1] * 1.05

@@ -290,3 +290,48 @@ def test_sizes(gpu):
             want = reference.list_rows(q, interleave(x), (*lists[:4], None, probes), d, "l2")
             given = on_gpu(gpu, *lists[:4], None, probes)
             compare(gpu, _lists.list_rows(gpu.put(q), gpu.put(interleave(x)), given, d, "l2"), want)
+
+
+def test_thresholds_that_blocks_leave_to_others(gpu):
+    """More blocks than run at once, alone and in groups, with ties, a filter and few rows that count."""
+    rng = np.random.default_rng(11)
+    lists = make_lists(rng, rng.integers(0, 90, 60))
+    x = rng.integers(-3, 4, (len(lists[2]), 5)).astype(np.float32)
+    for nq, nprobe in ((500, 8), (60, 50)):
+        q = rng.integers(-3, 4, (nq, 5)).astype(np.float32)
+        probes = probes_of(rng, nq, nprobe, 60)
+        for k, keep in ((1, None), (10, 0.5), (100, None), (10, 0.02), (200, 0.5)):
+            if keep is not None:
+                keep = np.packbits(rng.random(lists[3]) < keep, bitorder="little")
+            want = reference.list_rows(q, interleave(x), (*lists[:4], keep, probes), k, "l2")
+            given = on_gpu(gpu, *lists[:4], keep, probes)
+            compare(gpu, _lists.list_rows(gpu.put(q), gpu.put(interleave(x)), given, k, "l2"), want)
+    lut = rng.integers(-9, 10, (500, 6, 16)).astype(np.float32)
+    entries = rng.integers(0, 16, (len(lists[2]), 6)).astype(np.uint8)
+    probes = probes_of(rng, 500, 20, 60)
+    for k in (10, 30):
+        want = reference.lut8(lut, entries, None, None, None, None, (*lists[:4], None, probes), k, "ip")
+        given = on_gpu(gpu, *lists[:4], None, probes)._replace(typical=4000)  # four rows a thread
+        got = _lists.lut8(gpu.put(lut), gpu.put(packed4(entries)), given, k, "ip", bits=4)
+        compare(gpu, got, want)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_look_ups(gpu, bits):
+    """Four rows a thread, at sizes around the tiles of that."""
+    rng = np.random.default_rng(bits)
+    lists = make_lists(rng, [1023, 1024, 1025, 3, 2048, 257, 4000])
+    for m in (3, 4, 16, 33):
+        entries = rng.integers(0, 1 << bits, (len(lists[2]), m)).astype(np.uint8)
+        lut = rng.integers(-9, 10, (70, m, 1 << bits)).astype(np.float32)
+        probes = probes_of(rng, 70, 6, 7)
+        given = on_gpu(gpu, *lists[:4], None, probes)._replace(typical=30_000)
+        got = _lists.lut8(
+            gpu.put(lut), gpu.put(packed4(entries) if bits == 4 else entries), given, 10, "ip", bits=bits
+        )
+        few = slice(0, 70, 9)  # the reference takes its time
+        want = reference.lut8(
+            lut[few], entries, None, None, None, None, (*lists[:4], None, probes[few]), 10, "ip"
+        )
+        np.testing.assert_array_equal(gpu.get(got[0])[few], want[0])
+        np.testing.assert_array_equal(gpu.get(got[1])[few], want[1])

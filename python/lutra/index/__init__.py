@@ -2,8 +2,8 @@
 
 `Flat` searches exactly, `PQ` and `Codes` a compressed copy, `Binary` packed bits or signs, `Blocks` encodings
 by queries that have some of their blocks only, `IVF` the lists nearest to a query, `HNSW` a graph,
-`MultiVector` documents of many vectors; `load` opens what their ``save`` wrote. `kmeans`,
-`balanced_assignment` and `refine` are parts of them.
+`MultiVector` documents of many vectors, `Shards` any of them on several devices; `load` opens what their
+``save`` wrote. `kmeans`, `balanced_assignment` and `refine` are parts of them.
 """
 
 from .._results import Neighbors
@@ -31,6 +31,7 @@ from .multivector import MultiVector
 from .pq import PQ
 from .segments import Store, compact, create
 from .segments import open_store as open
+from .shards import Shards
 from .transformed import Transformed
 from .tune import Tuned, tune
 
@@ -47,6 +48,7 @@ __all__ = [
     "KMeans",
     "MultiVector",
     "Neighbors",
+    "Shards",
     "Store",
     "Transformed",
     "Tuned",

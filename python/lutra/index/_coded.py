@@ -36,7 +36,7 @@ _CONVERTED = 1 << 24  # bytes of candidate rows that are converted at a time
 class CodedIndex(Index):
     """Vectors coded by a quantizer (or kept as rows) in lists; with ``refine`` the vectors too."""
 
-    _needs_kernels = True
+    _needs_kernels = ("list_rows", "list_scalar", "list_lut")
 
     def __init__(self, d: int, quantizer: Any, metric: str, refine: str | None) -> None:
         super().__init__(d, metric)
@@ -90,8 +90,8 @@ class CodedIndex(Index):
         return self._here.normalise(x) if self.metric == "cosine" else x
 
     def _move(self, home: Home) -> None:
-        if home.kind.cuda and home.kind.kernels is None:
-            _checks.no_kernel(home.kind, type(self).__name__)
+        if home.kind.cuda and self._lacking(home):
+            return super()._move(home)  # which says what is lacking
         if self._arena is not None and self._arena.home is not home:
             self._check_positions()
             self._arena = self._arena.to(home)

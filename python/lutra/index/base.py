@@ -49,8 +49,8 @@ class Index:
     metric: str
     #: Whether this kind lives on the CPU only; queries from elsewhere are copied there.
     _host_only = False
-    #: Whether it stays on the CPU where arrays on a GPU come and there are no CUDA kernels.
-    _needs_kernels = False
+    #: Kernels without which it stays on the CPU where arrays on a GPU come.
+    _needs_kernels: tuple[str, ...] = ()
     #: The metrics that this kind takes.
     _metrics: dict[str, int] = _METRICS
 
@@ -379,11 +379,20 @@ class Index:
     def _home_for(self, native: Any) -> Home:
         """The home, or the one that this array would decide."""
         home = self._home or home_of(native, "q")
-        if self._needs_kernels and home.kind.cuda and home.kind.kernels is None:
-            return HOST
-        return home
+        return HOST if home.kind.cuda and self._lacking(home) else home
+
+    def _lacking(self, home: Home) -> list[str]:
+        """Kernels that are needed in a home and are not there."""
+        return [name for name in self._needs_kernels if not hasattr(home.kind.kernels, name)]
 
     def _move(self, home: Home) -> None:
+        if home.kind.cuda and (lacking := self._lacking(home)):
+            if home.kind.kernels is None:
+                _checks.no_kernel(home.kind, type(self).__name__)
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot move to {home.device}: this build has no CUDA kernel "
+                f"{', '.join(lacking)}"
+            )
         for name, rows in self._rows.items():
             if rows.home is not home:
                 self._rows[name] = rows.to(home)

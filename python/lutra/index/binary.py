@@ -71,7 +71,7 @@ class Binary(Index):
            [1]]))
     """
 
-    _needs_kernels = True
+    _needs_kernels = ("binary", "binarize", "rescore_bits")
     _metrics = BINARY_METRICS
 
     def __init__(
@@ -173,8 +173,6 @@ class Binary(Index):
         return copied[1]
 
     def _move(self, home: Home) -> None:
-        if home.kind.cuda and home.kind.kernels is None:
-            _checks.no_kernel(home.kind, "Binary")
         super()._move(home)
         self._copied = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 from harness import Case, near
 
 import lutra
-from lutra.index import _kmeans
+from lutra import quant
+from lutra.index import IVF, Flat, _kmeans
 from lutra.index._home import home_of
 from lutra.scan import _lists
 
@@ -19,6 +22,7 @@ LISTS, PROBES = 1024, 16
 def cases(scale: int) -> Iterator[Case]:
     yield from kmeans(scale)
     yield from scans(scale)
+    yield from indexes(scale)
 
 
 # ---------------------------------------------------------------- k-means
@@ -145,4 +149,50 @@ def scans(scale: int) -> Iterator[Case]:
                 lambda lut, lists, codes=codes, bits=bits: _lists.lut8(lut, codes, lists, k, "ip", bits=bits),
                 inputs,
                 bytes=nq * PROBES * mean * m * bits / 8,
+            )
+
+
+# ---------------------------------------------------------------- indexes
+STORES = {
+    "float32": lambda d: None,
+    "float16": lambda d: "float16",
+    "SQ 8": lambda d: quant.SQ(d),
+    "PQ 16x8": lambda d: quant.PQ(d, 16, 8),
+    "PQ 64x4": lambda d: quant.PQ(d, 64, 4),
+}
+
+
+def indexes(scale: int) -> Iterator[Case]:
+    """IVF searches whose recall is in the name; the time of one query is that of a CUDA graph."""
+    n, d, k = 1_000_000 // scale, 128, 10
+    nlist = max(32, LISTS // scale)
+    centers = torch.randn(4 * nlist, d, device="cuda")
+
+    def draw(count):
+        return centers[torch.randint(0, len(centers), (count,), device="cuda")] + 0.5 * torch.randn(
+            count, d, device="cuda"
+        )
+
+    x, queries = draw(n), [draw(1024) for _ in range(3)]
+    exact = Flat(d, "l2")
+    exact.add(x)
+    truth = exact.search(queries[0], k).ids
+    for name, make in STORES.items():
+        start = time.perf_counter()
+        index = IVF(d, nlist, make(d), nprobe=PROBES, refine=None if "PQ" not in name else "float16")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            index.train(x[: 256 * nlist], n_iter=5)
+        middle = time.perf_counter()
+        index.add(x)
+        built = {"train_s": middle - start, "add_s": time.perf_counter() - middle}
+        found = index.search(queries[0], k).ids
+        recall = (found[:, :, None] == truth[:, None]).any(1).float().mean().item()
+        for nq in (1, 1024):
+            yield Case(
+                f"IVF {name}, {PROBES} of {nlist} lists, recall {recall:.3f}, {nq} queries",
+                lambda q, index=index: index.search(q, k),
+                [(q[:nq].clone(),) for q in queries],
+                numbers={**built, "recall": recall},
+                graph=nq == 1,
             )

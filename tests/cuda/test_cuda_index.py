@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
 from lutra import quant
 from lutra.index import HNSW, IVF, PQ, Binary, Codes, Flat, Shards, Transformed, load
-from lutra.index.transforms import PCA
+from lutra.index.transforms import PCA, Chain, Normalize, RandomRotation, Truncate, Whitening
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* (points|vectors) for .* centroids")
 D = 32
@@ -162,12 +164,30 @@ def test_limits_and_errors(gpu):
         HNSW(D).to("cuda")
 
 
+def test_transforms(gpu):
+    x = vectors(500)
+    chain = Chain([PCA(D, 16), Normalize(16)])
+    for t in (PCA(D, 8), Whitening(D), RandomRotation(D, 40), Normalize(D), Truncate(D, 5), chain):
+        t.train(x)
+        np.testing.assert_allclose(gpu.get(t.apply(gpu.put(x))), t.apply(x), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(copy.deepcopy(t).apply(x), t.apply(x), rtol=1e-6, atol=1e-7)
+    bad = x.copy()
+    bad[3, 1] = np.inf
+    with pytest.raises(ValueError, match=r"x\[3, 1\] is inf"):
+        chain.apply(gpu.put(bad))
+
+
 def test_transformed(gpu):
     x, q = vectors(3000), vectors(20, 1)
     index = Transformed(PCA(D, 16), IVF(16, 12, nprobe=4))
     index.train(gpu.put(x))
     index.add(gpu.put(x))
-    assert index.device == "cuda:0" and gpu.owns(index.search(gpu.put(q), 5).ids)
+    found = index.search(gpu.put(q), 5)
+    assert index.device == "cuda:0" and gpu.owns(found.ids)
+    queries = gpu.put(q)
+    with gpu.no_sync():
+        index.search(queries, 5)
+    np.testing.assert_array_equal(index.to("cpu").search(q, 5).ids, gpu.get(found.ids))
 
 
 @pytest.mark.parametrize("store", ["float32", "PQ 8", "PQ 4", "RaBitQ 4", "SQ 8"])

@@ -139,7 +139,7 @@ class Transformed(Index):
     def search(self, q: Any, k: int = 10, *, filter: Any = None, **options: Any) -> Neighbors:
         """The k best vectors for each query; ``options`` are those of the index's own search."""
         self._need_training()
-        return self.index.search(self.transform.apply(q), k, filter=filter, **options)
+        return self.index.search(self.transform._apply(q, False), k, filter=filter, **options)
 
     def reconstruct(self, ids: Any) -> Any:
         """The stored vectors of some ids, taken back to the original space as far as that goes."""

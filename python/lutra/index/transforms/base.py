@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ... import _checks
+from ..._arrays import F32
 from .. import _files
-from .._home import HOST, check_matrix, deliver, to_float32
+from .._home import HOST, Home, check_matrix, deliver, home_of, to_float32
 
 PART = 1 << 14  # rows that are transformed at a time
 
@@ -20,8 +21,9 @@ KINDS: dict[str, type[Transform]] = {}
 class Transform:
     """Base class: maps vectors of ``d_in`` values to vectors of ``d_out``.
 
-    Arrays of any library are taken and given back in it; the work is done on the CPU, in float64, and rounded
-    once to float32, so that a vector's result does not depend on those beside it.
+    Arrays of any library are taken and given back in it. The work is done in float64 and rounded once to
+    float32, so that a vector's result does not depend on those beside it: on the CPU, or by the array's own
+    library where it lies on a GPU.
 
     Attributes
     ----------
@@ -52,6 +54,10 @@ class Transform:
     def _map(self, x: np.ndarray) -> np.ndarray:
         """float32 rows to float32 (or float64) rows."""
         raise NotImplementedError
+
+    def _map_on_gpu(self, home: Home, x: Any) -> Any:
+        """`_map` of rows of a home on a GPU; here on the CPU, which means to wait."""
+        return home.bring(np.ascontiguousarray(self._map(HOST.bring(x)), np.float32))
 
     def _back(self, y: np.ndarray) -> np.ndarray:
         raise NotImplementedError
@@ -90,7 +96,16 @@ class Transform:
         TypeError, ValueError
             No array, a wrong dtype or shape, NaN or infinities (the row is named), no training yet.
         """
-        return self._run(x, "x", self.d_in, self.d_out, self._map)
+        return self._apply(x, True)
+
+    def _apply(self, x: Any, finite: bool) -> Any:
+        """`apply`; with ``finite`` False nothing waits for a GPU to look for NaN, where x is there."""
+        native = self._matrix(x, "x", self.d_in)
+        home = home_of(native)
+        if home is HOST or not self.is_trained:
+            return self._run(x, "x", self.d_in, self.d_out, self._map)
+        rows = to_float32(home, native, "x", finite=finite)
+        return deliver(home, (home.kind.cast(self._map_on_gpu(home, rows), F32),), x)[0]
 
     def inverse(self, y: Any) -> Any:
         """Back to the original space: (n, d_out) to (n, d_in) float32, of the kind of ``y``.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ... import _checks
+from ..._arrays import F64
 from .._home import HOST, check_matrix, to_float32
 from .base import PART, Transform
 
@@ -17,6 +18,7 @@ class _Linear(Transform):
     _a: np.ndarray | None = None  # (d_out, d_in)
     _b: np.ndarray | None = None  # (d_in, d_out)
     _mean: np.ndarray | None = None  # (d_in,)
+    _near: Any = None  # where A (transposed) and the mean are on a GPU, and both
 
     @property
     def is_trained(self):
@@ -25,6 +27,11 @@ class _Linear(Transform):
     def _set(self, a: np.ndarray, b: np.ndarray, mean: np.ndarray | None = None) -> None:
         self._a, self._b = np.ascontiguousarray(a, np.float64), np.ascontiguousarray(b, np.float64)
         self._mean = np.zeros(self.d_in) if mean is None else np.ascontiguousarray(mean, np.float64)
+        self._near = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what lies on a GPU is brought there again."""
+        return {**self.__dict__, "_near": None}
 
     @property
     def matrix(self) -> np.ndarray | None:
@@ -39,6 +46,16 @@ class _Linear(Transform):
     def _map(self, x):
         assert self._a is not None
         return (x - self._mean) @ self._a.T
+
+    def _map_on_gpu(self, home, x):
+        near = self._near
+        if near is None or near[0] != (home.kind.name, home.device):
+            assert self._a is not None and self._mean is not None
+            where = home.kind.name, home.device
+            near = where, home.bring(np.ascontiguousarray(self._a.T)), home.bring(self._mean)
+            home.wait()  # other streams may use them at once
+            self._near = near
+        return (home.kind.cast(x, F64) - near[2]) @ near[1]
 
     def _back(self, y):
         assert self._b is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._arrays import F32
 from .._home import HOST
 from .base import KINDS, Transform, to_file
 
@@ -19,6 +20,9 @@ class Normalize(Transform):
 
     def _map(self, x):
         return HOST.normalise(x)
+
+    def _map_on_gpu(self, home, x):
+        return home.normalise(x)
 
     def _back(self, y):
         return y
@@ -42,6 +46,10 @@ class Truncate(Transform):
     def _map(self, x):
         x = x[:, : self.d_out]
         return HOST.normalise(x) if self.normalize else x
+
+    def _map_on_gpu(self, home, x):
+        x = home.kind.dense(x[:, : self.d_out])
+        return home.normalise(x) if self.normalize else x
 
     def _back(self, y):
         return np.pad(y, ((0, 0), (0, self.d_in - self.d_out)))
@@ -79,6 +87,11 @@ class Chain(Transform):
     def _map(self, x):
         for t in self.transforms:
             x = t._map(x).astype(np.float32, copy=False)
+        return x
+
+    def _map_on_gpu(self, home, x):
+        for t in self.transforms:
+            x = home.kind.cast(t._map_on_gpu(home, x), F32)
         return x
 
     def _back(self, y):

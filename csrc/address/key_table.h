@@ -12,6 +12,7 @@
 //   most 7/8 full; *used is the number of keys in it before and after. kNoKey is passed over. One thread, in order.
 // Limit: random reads of cache lines; all prefetch a block of them.
 #pragma once
+#include "common/host_device.h"
 #include "common/levels.h"
 #include "common/types.h"
 
@@ -51,13 +52,9 @@ LUTRA_KERNEL(key_insert, ::lutra::KeyInsertArgs)
 LUTRA_KERNEL(key_lookup, ::lutra::KeyLookupArgs)
 LUTRA_KERNEL(key_count, ::lutra::KeyCountArgs)
 
-#ifdef LUTRA_LEVEL
-#include "common/simd.h"
-
 namespace lutra {
-namespace LUTRA_NS {
 
-LUTRA_INLINE uint64_t mixed(int64_t key) {
+LUTRA_SHARED uint64_t mixed(int64_t key) {
   uint64_t h = static_cast<uint64_t>(key);
   h = (h ^ (h >> 32)) * 0x9e3779b97f4a7c15ull;
   h = (h ^ (h >> 29)) * 0xbf58476d1ce4e5b9ull;
@@ -65,9 +62,17 @@ LUTRA_INLINE uint64_t mixed(int64_t key) {
 }
 
 // The home of a key, in int64 words from the start of the table. n_buckets < 2^32.
-LUTRA_INLINE int64_t home_of(int64_t key, int64_t n_buckets) {
+LUTRA_SHARED int64_t home_of(int64_t key, int64_t n_buckets) {
   return static_cast<int64_t>(((mixed(key) >> 32) * static_cast<uint64_t>(n_buckets)) >> 32) * 8;
 }
+
+}  // namespace lutra
+
+#ifdef LUTRA_LEVEL
+#include "common/simd.h"
+
+namespace lutra {
+namespace LUTRA_NS {
 
 // The place of a key in a bucket, or -1.
 LUTRA_INLINE int place_in(const int64_t* bucket, int64_t key) {

@@ -27,6 +27,7 @@ struct LongestMatchArgs {
   int64_t* ids;
   int32_t* lengths;
   int64_t* bad;
+  int64_t total = 0, length = 0;  // CUDA only: tokens in all, and of every sequence (0: offsets say it)
 };
 
 }  // namespace lutra

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace lutra {
 
 // Rolling hash over token values: h = v_i; h = h * kNgramStep + v_j. Wraps at 2^64.
@@ -20,10 +22,21 @@ struct Modulus {
   uint64_t n, inverse;
 };
 static inline Modulus modulus(uint64_t n) { return Modulus{n, ~uint64_t{0} / n}; }
-static inline uint64_t mod(uint64_t h, Modulus m) {
+// The quotient, of which *rest is left over.
+LUTRA_SHARED uint64_t divide(uint64_t h, Modulus m, uint64_t* rest) {
+#ifdef __CUDA_ARCH__
+  const uint64_t q = __umul64hi(h, m.inverse);
+#else
   const uint64_t q = static_cast<uint64_t>((static_cast<unsigned __int128>(h) * m.inverse) >> 64);
+#endif
   const uint64_t r = h - q * m.n;
-  return r >= m.n ? r - m.n : r;
+  *rest = r >= m.n ? r - m.n : r;
+  return r >= m.n ? q + 1 : q;
+}
+LUTRA_SHARED uint64_t mod(uint64_t h, Modulus m) {
+  uint64_t rest;
+  divide(h, m, &rest);
+  return rest;
 }
 
 // Ids of the n-grams of 2..order values, by start, then by length; returns the end of what it wrote.

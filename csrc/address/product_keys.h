@@ -31,3 +31,21 @@ struct ProductKeysArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(product_keys, ::lutra::ProductKeysArgs)
+
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+
+// CUDA: the selection, from the scores of all sub-keys, (heads, 2, tokens, n) fp32, which the caller's library made.
+struct ProductSelectArgs {
+  const float* products;
+  int64_t tokens, heads, n, k;
+  float* scores;
+  int64_t* ids;
+};
+
+namespace cuda {
+int64_t product_select_most(int device);  // the greatest k
+void product_select(const ProductSelectArgs& a, const Launch& l);
+}  // namespace cuda
+}  // namespace lutra
+#endif

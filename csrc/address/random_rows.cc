@@ -8,9 +8,9 @@ namespace lutra {
 namespace LUTRA_NS {
 namespace {
 
-constexpr int kLanes = 16, kGroup = 64, kRounds = 10;
-constexpr uint64_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
-constexpr uint32_t kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
+constexpr int kLanes = 16, kGroup = 64, kRounds = kPhiloxRounds;
+constexpr uint64_t kM0 = kPhiloxM0, kM1 = kPhiloxM1;
+constexpr uint32_t kW0 = kPhiloxW0, kW1 = kPhiloxW1;
 
 // A 32-bit number in the low half of each 64-bit lane; what is in the high half does not matter.
 typedef uint64_t vw __attribute__((vector_size(W * 4), aligned(W * 4)));
@@ -88,14 +88,9 @@ LUTRA_INLINE vf radius(vf u) {
   const vi i = (vi)u - base;
   const vf e = __builtin_convertvector(i >> 23, vf);
   const vf x = (vf)((i & 0x7fffff) + base) - 1.0f;
-  vf p = splat(0.08734836f);
-  p = p * x - 0.14307519f;
-  p = p * x + 0.14917975f;
-  p = p * x - 0.16570509f;
-  p = p * x + 0.19962072f;
-  p = p * x - 0.25001755f;
-  p = p * x + 0.3333395f;
-  p = p * x - 0.49999992f;
+  vf p = splat(ln_term(0));
+#pragma GCC unroll 7
+  for (int j = 1; j < 8; ++j) p = p * x + ln_term(j);
   const vf ln = (x * x) * p + x + e * 0.69314718f;
   return square_root(ln * -2.0f);
 }
@@ -104,14 +99,12 @@ LUTRA_INLINE void normals(vu a, vu b, float scale, vf* first, vf* second) {
   const vf u = __builtin_convertvector((vi)(a >> 1), vf) * 0x1p-31f + 0x1p-32f;
   const vf t = __builtin_convertvector((vi)(b << 2), vf) * 0x1p-31f, tt = t * t;
   const vf r = radius(u) * scale;
-  vf c = splat(-3.18880508e-4f);
-  c = c * tt + 1.58499153e-2f;
-  c = c * tt - 3.08424254e-1f;
-  c = c * tt + 9.99999972e-1f;
-  vf s = splat(-3.59504522e-5f);
-  s = s * tt + 2.49000102e-3f;
-  s = s * tt - 8.07454325e-2f;
-  s = s * tt + 7.85398161e-1f;
+  vf c = splat(cos_term(0)), s = splat(sin_term(0));
+#pragma GCC unroll 3
+  for (int j = 1; j < 4; ++j) {
+    c = c * tt + cos_term(j);
+    s = s * tt + sin_term(j);
+  }
   c = (vf)((vu)(c * r) ^ (b & 0x80000000u));
   s = s * t * r;
   const vi swap = (vi)(b << 1) >> 31;  // all ones where bit 30 is set

@@ -25,10 +25,28 @@
 // Limit: arithmetic. About one cycle a value for Philox (20 widening products of 16 lanes for 64 values), one for the
 // normals (Zen 4).
 #pragma once
+#include "common/host_device.h"
 #include "common/levels.h"
 #include "common/types.h"
 
 namespace lutra {
+
+// Of Philox, and of the polynomials in the order in which they are evaluated.
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+LUTRA_SHARED constexpr float ln_term(int j) {
+  constexpr float terms[8] = {0.08734836f, -0.14307519f, 0.14917975f, -0.16570509f,
+                              0.19962072f, -0.25001755f, 0.3333395f,  -0.49999992f};
+  return terms[j];
+}
+LUTRA_SHARED constexpr float cos_term(int j) {
+  constexpr float terms[4] = {-3.18880508e-4f, 1.58499153e-2f, -3.08424254e-1f, 9.99999972e-1f};
+  return terms[j];
+}
+LUTRA_SHARED constexpr float sin_term(int j) {
+  constexpr float terms[4] = {-3.59504522e-5f, 2.49000102e-3f, -8.07454325e-2f, 7.85398161e-1f};
+  return terms[j];
+}
 
 enum class RandomOutput : int { normal = 0, words = 1 };
 

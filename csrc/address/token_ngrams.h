@@ -23,7 +23,10 @@ struct TokenNgramsArgs {
   int64_t first_bucket, buckets;
   bool unigrams;
   int64_t* ids;
-  int64_t total = 0, n_ids = 0;  // lengths of tokens and of ids; CUDA only, which launches a thread per token
+  // CUDA only, which launches a thread an id.
+  int64_t total = 0, n_ids = 0;   // lengths of tokens and of ids
+  int64_t length = -1;            // of every text, or -1: offsets and out_offsets say it
+  DType token_type = DType::i64;  // or i32
 };
 
 // Number of ids that a text of `length` tokens gives.

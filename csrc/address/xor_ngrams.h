@@ -11,6 +11,9 @@
 
 namespace lutra {
 
+// What one launch on CUDA takes: heads in all, and tokens of an n-gram.
+constexpr int kXorHeads = 96, kXorOrder = 64;
+
 struct XorNgramsArgs {
   const void* tokens;
   DType token_type;  // i32 or i64

@@ -1,13 +1,16 @@
-// MaxSim on CUDA: a block takes one query with one document (or candidate), 32 query tokens and 64 document rows at a
-// time: 4 x 4 products a thread from shared memory, 32 dimensions a step, then maxima in registers. Rows of any type
-// are converted as they are loaded. The similarities never leave the registers. Sums and ties are in the order of the
-// CPU's.
+// MaxSim on CUDA: which kernel serves a call, the plain kernel, the selection of the k best, and the gradients.
+//
+// Tensor cores compute what they can (maxsim_mma.cu, maxsim_terms.cu). The plain kernel, for any d and any types, takes
+// a query with a document (or candidate) in a block, 32 query tokens and 64 document rows at a time: 4 x 4 products a
+// thread from shared memory, 32 dimensions a step, then maxima in registers. Rows of any type are converted as they are
+// loaded. The similarities never leave the registers. Sums and ties are in the order of the CPU's.
 //
 // What the CPU reports through bad shows as NaN: NaN products win their maximum, a candidate, an offset or a centroid
-// out of range makes its score NaN. Selection (k > 0) is the caller's. Limit: fp32 multiply-adds, of which shared
-// memory feeds about half; many documents of few rows leave lanes idle.
+// out of range makes its score NaN. k > 0: the scores become keys (common/select.cuh) in the workspace, four bytes more
+// than a score where a document is some kilobytes, from which the k best are merged. Limit of the plain kernel: fp32
+// multiply-adds, of which shared memory feeds about half; many documents of few rows leave lanes idle.
 #include "common/device.cuh"
-#include "scan/maxsim.h"
+#include "scan/maxsim_stream.cuh"
 
 namespace lutra {
 namespace cuda {
@@ -34,31 +37,17 @@ __device__ __forceinline__ float document_value(const MaxsimArgs& a, int64_t r, 
   return a.centroids[centroid * a.d + j] + a.values[code];
 }
 
-struct Best {
-  float value;
-  int32_t row;
-};
-
-// The better of two: NaN above all, then the greater value, then the lower row.
-__device__ __forceinline__ Best better(Best a, Best b) {
-  const bool nan_a = a.value != a.value, nan_b = b.value != b.value;
-  if (nan_a || nan_b) return nan_a ? a : b;
-  if (b.value > a.value || (b.value == a.value && b.row >= 0 && (a.row < 0 || b.row < a.row))) return b;
-  return a;
-}
-
-__global__ void __launch_bounds__(kThreads) maxsim_kernel(const MaxsimArgs a, int64_t columns) {
+// Query i with the document of a column, by a block.
+__device__ void plain_pair(const MaxsimArgs& a, const MaxsimPlan& p, int64_t i, int64_t column) {
   __shared__ float q[kStep][kTokens + 4];
   __shared__ float x[kStep][kRows + 4];
   __shared__ float factor[kRows];
   __shared__ bool live[kRows];
   __shared__ float most[kTokens];
 
-  const int64_t column = blockIdx.x % columns, i = blockIdx.x / columns;
-  const int64_t document = a.cand ? a.cand[i * columns + column] : column;
-  float* score = a.scores + i * columns + column;
+  const int64_t document = document_of(a, i, column);
   if (document == -1) {
-    if (threadIdx.x == 0) *score = __int_as_float(0xff800000);
+    if (threadIdx.x == 0) put_score(a, p, i, column, document, minus_infinity());
     return;
   }
   const int64_t t0 = a.q_ptr[i], t1 = a.q_ptr[i + 1];
@@ -68,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) maxsim_kernel(const MaxsimArgs a, in
     end = a.x_ptr[document + 1];
   }
   if (t0 < 0 || t1 < t0 || t1 > a.q_rows || begin < 0 || end < begin || end > a.x_rows) {
-    if (threadIdx.x == 0) *score = quiet_nan();
+    if (threadIdx.x == 0) put_score(a, p, i, column, document, quiet_nan());
     return;
   }
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;  // rows 4 tx .., tokens 4 ty ..
@@ -76,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) maxsim_kernel(const MaxsimArgs a, in
   for (int64_t t = t0; t < t1; t += kTokens) {
     Best best[4];
 #pragma unroll
-    for (int u = 0; u < 4; ++u) best[u] = Best{__int_as_float(0xff800000), -1};
+    for (int u = 0; u < 4; ++u) best[u] = Best{minus_infinity(), -1};
     for (int64_t r = begin; r < end; r += kRows) {
       float acc[4][4] = {};
       const int row = threadIdx.x / 2;  // whose values this thread loads, half of them
@@ -147,7 +136,29 @@ __global__ void __launch_bounds__(kThreads) maxsim_kernel(const MaxsimArgs a, in
     if (threadIdx.x == 0)
       for (int u = 0; u < kTokens && t + u < t1; ++u) sum += most[u];
   }
-  if (threadIdx.x == 0) *score = sum;
+  if (threadIdx.x == 0) put_score(a, p, i, column, document, sum);
+}
+
+__global__ void __launch_bounds__(kThreads) maxsim_kernel(const MaxsimArgs a, const MaxsimPlan p) {
+  plain_pair(a, p, p.first + blockIdx.x / p.columns, blockIdx.x % p.columns);
+}
+
+// Pairs whose score is NaN: terms of what is infinite or too large are. Blocks look through the scores in turn.
+__global__ void __launch_bounds__(kThreads) maxsim_again_kernel(const MaxsimArgs a, const MaxsimPlan p) {
+  __shared__ bool odd[kThreads];
+  const int64_t pairs = p.count * p.columns, step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads; begin < pairs; begin += step) {
+    const int64_t at = begin + threadIdx.x;
+    float score = 0;
+    if (at < pairs) score = p.keys ? p.keys[at] ? key_score(p.keys[at]) : 0.0f : a.scores[p.first * p.columns + at];
+    odd[threadIdx.x] = score != score;
+    if (!__syncthreads_or(score != score)) continue;
+    for (int j = 0; j < kThreads; ++j)
+      if (odd[j]) {
+        plain_pair(a, p, p.first + (begin + j) / p.columns, (begin + j) % p.columns);
+        __syncthreads();
+      }
+  }
 }
 
 // A block a query token: its columns in order, dimensions across threads.
@@ -198,15 +209,67 @@ __global__ void to_documents_kernel(const MaxsimBackwardArgs a) {
 
 int threads_for(int64_t d) { return d >= 256 ? 256 : d > 64 ? 128 : d > 32 ? 64 : 32; }
 
+// Queries of which keys are held at once.
+int64_t queries_at_once(int64_t nq, int64_t columns) {
+  const int64_t most = (int64_t{1} << 26) / (columns > 0 ? columns : 1);
+  return most < 1 ? 1 : most < nq ? most : nq;
+}
+
 }  // namespace
+
+MaxsimPlan maxsim_plan(const MaxsimArgs& a, int warps, int64_t first, int64_t count, Key* keys, int device) {
+  MaxsimPlan p{};
+  p.first = first, p.count = count, p.keys = keys, p.warps = warps;
+  p.columns = a.cand ? a.c : a.documents;
+  const int64_t tokens = div_up(a.q_rows, a.nq);  // of a query, if they are alike
+  p.per_query = power_of_two(div_up(tokens, kChunk), warps);
+  p.team = a.cand ? p.per_query : power_of_two(p.per_query * count, warps);
+  p.groups = div_up(count, p.team / p.per_query);
+  p.rows = p.team == 1 ? 16 : 32;
+  // Four rounds of blocks, so that the last one leaves little of the machine idle.
+  const int64_t wanted = div_up(int64_t{4} * multiprocessors(device) * (warps / p.team), p.groups);
+  p.per_stretch = div_up(p.columns, wanted < p.columns ? wanted : p.columns);
+  p.stretches = div_up(p.columns, p.per_stretch);
+  return p;
+}
+
+void maxsim_again(const MaxsimArgs& a, const MaxsimPlan& p, const Launch& l) {
+  const int64_t blocks = div_up(p.count * p.columns, kThreads), most = 8 * multiprocessors(l.device);
+  launch("maxsim", maxsim_again_kernel, dim3(grid_x(blocks < most ? blocks : most)), kThreads, 0, l, a, p);
+}
+
+int64_t maxsim_workspace(int64_t nq, int64_t columns, int64_t k) {
+  return k > 0 ? queries_at_once(nq, columns) * columns * static_cast<int64_t>(sizeof(Key)) : 0;
+}
 
 void maxsim(const MaxsimArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
   const int64_t columns = a.cand ? a.c : a.documents;
   if (a.argmax)  // -1, for pairs that have no maxima
     check(cudaMemsetAsync(a.argmax, 0xff, static_cast<size_t>(columns * a.q_rows) * 4, stream_of(l)), "maxsim");
-  if (columns == 0) return;
-  launch("maxsim", maxsim_kernel, dim3(grid_x(a.nq * columns)), kThreads, 0, l, a, columns);
+  if (a.nq == 0 || columns == 0) return;
+  Key* keys = a.k > 0 ? static_cast<Key*>(l.workspace) : nullptr;
+  const int64_t step = keys ? queries_at_once(a.nq, columns) : a.nq;
+  for (int64_t first = 0; first < a.nq; first += step) {
+    const int64_t count = first + step < a.nq ? step : a.nq - first;
+    if (!maxsim_mma(a, first, count, keys, l) && !maxsim_terms(a, first, count, keys, l)) {
+      const MaxsimPlan p = maxsim_plan(a, 1, first, count, keys, l.device);
+      launch("maxsim", maxsim_kernel, dim3(grid_x(count * columns)), kThreads, 0, l, a, p);
+    }
+    if (!keys) continue;
+    Merge m{};
+    m.lists = keys;
+    m.queries = count;
+    m.parts = 1;
+    m.per_part = static_cast<int>(columns);
+    m.stride = columns;
+    m.drop_duplicates = a.cand != nullptr;
+    m.best = static_cast<int>(a.k < columns ? a.k : columns);
+    m.k = static_cast<int>(a.k);
+    m.scores = a.scores + first * a.k;
+    m.ids = a.ids + first * a.k;
+    merge_lists(m, "maxsim", l);
+  }
 }
 
 void maxsim_backward(const MaxsimBackwardArgs& a, const Launch& l) {

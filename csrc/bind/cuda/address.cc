@@ -1,7 +1,16 @@
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
 #include "address/fde.h"
+#include "address/longest_match.h"
+#include "address/product_keys.h"
+#include "address/random_rows.h"
 #include "address/sign_hash.h"
 #include "address/simhash.h"
 #include "address/token_ngrams.h"
+#include "address/xor_ngrams.h"
 #include "bind/cuda/intake.h"
 
 namespace lutra {
@@ -28,9 +37,9 @@ void register_address(py::module_& m) {
         temperature, grad_weights.as<float>(),  grad_x.p};
     cuda::sign_hash_backward(a, Launch{device, stream.p});
   });
-  m.def("token_ngrams", [](Address tokens, int64_t total, Address offsets, Address out_offsets, int64_t texts,
-                           int64_t order, int64_t first_bucket, int64_t buckets, bool unigrams, Address ids,
-                           int64_t n_ids, int device, Address stream) {
+  m.def("token_ngrams", [](Address tokens, int token_type, int64_t total, int64_t length, Address offsets,
+                           Address out_offsets, int64_t texts, int64_t order, int64_t first_bucket, int64_t buckets,
+                           bool unigrams, Address ids, int64_t n_ids, int device, Address stream) {
     TokenNgramsArgs a{tokens.as<int64_t>(),
                       offsets.as<int64_t>(),
                       out_offsets.as<int64_t>(),
@@ -41,8 +50,75 @@ void register_address(py::module_& m) {
                       unigrams,
                       ids.as<int64_t>(),
                       total,
-                      n_ids};
+                      n_ids,
+                      length,
+                      static_cast<DType>(token_type)};
     cuda::token_ngrams(a, Launch{device, stream.p});
+  });
+  m.def("xor_ngrams", [](Address tokens, int token_type, int64_t rows, int64_t length,
+                         const std::vector<int64_t>& multipliers, const std::vector<int64_t>& orders,
+                         const std::vector<int64_t>& moduli, const std::vector<int64_t>& first, int64_t pad,
+                         Address ids, int device, Address stream) {
+    const int64_t n_orders = static_cast<int64_t>(orders.size()), all = static_cast<int64_t>(moduli.size());
+    if (n_orders < 1 || all > kXorHeads || all % n_orders || first.size() != moduli.size() || orders.front() < 1 ||
+        orders.back() > kXorOrder || static_cast<int64_t>(multipliers.size()) < orders.back())
+      throw std::invalid_argument("lutra: xor_ngrams: heads or orders do not fit");
+    XorNgramsArgs a{tokens.p,
+                    static_cast<DType>(token_type),
+                    rows,
+                    length,
+                    multipliers.data(),
+                    orders.data(),
+                    n_orders,
+                    all / n_orders,
+                    moduli.data(),
+                    first.data(),
+                    pad,
+                    ids.as<int64_t>(),
+                    nullptr};
+    cuda::xor_ngrams(a, Launch{device, stream.p});
+  });
+  m.attr("xor_heads") = kXorHeads;
+  m.attr("xor_order") = kXorOrder;
+  m.def("longest_match", [](Address tokens, int token_type, int64_t total, int64_t length, Address offsets,
+                            int64_t rows, Address buckets, int64_t n_buckets, int64_t n_ngrams, int64_t max_length,
+                            Address ids, Address lengths, int device, Address stream) {
+    LongestMatchArgs a{tokens.p,
+                       static_cast<DType>(token_type),
+                       offsets.as<int64_t>(),
+                       rows,
+                       buckets.as<int64_t>(),
+                       n_buckets,
+                       n_ngrams,
+                       max_length,
+                       ids.as<int64_t>(),
+                       lengths.as<int32_t>(),
+                       nullptr,
+                       total,
+                       length};
+    cuda::longest_match(a, Launch{device, stream.p});
+  });
+  m.def("random_rows", [](Address ids, int id_type, int64_t n, Address sequences, int64_t per_sequence, int64_t dim,
+                          uint64_t seed, int output, float scale, Address out, int dtype, int device, Address stream) {
+    RandomRowsArgs a{ids.p,
+                     static_cast<DType>(id_type),
+                     n,
+                     sequences.as<int64_t>(),
+                     per_sequence,
+                     dim,
+                     seed,
+                     static_cast<RandomOutput>(output),
+                     scale,
+                     out.p,
+                     static_cast<DType>(dtype),
+                     nullptr};
+    cuda::random_rows(a, Launch{device, stream.p});
+  });
+  m.def("product_select_most", [](int device, Address) { return cuda::product_select_most(device); });
+  m.def("product_select", [](Address products, int64_t tokens, int64_t heads, int64_t n, int64_t k, Address scores,
+                             Address ids, int device, Address stream) {
+    ProductSelectArgs a{products.as<float>(), tokens, heads, n, k, scores.as<float>(), ids.as<int64_t>()};
+    cuda::product_select(a, Launch{device, stream.p});
   });
   m.def("simhash", [](Address x, int dtype, int64_t n, int64_t d, Address planes, int64_t repetitions, int k,
                       Address out, int device, Address stream) {

@@ -4,13 +4,16 @@
 
 namespace lutra {
 
-// The arguments of the CPU's binding, then device and stream. Scores only: what they tell is in them.
+// The arguments of the CPU's binding, then scratch memory, device and stream. Results only: what is wrong is NaN in
+// them.
 void register_maxsim(py::module_& m) {
+  m.def("maxsim_workspace",
+        [](int64_t nq, int64_t columns, int64_t k, int, Address) { return cuda::maxsim_workspace(nq, columns, k); });
   m.def("maxsim", [](Address q, int q_type, int64_t ldq, Address q_ptr, Address q_mask, int64_t nq, int64_t q_rows,
                      Address x, int x_type, int64_t ldx, Address x_ptr, Address x_mask, Address x_scale,
                      int64_t documents, int64_t x_rows, int64_t d, Address centroid_ids, Address centroids,
-                     Address values, int64_t centroid_count, int bits, bool unit, Address cand, int64_t c, int64_t,
-                     Address scores, Address, Address argmax, int device, Address stream) {
+                     Address values, int64_t centroid_count, int bits, bool unit, Address cand, int64_t c, int64_t k,
+                     Address scores, Address ids, Address argmax, Address workspace, int device, Address stream) {
     MaxsimArgs a{};
     a.q = q.p;
     a.q_type = static_cast<DType>(q_type);
@@ -36,9 +39,11 @@ void register_maxsim(py::module_& m) {
     a.unit = unit;
     a.cand = cand.as<int64_t>();
     a.c = c;
+    a.k = k;
     a.scores = scores.as<float>();
+    a.ids = ids.as<int64_t>();
     a.argmax = argmax.as<int32_t>();
-    cuda::maxsim(a, Launch{device, stream.p});
+    cuda::maxsim(a, Launch{device, stream.p, workspace.p});
     return py::make_tuple(0, -1);
   });
   m.def("maxsim_backward",

@@ -51,7 +51,8 @@ def longest_match(tokens: Any, vocabulary: Any, offsets: Any = None) -> Matches:
     -----
     Exact: keys are kept whole, so that a match is never a collision. Cost: one random read of a cache line
     for each token of the match, and one more where a longer one might begin; 64 tokens are looked up
-    together, so that the reads overlap. On CUDA torch's own ops compute, and tokens are not checked.
+    together, so that the reads overlap. On CUDA neither tokens nor offsets are checked: a token out of range
+    matches nothing.
 
     References
     ----------
@@ -80,6 +81,8 @@ def _longest_match(kind, tokens, offsets, buckets, n_ngrams, max_length):
     if not len(tokens.shape):
         raise ValueError("tokens has no axis; it must hold sequences, shape (..., length)")
     total = prod(tokens.shape)
+    if kind.cuda and kind.kernels is not None:
+        return _on_cuda(kind, tokens, offsets, buckets, n_ngrams, max_length, code)
     starts = _starts(kind, tokens, offsets, total)
     if kind.cuda:
         if kind.name != "torch":
@@ -103,16 +106,41 @@ def _longest_match(kind, tokens, offsets, buckets, n_ngrams, max_length):
     return ids, lengths
 
 
+def _on_cuda(kind, tokens, offsets, buckets, n_ngrams, max_length, code):
+    """By the kernel, without waiting for the device: offsets are taken as they are."""
+    shape, total, length = tuple(tokens.shape), prod(tokens.shape), tokens.shape[-1]
+    if offsets is not None:
+        if _check_offsets(kind, tokens, offsets) == I32:
+            offsets = kind.cast(offsets, I64)
+        offsets, length = kind.dense(offsets), 0
+    tokens, buckets = kind.dense(tokens), kind.dense(buckets)
+    ids, lengths = kind.empty(shape, I64, tokens), kind.empty(shape, I32, tokens)
+    if offsets is not None and offsets.shape[0] == 0 and total:
+        raise ValueError(f"offsets is empty, but tokens has {total} values")
+    kind.kernels.longest_match(
+        kind.ptr(tokens), code, total, length, None if offsets is None else kind.ptr(offsets),
+        0 if offsets is None else offsets.shape[0], kind.ptr(buckets), buckets.shape[0], n_ngrams, max_length,
+        kind.ptr(ids), kind.ptr(lengths), *kind.launch(tokens),
+    )  # fmt: skip
+    return ids, lengths
+
+
+def _check_offsets(kind, tokens, offsets):
+    """Checks that need no data; the dtype's code."""
+    _checks.same_kind(kind, offsets, "offsets", tokens, "tokens")
+    code = _checks.dtype(kind, offsets, "offsets", _INTEGERS)
+    _checks.ndim(offsets, "offsets", 1)
+    if len(tokens.shape) != 1:
+        raise ValueError(f"offsets go with 1-d tokens only, got shape {tuple(tokens.shape)}")
+    return code
+
+
 def _starts(kind, tokens, offsets, total):
     """Where sequences begin, with the end appended; on the host."""
     if offsets is None:
         length = tokens.shape[-1]
         return np.arange(0, total + 1, length, dtype=np.int64) if length else np.zeros(1, np.int64)
-    _checks.same_kind(kind, offsets, "offsets", tokens, "tokens")
-    _checks.dtype(kind, offsets, "offsets", _INTEGERS)
-    _checks.ndim(offsets, "offsets", 1)
-    if len(tokens.shape) != 1:
-        raise ValueError(f"offsets go with 1-d tokens only, got shape {tuple(tokens.shape)}")
+    _check_offsets(kind, tokens, offsets)
     return _offsets(kind.to_numpy(offsets), total)
 
 

@@ -312,7 +312,7 @@ def _token_ngrams(kind, tokens, offsets, order, buckets, first_bucket=0, unigram
         count = _count(length, order, unigrams)
         n_ids = texts * count
         if kind.cuda:
-            starts, out_starts = _steps(kind, texts, length, tokens), _steps(kind, texts, count, tokens)
+            starts, out_starts = None, _steps(kind, texts, count, tokens)
         else:  # the binding writes them
             starts, out_starts = None, kind.empty((texts + 1,), I64, tokens)
     else:
@@ -332,12 +332,19 @@ def _token_ngrams(kind, tokens, offsets, order, buckets, first_bucket=0, unigram
             )  # fmt: skip
             return kind.from_numpy(ids, I64, tokens), kind.from_numpy(out_offsets, I64, tokens)
     tokens = kind.dense(tokens)
+    ids = kind.empty((n_ids,), I64, tokens)
+    if kind.cuda:
+        kind.kernels.token_ngrams(
+            kind.ptr(tokens), code, total, -1 if offsets is not None else length,
+            None if starts is None else kind.ptr(starts), kind.ptr(out_starts), texts, order, first_bucket,
+            buckets, bool(unigrams), kind.ptr(ids), n_ids, *kind.launch(tokens),
+        )  # fmt: skip
+        return ids, out_starts[:texts]
     if code != I64:
         tokens = kind.cast(tokens, I64)
-    ids = kind.empty((n_ids,), I64, tokens)
     kind.kernels.token_ngrams(
         kind.ptr(tokens), total, None if starts is None else kind.ptr(starts), kind.ptr(out_starts), texts,
-        order, first_bucket, buckets, bool(unigrams), kind.ptr(ids), n_ids, *kind.launch(tokens),
+        order, first_bucket, buckets, bool(unigrams), kind.ptr(ids), n_ids,
     )  # fmt: skip
     return ids, out_starts[:texts]
 

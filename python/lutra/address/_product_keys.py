@@ -61,7 +61,11 @@ def product_keys(queries: Any, keys: Any, k: int) -> ProductKeys:
     sums only those are made that can be among the best: of the ranks a and b, counted from 1, those with
     ``a * b <= k``. Cost: 2 n d operations a query; for few queries one read of the keys. Queries of a large
     call are summed in another order than those of a small one (from 40 on), so their scores may differ in the
-    last bits. float64 is computed by the reference, CUDA tensors with torch's own ops.
+    last bits. float64 is computed by the reference.
+
+    On CUDA the products with the sub-keys are those of the arrays' library (cuBLAS: float32 in TF32 only where
+    torch is told so), and the selection is a kernel's: k to 2048 (less where shared memory is small), other k
+    and float64 with torch's own ops, which give equal scores in any order.
 
     Gradient (torch): of the scores, to queries and keys through the chosen entries.
 
@@ -116,9 +120,11 @@ def _dtype(a: Any) -> str:
 def _product_keys(kind: Kind, queries: Any, keys: Any, k: int) -> tuple[Any, Any]:
     q_code, key_code = _types(kind, queries, keys)
     lead, heads, n, half = _shape(queries, keys, k)
+    if kind.cuda and kind.kernels is not None and q_code != F64 and _selects(kind, queries, k):
+        return _on_cuda(kind, queries, keys, k, lead, heads, n, half)
     if kind.cuda:
         if kind.name != "torch":
-            raise NotImplementedError("product_keys has no CUDA kernel; torch tensors are computed by torch")
+            raise NotImplementedError("product_keys of CuPy arrays takes float32 and float16, and k <= 2048")
         from ..torch_ops.product_keys import compose
 
         return compose(queries, keys, k)
@@ -134,4 +140,42 @@ def _product_keys(kind: Kind, queries: Any, keys: Any, k: int) -> tuple[Any, Any
     )  # fmt: skip
     if bad >= 0:
         raise ValueError(reference.product_message(np.unravel_index(bad, lead) if lead else ()))
+    return scores, ids
+
+
+# ---------------------------------------------------------------- on CUDA
+_HELD = 1 << 28  # products of sub-keys that are held at once
+
+
+def _selects(kind: Kind, like: Any, k: int) -> bool:
+    return k <= 256 or k <= kind.kernels.product_select_most(*kind.launch(like))
+
+
+def _products(kind: Kind, queries: Any, keys: Any) -> Any:
+    """(heads * 2, tokens, n) float32, of (tokens, heads * 2, half) and (heads * 2, n, half)."""
+    if kind.name == "torch":
+        a, b = queries.transpose(0, 1), keys.transpose(1, 2)
+        if a.dtype == b.dtype and a.dtype != kind.torch.float32:
+            return kind.torch.bmm(a, b, out_dtype=kind.torch.float32)
+        return kind.torch.bmm(a.float(), b.float())
+    with queries.device:
+        a, b = (x.astype(np.float32, copy=False) for x in (queries, keys))
+        return kind.cupy.ascontiguousarray(kind.cupy.matmul(a.transpose(1, 0, 2), b.transpose(0, 2, 1)))
+
+
+def _on_cuda(
+    kind: Kind, queries: Any, keys: Any, k: int, lead: tuple[int, ...], heads: int, n: int, half: int
+) -> tuple[Any, Any]:
+    scores, ids = kind.empty((*lead, k), F32, queries), kind.empty((*lead, k), I64, queries)
+    tokens = prod(lead) // max(heads, 1)
+    queries, keys = queries.reshape(tokens, 2 * heads, half), keys.reshape(2 * heads, n, half)
+    flat_scores, flat_ids = scores.reshape(tokens, -1), ids.reshape(tokens, -1)
+    step = max(1, _HELD // max(1, 2 * heads * n))
+    for first in range(0, tokens if heads else 0, step):
+        last = min(first + step, tokens)
+        products = _products(kind, queries[first:last], keys)
+        kind.kernels.product_select(
+            kind.ptr(products), last - first, heads, n, k, kind.ptr(flat_scores[first:last]),
+            kind.ptr(flat_ids[first:last]), *kind.launch(queries),
+        )  # fmt: skip
     return scores, ids

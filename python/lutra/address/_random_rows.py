@@ -62,8 +62,9 @@ def random_rows(
     -----
     Philox4x32-10, keyed by the seed, on the counter (block, token, sequence); the transform of Box and
     Muller. csrc/address/random_rows.h has it to the bit. Integers are equal everywhere; normals are within
-    2e-6 (times scale) of the formula, and differ in the last bits between SIMD levels. CUDA tensors are
-    computed with torch's own ops. Cost: no memory but the result; about 2 cycles a value with AVX-512.
+    2e-6 (times scale) of the formula, and differ in the last bits between SIMD levels and CUDA. On CUDA tokens
+    are not checked: the row of one out of range is NaN (words: -1); float64 is computed with torch's own ops.
+    Cost: no memory but the result; about 2 cycles a value with AVX-512.
 
     References
     ----------
@@ -123,9 +124,20 @@ def _random_rows(
         _checks.same_kind(kind, sequences, "sequences", ids, "ids")
         if _checks.dtype(kind, sequences, "sequences", (I32, I64)) != I64:
             sequences = kind.cast(sequences, I64)
+    if kind.cuda and kind.kernels is not None and code != F64:
+        ids = kind.dense(ids)
+        n = prod(ids.shape)
+        of = None if sequences is None else kind.dense(sequences)
+        out = kind.empty((*ids.shape, dim), code, ids)
+        kind.kernels.random_rows(
+            kind.ptr(ids), id_code, n, None if of is None else kind.ptr(of),
+            1 if of is None else max(1, n // max(1, prod(of.shape))), dim, seed % (1 << 64), OUTPUTS[output],
+            float(scale), kind.ptr(out), code, *kind.launch(ids),
+        )  # fmt: skip
+        return out
     if kind.cuda:
         if kind.name != "torch":
-            raise TypeError("random_rows has no kernel for CuPy arrays; torch tensors on CUDA are computed")
+            raise NotImplementedError("random_rows of CuPy arrays gives no float64; torch tensors do")
         from ..torch_ops.random_rows import compose
 
         return compose(ids, sequences, dim, seed, scale, dtype, output)

@@ -56,8 +56,9 @@ def xor_ngrams(
 
     Notes
     -----
-    About 1.5 ns an id. On CUDA torch's own ops compute where products stay below 2^63 (as `lutra.nn.Engram`
-    chooses its multipliers), and tokens are not checked.
+    About 1.5 ns an id. On CUDA tokens are not checked; with more than 96 heads in all or n-grams of more than
+    64 tokens torch's own ops compute, where products must stay below 2^63 (as `lutra.nn.Engram` chooses its
+    multipliers).
 
     References
     ----------
@@ -97,6 +98,15 @@ def _xor_ngrams(kind, tokens, multipliers, moduli, orders, pad=0):
     if not len(tokens.shape):
         raise ValueError("tokens has no axis; it must hold sequences, shape (..., length)")
     shape, total = tuple(tokens.shape), prod(tokens.shape)
+    if kind.cuda and _kernel(kind, moduli, orders):
+        tokens = kind.dense(tokens)
+        ids = kind.empty((*shape, len(moduli)), I64, tokens)
+        first = (np.cumsum(moduli, dtype=np.int64) - moduli).tolist()
+        kind.kernels.xor_ngrams(
+            kind.ptr(tokens), code, total // shape[-1] if total else 0, shape[-1], multipliers, orders,
+            moduli, first, pad, kind.ptr(ids), *kind.launch(tokens),
+        )  # fmt: skip
+        return ids
     if kind.cuda and kind.name == "torch":
         return composition(tokens, multipliers, moduli, orders, pad)
     if kind.cuda or kind.kernels is None:
@@ -115,6 +125,12 @@ def _xor_ngrams(kind, tokens, multipliers, moduli, orders, pad=0):
         _check_tokens(kind.to_numpy(tokens))
         raise IndexError("tokens changed while the kernel ran")
     return ids
+
+
+def _kernel(kind, moduli, orders):
+    """Whether the CUDA kernel takes so many heads and such long n-grams."""
+    kernels = kind.kernels
+    return kernels is not None and len(moduli) <= kernels.xor_heads and orders[-1] <= kernels.xor_order
 
 
 def _check_tokens(tokens: np.ndarray) -> None:

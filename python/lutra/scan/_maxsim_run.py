@@ -13,6 +13,8 @@ from ._maxsim_call import Call, rows_of
 
 _BAD = ("", "nan", "query_ptr", "doc_ptr", "candidates", "centroid_ids")  # MaxsimBad in csrc/scan/maxsim.h
 
+_CUDA_K = 2048  # kMaxK in csrc/common/select.cuh
+
 
 def _kernel(c):
     """Whether a kernel serves the call."""
@@ -30,12 +32,13 @@ def _run(c, k, want_argmax):
     argmax = kind.empty((c.columns, q_rows), I32, c.q) if want_argmax else None
     (q, ldq), (x, ldx) = rows_of(kind, c.q), rows_of(kind, c.x)
     codes: list[Any] = [None if a is None else kind.dense(a) for a in c.codes]
+    scratch = kind.scratch("maxsim", c.q, nq, c.columns, k)
     bad, place = kind.kernels.maxsim(
         ptr(q), c.q_code, ldq, ptr(c.q_ptr), ptr(c.q_mask), nq, q_rows, ptr(x), c.x_code, ldx, ptr(c.x_ptr),
         ptr(c.x_mask), ptr(c.scale), c.documents, x.shape[0], c.d, ptr(codes[0]), ptr(codes[1]),
         ptr(codes[2]),
         codes[1].shape[0] if c.coded else 0, c.bits, c.unit, ptr(c.cand), c.columns, k, ptr(scores), ptr(ids),
-        ptr(argmax), *kind.launch(c.q),
+        ptr(argmax), *kind.launch(c.q, scratch),
     )  # fmt: skip
     if bad:
         _explain(c, _BAD[bad], place)
@@ -110,11 +113,13 @@ def _maxsim_topk(
     c.unit = unit
     if c.columns * c.nq == 0:
         return _filled(c, k)
-    if kind.cuda:
+    if kind.cuda and not (_kernel(c) and k <= _CUDA_K):
         from ._maxsim_symmetric import select
 
         if kind.name != "torch":
-            raise TypeError("maxsim selects k of torch tensors on CUDA; take the scores without k")
+            raise NotImplementedError(
+                f"maxsim selects at most {_CUDA_K} of CuPy arrays, k is {k}; take the scores without k"
+            )
         return tuple(select(_on_cuda(c, False)[0], k, c.cand))
     if _kernel(c):
         return _run(c, k, False)

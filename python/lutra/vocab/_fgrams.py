@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
-from .._arrays import is_torch
+from .._arrays import I64, _is_cupy, is_torch, kind_of
 from ..address._key_table import KeyTable, lookup
 from ..index import _files
 from ..reference.fgrams import NODE, empty_table
@@ -120,6 +120,11 @@ class FGrams:
 
     def table_for(self, tokens: Any) -> Any:
         """``buckets`` as an array of the library of tokens, on their device."""
+        if _is_cupy(tokens):
+            place = ("cupy", tokens.device.id)
+            if place not in self._copies:
+                self._copies[place] = kind_of(tokens, "tokens").from_numpy(self.buckets, I64, tokens)
+            return self._copies[place]
         if not is_torch(tokens):
             return self.buckets
         found = self._copies.get(tokens.device)

@@ -1,0 +1,310 @@
+// MaxSim on tensor cores for types that they multiply as they are: bfloat16 by bfloat16, float16 by float16 (sums in
+// fp32), int8 by int8, and int8 documents by queries of floats in two int8 digits on a unit of their token's largest
+// value (16 bits, as the CPU does with VNNI; integers are exact).
+//
+// A thread loads 16 bytes of a row at once and gives words (0, 1) to one step of mma.sync and (2, 3) to the next: which
+// columns meet in which step does not matter as long as both operands agree, so a quad's 64 bytes of a row are two
+// steps whatever the type. Chunks of odd rows are exchanged within 128 bytes (c ^ 4), so that the 8 rows of a load lie
+// in different banks. Query tokens: 32 x 128 two-byte values are 64 registers.
+//
+// Limits: one query: the documents' bytes over bandwidth; many: the rate of mma.sync, about two thirds of wgmma's.
+#include "scan/maxsim_stream.cuh"
+
+namespace lutra {
+namespace cuda {
+namespace {
+
+constexpr int kStages = 4;  // granules of a ring
+
+struct OfBf16 {
+  using Sum = float;
+  static constexpr int kSize = 2;
+  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+struct OfF16 {
+  using Sum = float;
+  static constexpr int kSize = 2;
+  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+struct OfI8 {
+  using Sum = int;
+  static constexpr int kSize = 1;
+  static __device__ __forceinline__ void mma(int (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+__device__ __forceinline__ float query_value(const MaxsimArgs& a, int64_t at) {
+  switch (a.q_type) {
+    case DType::f16: return to_float(static_cast<const __half*>(a.q)[at]);
+    case DType::bf16: return to_float(static_cast<const __nv_bfloat16*>(a.q)[at]);
+    default: return static_cast<const float*>(a.q)[at];
+  }
+}
+
+// The A operand of a chunk: [digit][half of the 32 tokens][64 bytes of a row][step, word, token g or g + 8].
+template <class Op, int G, int D>
+struct Operand {
+  uint32_t words[D][2][G][8];
+  float unit[4];  // of tokens g + 8 h
+
+  __device__ __forceinline__ void put(int digit, int h, int grp, uint4 v) {
+    uint32_t* w = words[digit][h / 2][grp];
+    const int half = h % 2;
+    w[half] = v.x;
+    w[2 + half] = v.y;
+    w[4 + half] = v.z;
+    w[6 + half] = v.w;
+  }
+  __device__ void load(const MaxsimArgs& a, int64_t first, int64_t end) {
+    const int lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      const int64_t token = first + g + 8 * h;
+      unit[h] = 1;
+      if constexpr (D == 1) {
+        const char* row = static_cast<const char*>(a.q) + token * a.ldq * Op::kSize;
+#pragma unroll
+        for (int grp = 0; grp < G; ++grp) {
+          const int at = 64 * grp + 16 * t;
+          const int bytes = token < end ? bytes_left(a.d * Op::kSize, at) : 0;
+          put(0, h, grp, load_part_16(row + at, bytes, Op::kSize));
+        }
+      } else {
+        float largest = 0, odd = 0;
+        for (int grp = 0; grp < G; ++grp)
+          for (int i = 0; i < 16; ++i) {
+            const int k = 64 * grp + 16 * t + i;
+            const float v = token < end && k < a.d ? fabsf(query_value(a, token * a.ldq + k)) : 0.0f;
+            largest = fmaxf(largest, v);
+            odd += v * 0.0f;  // NaN for what is not finite
+          }
+#pragma unroll
+        for (int s = 1; s < 4; s <<= 1) {
+          largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, s));
+          odd += __shfl_xor_sync(kFullWarp, odd, s);
+        }
+        // 32630: below the largest whose digits are signed bytes. NaN: the plain kernel does it again.
+        if (largest > 0) unit[h] = __fdiv_rn(largest, 32630.0f);
+        const float inverse = __fdiv_rn(1.0f, unit[h]);
+        if (odd != odd || unit[h] < 1e-30f) unit[h] = quiet_nan();
+#pragma unroll
+        for (int grp = 0; grp < G; ++grp) {
+          uint32_t high[4] = {}, low[4] = {};
+#pragma unroll
+          for (int i = 0; i < 16; ++i) {
+            const int k = 64 * grp + 16 * t + i;
+            const float v = token < end && k < a.d && odd == odd ? query_value(a, token * a.ldq + k) : 0.0f;
+            const int whole = __float2int_rn(v * inverse), least = static_cast<int8_t>(whole & 255);
+            high[i / 4] |= static_cast<uint32_t>((whole - least) / 256 & 255) << i % 4 * 8;
+            low[i / 4] |= static_cast<uint32_t>(least & 255) << i % 4 * 8;
+          }
+          put(0, h, grp, make_uint4(high[0], high[1], high[2], high[3]));
+          put(D - 1, h, grp, make_uint4(low[0], low[1], low[2], low[3]));
+        }
+      }
+    }
+  }
+};
+
+template <class Op, int G>
+struct Ring {  // of one team, in shared memory
+  char* bytes;
+  float* scale;    // (kStages, rows)
+  Granule* about;  // (kStages)
+  float* part;     // (warps of the team)
+  static __host__ __device__ size_t size(int rows, int team) {
+    return static_cast<size_t>(kStages) * (static_cast<size_t>(rows) * (G * 64 + 4) + sizeof(Granule)) +
+           (static_cast<size_t>(team) * 4 + 15) / 16 * 16;
+  }
+  __device__ Ring(char* at, int rows) {
+    bytes = at;
+    about = reinterpret_cast<Granule*>(bytes + kStages * rows * G * 64);
+    scale = reinterpret_cast<float*>(about + kStages);
+    part = scale + kStages * rows;
+  }
+  // Where chunk c (16 bytes) of a row lies.
+  static __device__ __forceinline__ int place(int row, int c) {
+    return row * (G * 64) + (G % 2 == 0 ? c ^ (row & 1) << 2 : c) * 16;
+  }
+};
+
+template <class Op, int G, int D>
+__global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, const MaxsimPlan p) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
+  const int team = warp / p.team, member = warp % p.team;
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * (p.warps / p.team) + team;
+  const int64_t group = place % p.groups, stretch = place / p.groups;
+  if (stretch >= p.stretches) return;  // the whole team
+  const int64_t first = stretch * p.per_stretch;
+  const int64_t last = first + p.per_stretch < p.columns ? first + p.per_stretch : p.columns;
+  const int rows = p.rows;
+  Ring<Op, G> ring(dynamic_shared<char>() + team * Ring<Op, G>::size(rows, p.team), rows);
+
+  ChunkOfQuery q;
+  q.init(a, p, group, member);
+  const int passes = passes_of(a, p, group);
+  Operand<Op, G, D> query;
+  query.load(a, q.chunk(a, p, 0, member), q.t1);
+
+  Stream stream;
+  stream.start(a, q.there ? q.query : 0, first, last, passes, rows);
+  const int64_t row_bytes = a.d * Op::kSize;
+  const char* x = static_cast<const char*>(a.x);
+  uint8_t seen = 1;  // the mask's byte of this lane's row of the next granule
+  const auto look = [&] {
+    if (a.x_mask && member == 0 && !stream.over() && lane < stream.count()) seen = a.x_mask[stream.row + lane];
+  };
+  look();
+  const auto fill = [&](int slot) {  // copies the next granule
+    if (stream.over()) {
+      if (member == 0 && lane == 0) ring.about[slot].flags = kEnd;
+      return;
+    }
+    const int count = stream.count();
+    char* to = ring.bytes + slot * rows * G * 64;
+    for (int i = member * 32 + lane; i < rows * G * 4; i += p.team * 32) {
+      const int r = i / (G * 4), c = i % (G * 4);
+      const int bytes = r < count ? bytes_left(row_bytes, c * 16) : 0;
+      const char* from = bytes ? x + (stream.row + r) * a.ldx * Op::kSize + c * 16 : x;
+      void* there = to + Ring<Op, G>::place(r, c);
+      if (p.whole)
+        copy_part_16(there, from, bytes);
+      else
+        *static_cast<uint4*>(there) = load_part_16(from, bytes, Op::kSize);
+    }
+    if (member == 0) {
+      if (a.x_scale && lane < count) copy_async_4(ring.scale + slot * rows + lane, a.x_scale + stream.row + lane, true);
+      const uint32_t live = __ballot_sync(kFullWarp, lane < count && seen);
+      if (lane == 0)
+        ring.about[slot] = Granule{stream.row, stream.column, stream.document, live, 0, stream.flags(), stream.pass};
+    }
+    stream.advance(a);
+    look();
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    fill(s);
+    copy_commit();
+  }
+
+  Maxima best;
+  float total = 0;
+  const uint32_t all = rows == 32 ? 0xffffffffu : (1u << rows) - 1;
+  for (int slot = 0;; slot = slot + 1 == kStages ? 0 : slot + 1) {
+    copy_wait<kStages - 2>();
+    team_sync(team, p.team);
+    fill(slot == 0 ? kStages - 1 : slot - 1);
+    copy_commit();
+    const Granule now = ring.about[slot];
+    if (now.flags & kEnd) break;
+    if (now.flags & kFirst) {
+      best.clear();
+      if (passes > 1) query.load(a, q.chunk(a, p, now.pass, member), q.t1);
+    }
+    const char* granule = ring.bytes + slot * rows * G * 64;
+    const bool plain = now.live == all && !a.x_scale && !a.argmax;
+    for (int r0 = 0; r0 < rows; r0 += 16) {
+      if (!(now.live >> r0)) break;
+      typename Op::Sum sum[D][2][2][4] = {};
+#pragma unroll
+      for (int grp = 0; grp < G; ++grp) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const uint4 b = *reinterpret_cast<const uint4*>(granule + Ring<Op, G>::place(r0 + n * 8 + g, grp * 4 + t));
+#pragma unroll
+          for (int i = 0; i < D; ++i)
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              Op::mma(sum[i][m][n], query.words[i][m][grp], b.x, b.y);
+              Op::mma(sum[i][m][n], query.words[i][m][grp] + 4, b.z, b.w);
+            }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int r = r0 + n * 8 + 2 * t + e;
+          const bool live = now.live >> r & 1;
+          const float factor = a.x_scale ? ring.scale[slot * rows + r] : 1.0f;
+#pragma unroll
+          for (int h = 0; h < 4; ++h) {
+            float v;
+            if constexpr (D == 2)
+              v = static_cast<float>(sum[0][h / 2][n][h % 2 * 2 + e] * 256 + sum[1][h / 2][n][h % 2 * 2 + e]);
+            else
+              v = static_cast<float>(sum[0][h / 2][n][h % 2 * 2 + e]);
+            if (plain) {
+              best.best[h].value = max_or_nan(best.best[h].value, v);
+            } else if (live) {
+              v *= factor;
+              if (a.argmax)
+                best.best[h] = better(best.best[h], Best{v, static_cast<int32_t>(now.row + r)});
+              else
+                best.best[h].value = max_or_nan(best.best[h].value, v);
+            }
+          }
+        }
+    }
+    if (now.flags & kLast) {
+      const float unit = t == 0 ? query.unit[0] : t == 1 ? query.unit[1] : t == 2 ? query.unit[2] : query.unit[3];
+      finish_document(a, p, q, &best, now, unit, team, member, passes, ring.part, &total);
+    }
+  }
+}
+
+template <class Op, int G, int D>
+bool run(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Launch& l) {
+  for (int warps = 8; warps >= 2; warps /= 2) {
+    MaxsimPlan p = maxsim_plan(a, warps, first, count, keys, l.device);
+    p.whole = aligned(a.x, 16) && a.ldx * Op::kSize % 16 == 0;
+    const int teams = p.warps / p.team;
+    const size_t shared = Ring<Op, G>::size(p.rows, p.team) * static_cast<size_t>(teams);
+    if (shared > static_cast<size_t>(shared_limit(l.device))) continue;
+    const int64_t blocks = div_up(p.groups * p.stretches, teams);
+    launch("maxsim", maxsim_mma_kernel<Op, G, D>, dim3(grid_x(blocks)), p.warps * 32, shared, l, a, p);
+    if (D == 2) maxsim_again(a, p, l);
+    return true;
+  }
+  return false;
+}
+
+template <class Op, int D>
+bool by_width(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Launch& l) {
+  const int64_t groups = div_up(a.d * Op::kSize, 64);
+  if (groups <= 1) return run<Op, 1, D>(a, first, count, keys, l);
+  if (groups <= 2) return run<Op, 2, D>(a, first, count, keys, l);
+  if constexpr (D == 1) {
+    if (groups <= 4) return run<Op, 4, D>(a, first, count, keys, l);
+    if constexpr (Op::kSize == 2)
+      if (groups <= 8) return run<Op, 8, D>(a, first, count, keys, l);
+  }
+  return false;
+}
+
+}  // namespace
+
+bool maxsim_mma(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Launch& l) {
+  if (a.x_type == DType::bf16 && a.q_type == DType::bf16) return by_width<OfBf16, 1>(a, first, count, keys, l);
+  if (a.x_type == DType::f16 && a.q_type == DType::f16) return by_width<OfF16, 1>(a, first, count, keys, l);
+  if (a.x_type == DType::i8 && a.q_type == DType::i8) return by_width<OfI8, 1>(a, first, count, keys, l);
+  if (a.x_type == DType::i8) return by_width<OfI8, 2>(a, first, count, keys, l);
+  return false;
+}
+
+}  // namespace cuda
+}  // namespace lutra

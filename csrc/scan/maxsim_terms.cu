@@ -1,0 +1,347 @@
+// MaxSim on tensor cores with the accuracy of fp32: every number is the sum of up to three bfloat16 terms of 8 bits,
+// x = x0 + x1 + x2 exactly, and of the nine products of terms the six of at least 2^-16 of the largest are summed in
+// fp32 (what is left out is below 2^-23 of |q||x|, one rounding of a product in fp32). For float32 documents or
+// queries, mixed types, and residual codes.
+//
+// Query tokens lie in shared memory as terms, in the layout of the A operand, a warp's own; rows come into the ring as
+// they are in memory and are split when they are read. A centroid is copied into the ring in place of a row of floats,
+// its code beside it; the norm is summed from the same registers. Where a value is infinite or overflows in bfloat16
+// its terms are NaN: pairs with a NaN score are done again by the plain kernel.
+//
+// Limits: a sixth of the rate of mma.sync, about 1.5 times that of fp32 multiply-adds; one query: bandwidth.
+#include "scan/maxsim_stream.cuh"
+
+namespace lutra {
+namespace cuda {
+namespace {
+
+constexpr int kStages = 3;  // granules of a ring
+
+enum class From : int { f32, f16, bf16, codes };
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// Two floats as pairs of bfloat16: the next term of each, which is taken away from them.
+__device__ __forceinline__ uint32_t next_terms(float& low, float& high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  low -= __uint_as_float(pair << 16);
+  high -= __uint_as_float(pair & 0xffff0000u);
+  return pair;
+}
+
+__device__ __forceinline__ float query_value(const MaxsimArgs& a, int64_t at) {
+  switch (a.q_type) {
+    case DType::f16: return to_float(static_cast<const __half*>(a.q)[at]);
+    case DType::bf16: return to_float(static_cast<const __nv_bfloat16*>(a.q)[at]);
+    case DType::i8: return to_float(static_cast<const int8_t*>(a.q)[at]);
+    default: return static_cast<const float*>(a.q)[at];
+  }
+}
+
+template <From F>
+struct Layout {
+  static constexpr bool kWide = F == From::f32 || F == From::codes;  // rows of floats in the ring
+  static constexpr int kSize = kWide ? 4 : 2;
+  // The first of the four columns that a quad's thread t has in step s of 16.
+  static __device__ __forceinline__ int column(int s, int t) {
+    return kWide ? s * 16 + t * 4 : s / 2 * 32 + t * 8 + s % 2 * 4;
+  }
+  int steps, pitch, code_pitch, rows;  // pitch: bytes of a row in the ring, a multiple of 128
+  __host__ __device__ Layout(const MaxsimArgs& a, int rows_) : rows(rows_) {
+    steps = static_cast<int>((a.d + 31) / 32 * 2);
+    pitch = steps * 16 * kSize;
+    code_pitch = F == From::codes ? static_cast<int>((a.d * a.bits + 7) / 8 + 15) / 16 * 16 : 0;
+  }
+  __host__ __device__ size_t query_bytes() const { return static_cast<size_t>(steps) * 3 * 2 * 512; }
+  __host__ __device__ size_t ring_bytes(int team) const {
+    return static_cast<size_t>(kStages) * (static_cast<size_t>(rows) * (pitch + code_pitch + 4) + sizeof(Granule)) +
+           (static_cast<size_t>(team) * 4 + 15) / 16 * 16;
+  }
+  // Chunk c (16 bytes) of a row; two rows that follow one another lie in different halves of 128 bytes.
+  __device__ __forceinline__ int place(int row, int c) const {
+    return row * pitch + ((kWide || pitch % 128 == 0 ? c ^ (row & 1) << 2 : c) << 4);
+  }
+};
+
+// The terms of a chunk's tokens, [step][half of the tokens][term][lane] x 16 bytes.
+template <From F>
+__device__ void load_query(const MaxsimArgs& a, const Layout<F>& f, int64_t first, int64_t end, uint4* words) {
+  const int lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
+  for (int s = 0; s < f.steps; ++s)
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float v[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t token = first + 16 * m + 8 * half + g;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t k = Layout<F>::column(s, t) + i;
+          v[half][i] = token < end && k < a.d ? query_value(a, token * a.ldq + k) : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int term = 0; term < 3; ++term) {
+        uint4 w;
+        w.x = next_terms(v[0][0], v[0][1]);
+        w.y = next_terms(v[1][0], v[1][1]);
+        w.z = next_terms(v[0][2], v[0][3]);
+        w.w = next_terms(v[1][2], v[1][3]);
+        words[((s * 2 + m) * 3 + term) * 32 + lane] = w;
+      }
+    }
+}
+
+template <From F>
+__global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a, const MaxsimPlan p) {
+  __shared__ float table[256];  // the values of codes
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
+  if constexpr (F == From::codes) {
+    for (int i = threadIdx.x; i < 1 << a.bits; i += blockDim.x) table[i] = a.values[i];
+    __syncthreads();
+  }
+  const int team = warp / p.team, member = warp % p.team;
+  const int64_t mine = static_cast<int64_t>(blockIdx.x) * (p.warps / p.team) + team;
+  const int64_t group = mine % p.groups, stretch = mine / p.groups;
+  if (stretch >= p.stretches) return;  // the whole team
+  const int64_t first = stretch * p.per_stretch;
+  const int64_t last = first + p.per_stretch < p.columns ? first + p.per_stretch : p.columns;
+  const Layout<F> f(a, p.rows);
+  const int rows = p.rows;
+  uint4* words = reinterpret_cast<uint4*>(dynamic_shared<char>() + warp * f.query_bytes());
+  char* const ring = dynamic_shared<char>() + p.warps * f.query_bytes() + team * f.ring_bytes(p.team);
+  Granule* const about = reinterpret_cast<Granule*>(ring + kStages * rows * f.pitch);
+  char* const codes = reinterpret_cast<char*>(about + kStages);
+  float* const scale = reinterpret_cast<float*>(codes + kStages * rows * f.code_pitch);
+  float* const part = scale + kStages * rows;
+
+  ChunkOfQuery q;
+  q.init(a, p, group, member);
+  const int passes = passes_of(a, p, group);
+  load_query<F>(a, f, q.chunk(a, p, 0, member), q.t1, words);
+  __syncwarp();
+
+  Stream stream;
+  stream.start(a, q.there ? q.query : 0, first, last, passes, rows);
+  const int64_t code_bytes = (a.d * a.bits + 7) / 8;
+  const char* x = static_cast<const char*>(a.x);
+  uint8_t seen = 1;      // the mask's byte of this lane's row of the next granule,
+  int32_t centroid = 0;  // and its centroid
+  const auto look = [&] {
+    if (stream.over() || lane >= stream.count()) return;
+    if (a.x_mask) seen = a.x_mask[stream.row + lane];
+    if constexpr (F == From::codes) centroid = a.centroid_ids[stream.row + lane];
+  };
+  look();
+  // 16 bytes of a row of memory to the ring.
+  const auto put = [&](void* there, const char* from, int bytes, bool whole, int size) {
+    if (whole)
+      copy_part_16(there, from, bytes);
+    else
+      *static_cast<uint4*>(there) = load_part_16(from, bytes, size);
+  };
+  const auto fill = [&](int slot) {  // copies the next granule
+    if (stream.over()) {
+      if (member == 0 && lane == 0) about[slot].flags = kEnd;
+      return;
+    }
+    const int count = stream.count(), chunks = f.pitch / 16;
+    const bool good = centroid >= 0 && centroid < a.centroid_count;
+    char* to = ring + slot * rows * f.pitch;
+    for (int r = member; r < rows; r += p.team) {
+      int64_t source = stream.row + r;
+      bool there = r < count;
+      if constexpr (F == From::codes) {
+        source = __shfl_sync(kFullWarp, centroid, r);
+        there = there && source >= 0 && source < a.centroid_count;
+      }
+      const char* from = F == From::codes ? reinterpret_cast<const char*>(a.centroids + source * a.d)
+                                          : x + source * a.ldx * Layout<F>::kSize;
+      for (int c = lane; c < chunks; c += 32) {
+        const int bytes = there ? bytes_left(a.d * Layout<F>::kSize, c * 16) : 0;
+        put(to + f.place(r, c), bytes ? from + c * 16 : x, bytes, p.whole, Layout<F>::kSize);
+      }
+    }
+    if constexpr (F == From::codes) {
+      char* beside = codes + slot * rows * f.code_pitch;
+      const int each = f.code_pitch / 16;
+      const bool whole = a.ldx % 16 == 0 && (reinterpret_cast<uintptr_t>(a.x) & 15) == 0;
+      for (int i = member * 32 + lane; i < rows * each; i += p.team * 32) {
+        const int r = i / each, c = i % each;
+        const int bytes = r < count ? bytes_left(code_bytes, c * 16) : 0;
+        put(beside + i * 16, bytes ? x + (stream.row + r) * a.ldx + c * 16 : x, bytes, whole, 1);
+      }
+    }
+    if (member == 0) {
+      if (a.x_scale && lane < count) copy_async_4(scale + slot * rows + lane, a.x_scale + stream.row + lane, true);
+      const uint32_t live = __ballot_sync(kFullWarp, lane < count && seen);
+      const uint32_t odd = F == From::codes ? __ballot_sync(kFullWarp, lane < count && seen && !good) : 0;
+      if (lane == 0)
+        about[slot] = Granule{stream.row, stream.column, stream.document, live, odd, stream.flags(), stream.pass};
+    }
+    stream.advance(a);
+    look();
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    fill(s);
+    copy_commit();
+  }
+
+  Maxima best;
+  float total = 0;
+  for (int slot = 0;; slot = slot + 1 == kStages ? 0 : slot + 1) {
+    copy_wait<kStages - 2>();
+    team_sync(team, p.team);
+    fill(slot == 0 ? kStages - 1 : slot - 1);
+    copy_commit();
+    const Granule now = about[slot];
+    if (now.flags & kEnd) break;
+    if (now.flags & kFirst) {
+      best.clear();
+      if (passes > 1) {
+        __syncwarp();
+        load_query<F>(a, f, q.chunk(a, p, now.pass, member), q.t1, words);
+        __syncwarp();
+      }
+    }
+    const char* granule = ring + slot * rows * f.pitch;
+    for (int r0 = 0; r0 < rows; r0 += 16) {
+      if (!(now.live >> r0)) break;
+      float sum[2][2][4] = {};  // [half of the tokens][8 rows]
+      float square[2] = {};
+#pragma unroll 2
+      for (int s = 0; s < f.steps; ++s) {
+        uint32_t b[2][3][2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int r = r0 + n * 8 + g;
+          float v[4];
+          if constexpr (Layout<F>::kWide) {
+            const float4 four = *reinterpret_cast<const float4*>(granule + f.place(r, s * 4 + t));
+            v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+          } else {
+            const uint2 four = *reinterpret_cast<const uint2*>(granule + f.place(r, s / 2 * 4 + t) + s % 2 * 8);
+            if constexpr (F == From::bf16) {
+              b[n][0][0] = four.x, b[n][0][1] = four.y;
+            } else {
+              const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&four.x));
+              const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&four.y));
+              v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+            }
+          }
+          if constexpr (F == From::codes) {
+            const uint8_t* code = reinterpret_cast<const uint8_t*>(codes + (slot * rows + r) * f.code_pitch);
+            const int k = s * 16 + t * 4, at = k * a.bits;  // four codes never cross four bytes
+            uint32_t bits = 0;
+            if (k < a.d) {
+              if (a.bits == 8)
+                bits = *reinterpret_cast<const uint32_t*>(code + k);
+              else if (a.bits == 4)
+                bits = *reinterpret_cast<const uint16_t*>(code + at / 8);
+              else
+                bits = code[at / 8] >> at % 8;
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (k + i < a.d) {
+                v[i] += table[bits >> i * a.bits & ((1 << a.bits) - 1)];
+                square[n] += v[i] * v[i];
+              }
+          }
+          if constexpr (F != From::bf16) {
+#pragma unroll
+            for (int term = 0; term < (F == From::f16 ? 2 : 3); ++term) {
+              b[n][term][0] = next_terms(v[0], v[1]);
+              b[n][term][1] = next_terms(v[2], v[3]);
+            }
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const uint4* w = words + (s * 2 + m) * 96 + lane;
+          const uint4 a0 = w[0], a1 = w[32], a2 = w[64];
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {  // the smallest first
+            mma(sum[m][n], a2, b[n][0][0], b[n][0][1]);
+            if constexpr (F != From::bf16) mma(sum[m][n], a1, b[n][1][0], b[n][1][1]);
+            if constexpr (Layout<F>::kWide) mma(sum[m][n], a0, b[n][2][0], b[n][2][1]);
+            mma(sum[m][n], a1, b[n][0][0], b[n][0][1]);
+            if constexpr (F != From::bf16) mma(sum[m][n], a0, b[n][1][0], b[n][1][1]);
+            mma(sum[m][n], a0, b[n][0][0], b[n][0][1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float inverse = 1;
+        if constexpr (F == From::codes)
+          if (a.unit) {
+            float s = square[n];
+            s += __shfl_xor_sync(kFullWarp, s, 1);
+            s += __shfl_xor_sync(kFullWarp, s, 2);
+            inverse = s == 0 ? 0.0f : __fdiv_rn(1.0f, __fsqrt_rn(s));  // of row g
+          }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int r = r0 + n * 8 + 2 * t + e;
+          float factor = 1;
+          if constexpr (F == From::codes) {
+            factor = __shfl_sync(kFullWarp, inverse, (2 * t + e) * 4);
+            if (now.odd >> r & 1) factor = quiet_nan();
+          }
+          if (a.x_scale) factor = scale[slot * rows + r];
+          if (!(now.live >> r & 1)) continue;
+#pragma unroll
+          for (int h = 0; h < 4; ++h) {
+            const float v = sum[h / 2][n][h % 2 * 2 + e] * factor;
+            if (a.argmax)
+              best.best[h] = better(best.best[h], Best{v, static_cast<int32_t>(now.row + r)});
+            else
+              best.best[h].value = max_or_nan(best.best[h].value, v);
+          }
+        }
+      }
+    }
+    if (now.flags & kLast) finish_document(a, p, q, &best, now, 1.0f, team, member, passes, part, &total);
+  }
+}
+
+template <From F>
+bool run(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, bool whole, const Launch& l) {
+  for (int warps = 8; warps >= 1; warps /= 2) {
+    MaxsimPlan p = maxsim_plan(a, warps, first, count, keys, l.device);
+    p.whole = whole;
+    const Layout<F> f(a, p.rows);
+    const int teams = p.warps / p.team;
+    const size_t shared = f.query_bytes() * p.warps + f.ring_bytes(p.team) * teams;
+    if (shared + 1024 > static_cast<size_t>(shared_limit(l.device))) continue;
+    const int64_t blocks = div_up(p.groups * p.stretches, teams);
+    launch("maxsim", maxsim_terms_kernel<F>, dim3(grid_x(blocks)), p.warps * 32, shared, l, a, p);
+    maxsim_again(a, p, l);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+bool maxsim_terms(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Launch& l) {
+  const bool whole = aligned(a.x, 16);
+  switch (a.x_type) {
+    case DType::f32: return run<From::f32>(a, first, count, keys, whole && a.ldx % 4 == 0, l);
+    case DType::f16: return run<From::f16>(a, first, count, keys, whole && a.ldx % 8 == 0, l);
+    case DType::bf16: return run<From::bf16>(a, first, count, keys, whole && a.ldx % 8 == 0, l);
+    case DType::u8: return run<From::codes>(a, first, count, keys, aligned(a.centroids, 16) && a.d % 4 == 0, l);
+    default: return false;
+  }
+}
+
+}  // namespace cuda
+}  // namespace lutra

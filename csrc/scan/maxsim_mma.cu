@@ -8,6 +8,7 @@
 // in different banks. Query tokens: 32 x 128 two-byte values are 64 registers.
 //
 // Limits: one query: the documents' bytes over bandwidth; many: the rate of mma.sync, about two thirds of wgmma's.
+#include "common/mma.cuh"
 #include "scan/maxsim_stream.cuh"
 
 namespace lutra {
@@ -19,31 +20,22 @@ constexpr int kStages = 4;  // granules of a ring
 struct OfBf16 {
   using Sum = float;
   static constexpr int kSize = 2;
-  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  static __device__ __forceinline__ void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_bf16(c, a, b0, b1);
   }
 };
 struct OfF16 {
   using Sum = float;
   static constexpr int kSize = 2;
-  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  static __device__ __forceinline__ void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_f16(c, a, b0, b1);
   }
 };
 struct OfI8 {
   using Sum = int;
   static constexpr int kSize = 1;
-  static __device__ __forceinline__ void mma(int (&c)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  static __device__ __forceinline__ void mma(int* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_s8(c, a, b0, b1);
   }
 };
 
@@ -58,16 +50,16 @@ __device__ __forceinline__ float query_value(const MaxsimArgs& a, int64_t at) {
 // The A operand of a chunk: [digit][half of the 32 tokens][64 bytes of a row][step, word, token g or g + 8].
 template <class Op, int G, int D>
 struct Operand {
-  uint32_t words[D][2][G][8];
+  uint32_t words[D][2][G][2][4];
   float unit[4];  // of tokens g + 8 h
 
   __device__ __forceinline__ void put(int digit, int h, int grp, uint4 v) {
-    uint32_t* w = words[digit][h / 2][grp];
+    uint32_t(&w)[2][4] = words[digit][h / 2][grp];
     const int half = h % 2;
-    w[half] = v.x;
-    w[2 + half] = v.y;
-    w[4 + half] = v.z;
-    w[6 + half] = v.w;
+    w[0][half] = v.x;
+    w[0][2 + half] = v.y;
+    w[1][half] = v.z;
+    w[1][2 + half] = v.w;
   }
   __device__ void load(const MaxsimArgs& a, int64_t first, int64_t end) {
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
@@ -85,7 +77,9 @@ struct Operand {
         }
       } else {
         float largest = 0, odd = 0;
+#pragma unroll 1
         for (int grp = 0; grp < G; ++grp)
+#pragma unroll 4
           for (int i = 0; i < 16; ++i) {
             const int k = 64 * grp + 16 * t + i;
             const float v = token < end && k < a.d ? fabsf(query_value(a, token * a.ldq + k)) : 0.0f;
@@ -105,13 +99,15 @@ struct Operand {
         for (int grp = 0; grp < G; ++grp) {
           uint32_t high[4] = {}, low[4] = {};
 #pragma unroll
-          for (int i = 0; i < 16; ++i) {
-            const int k = 64 * grp + 16 * t + i;
-            const float v = token < end && k < a.d && odd == odd ? query_value(a, token * a.ldq + k) : 0.0f;
-            const int whole = __float2int_rn(v * inverse), least = static_cast<int8_t>(whole & 255);
-            high[i / 4] |= static_cast<uint32_t>((whole - least) / 256 & 255) << i % 4 * 8;
-            low[i / 4] |= static_cast<uint32_t>(least & 255) << i % 4 * 8;
-          }
+          for (int w = 0; w < 4; ++w)
+#pragma unroll 1
+            for (int i = 0; i < 4; ++i) {
+              const int k = 64 * grp + 16 * t + 4 * w + i;
+              const float v = token < end && k < a.d && odd == odd ? query_value(a, token * a.ldq + k) : 0.0f;
+              const int whole = __float2int_rn(v * inverse), least = static_cast<int8_t>(whole & 255);
+              high[w] |= static_cast<uint32_t>((whole - least) / 256 & 255) << i * 8;
+              low[w] |= static_cast<uint32_t>(least & 255) << i * 8;
+            }
           put(0, h, grp, make_uint4(high[0], high[1], high[2], high[3]));
           put(D - 1, h, grp, make_uint4(low[0], low[1], low[2], low[3]));
         }
@@ -229,8 +225,8 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
           for (int i = 0; i < D; ++i)
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-              Op::mma(sum[i][m][n], query.words[i][m][grp], b.x, b.y);
-              Op::mma(sum[i][m][n], query.words[i][m][grp] + 4, b.z, b.w);
+              Op::mma(sum[i][m][n], query.words[i][m][grp][0], b.x, b.y);
+              Op::mma(sum[i][m][n], query.words[i][m][grp][1], b.z, b.w);
             }
         }
       }

@@ -63,9 +63,9 @@ def product_keys(queries: Any, keys: Any, k: int) -> ProductKeys:
     call are summed in another order than those of a small one (from 40 on), so their scores may differ in the
     last bits. float64 is computed by the reference.
 
-    On CUDA the products with the sub-keys are those of the arrays' library (cuBLAS: float32 in TF32 only where
-    torch is told so), and the selection is a kernel's: k to 2048 (less where shared memory is small), other k
-    and float64 with torch's own ops, which give equal scores in any order.
+    On CUDA the products with the sub-keys are those of the arrays' library (cuBLAS: float32 in TF32 only
+    where torch is told so), and the selection is a kernel's: k to 2048 (less where shared memory is small);
+    other k and float64 with torch's own ops, which give equal scores in any order.
 
     Gradient (torch): of the scores, to queries and keys through the chosen entries.
 
@@ -151,7 +151,7 @@ def _selects(kind: Kind, like: Any, k: int) -> bool:
     return k <= 256 or k <= kind.kernels.product_select_most(*kind.launch(like))
 
 
-def _products(kind: Kind, queries: Any, keys: Any) -> Any:
+def _products(kind: Any, queries: Any, keys: Any) -> Any:
     """(heads * 2, tokens, n) float32, of (tokens, heads * 2, half) and (heads * 2, n, half)."""
     if kind.name == "torch":
         a, b = queries.transpose(0, 1), keys.transpose(1, 2)

@@ -62,9 +62,9 @@ def random_rows(
     -----
     Philox4x32-10, keyed by the seed, on the counter (block, token, sequence); the transform of Box and
     Muller. csrc/address/random_rows.h has it to the bit. Integers are equal everywhere; normals are within
-    2e-6 (times scale) of the formula, and differ in the last bits between SIMD levels and CUDA. On CUDA tokens
-    are not checked: the row of one out of range is NaN (words: -1); float64 is computed with torch's own ops.
-    Cost: no memory but the result; about 2 cycles a value with AVX-512.
+    2e-6 (times scale) of the formula, and differ in the last bits between SIMD levels and CUDA. On CUDA
+    tokens are not checked: the row of one out of range is NaN (words: -1); float64 is computed with torch's
+    own ops. Cost: no memory but the result; about 2 cycles a value with AVX-512.
 
     References
     ----------

@@ -191,3 +191,55 @@ def cases(scale: int) -> Iterator[Case]:
         lambda t: torch_match(t, starts, table, len(vocabulary), vocabulary.max_length), equal,
         bytes=m * (8 + 12 + 64),
     )  # fmt: skip
+
+    yield from _codes(scale)
+
+
+def _codes(scale: int) -> Iterator[Case]:
+    from lutra.address._fwht import _levels as torch_fwht
+    from lutra.address._hash_features import composition as torch_features
+
+    n, d = (1 << 20) // scale, 1024
+    for dtype in ("float32", "bfloat16"):
+        x = [(torch.randn(n // 4, d, device="cuda", dtype=getattr(torch, dtype)),) for _ in range(2)]
+        size = x[0][0].numel() * x[0][0].element_size()
+        yield Case(f"binarize {dtype} {d}", lutra.address.binarize, x, bytes=size * (1 + 1 / 32))
+
+        def theirs(x: torch.Tensor) -> torch.Tensor:
+            return torch_fwht(torch, x, d, d**-0.5)
+
+        yield Case(
+            f"fwht {dtype} {d}", lambda x: lutra.address.fwht(x, d**-0.5), x, theirs, near(2e-2, 2e-2),
+            bytes=2 * size,
+        )  # fmt: skip
+    ids = [(torch.randint(0, 1 << 32, (n // 16,), device="cuda"),) for _ in range(3)]
+    yield Case(
+        "hash_features 1024", lambda i: lutra.address.hash_features(i, 1024), ids,
+        lambda i: torch_features(i, 1024, 1_000_000, 0), same, bytes=n // 16 * 1024 * 4,
+    )  # fmt: skip
+
+    planes = torch.randn(20, 128, 5, device="cuda")
+    x = [(torch.randn(n // 2, 128, device="cuda"),) for _ in range(2)]
+    yield Case(
+        "simhash 128, 20 x 5 planes", lambda x: lutra.address.simhash(x, planes), x, bytes=n // 2 * 512,
+        flops=2 * n // 2 * 128 * 100,
+    )  # fmt: skip
+
+    sample = torch.randn(20_000, 128).numpy()
+    for quantizer in (lutra.quant.PQ(128, 16), lutra.quant.RQ(128, 8, beam=5)):
+        name = type(quantizer).__name__
+        # The codebooks' values do not matter here.
+        books = np.ascontiguousarray(sample[: quantizer.m * 256])
+        shape = (16, 256, 8) if name == "PQ" else (8, 256, 128)
+        quantizer._codebooks = np.ascontiguousarray(books.reshape(-1)[: np.prod(shape)].reshape(shape))
+        rows = [(x[0][0][: n // 2 if name == "PQ" else n // 16],)]
+        count = rows[0][0].shape[0]
+        flops = 2 * count * 128 * 256 * (1 if name == "PQ" else 8)
+        yield Case(f"{name}.encode 128, {count} rows", quantizer.encode, rows, bytes=count * 512, flops=flops)
+
+    tokens = torch.nn.functional.normalize(torch.randn(4096 // scale * 32, 128, device="cuda"), dim=1)
+    yield Case(
+        "ball_carving 32 x 128 (waits for the device)",
+        lambda t: lutra.address.ball_carving(t, _ptr(t.shape[0] // 32, 32))[0], [(tokens,)],
+        bytes=2 * tokens.numel() * 4,
+    )  # fmt: skip

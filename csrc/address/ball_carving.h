@@ -42,3 +42,5 @@ struct BallSumsArgs {
 
 LUTRA_KERNEL(balls, ::lutra::BallsArgs)
 LUTRA_KERNEL(ball_sums, ::lutra::BallSumsArgs)
+
+// CUDA: balls takes a workspace of n int32; NaN and infinity are not looked for.

@@ -15,6 +15,7 @@ struct BinarizeArgs {
   int64_t n, d;
   const float* threshold;
   uint8_t* out;
+  float all = 0;  // CUDA only: of all dimensions, where threshold is null
 };
 
 }  // namespace lutra

@@ -23,3 +23,11 @@ struct FwhtArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(fwht, ::lutra::FwhtArgs)
+
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+constexpr int64_t kFwhtMost = 8192;  // values of a row
+}
+}  // namespace lutra
+#endif

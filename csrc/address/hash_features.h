@@ -24,6 +24,7 @@ struct HashFeaturesArgs {
   double buckets;
   float* out;  // (n, k)
   int64_t* bad;
+  const int64_t* coefficients = nullptr;  // CUDA only, in place of a, b, p: these and floor((2^64 - 1) / p), (4, k)
 };
 
 }  // namespace lutra

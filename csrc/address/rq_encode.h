@@ -33,3 +33,11 @@ struct RqEncodeArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(rq_encode, ::lutra::RqEncodeArgs)
+
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+bool rq_encode_fits(int64_t m, int64_t ksub, int64_t beam, int64_t width, int device);  // in shared memory
+}
+}  // namespace lutra
+#endif

@@ -54,12 +54,14 @@ struct Operand {
   float unit[4];  // of tokens g + 8 h
 
   __device__ __forceinline__ void put(int digit, int h, int grp, uint4 v) {
-    uint32_t(&w)[2][4] = words[digit][h / 2][grp];
+    // Through moves that the compiler does not see into: it would keep the words as they were loaded, four of a row
+    // side by side, and put them in the order of the fragments anew at each product.
+    uint32_t (&w)[2][4] = words[digit][h / 2][grp];
     const int half = h % 2;
-    w[0][half] = v.x;
-    w[0][2 + half] = v.y;
-    w[1][half] = v.z;
-    w[1][2 + half] = v.w;
+    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[0][half]) : "r"(v.x));
+    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[0][2 + half]) : "r"(v.y));
+    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[1][half]) : "r"(v.z));
+    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[1][2 + half]) : "r"(v.w));
   }
   __device__ void load(const MaxsimArgs& a, int64_t first, int64_t end) {
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
@@ -158,8 +160,14 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
 
   Stream stream;
   stream.start(a, q.there ? q.query : 0, first, last, passes, rows);
-  const int64_t row_bytes = a.d * Op::kSize;
-  const char* x = static_cast<const char*>(a.x);
+  // What this thread copies of a granule: one chunk of every `step`-th row.
+  constexpr int kChunks = G * 4;
+  const int own_row = (member * 32 + lane) / kChunks, own_chunk = (member * 32 + lane) % kChunks;
+  const int step = p.team * 32 / kChunks > 0 ? p.team * 32 / kChunks : 1;
+  const int64_t row_bytes = a.d * Op::kSize, pitch = a.ldx * Op::kSize;
+  const char* const own = static_cast<const char*>(a.x) + own_row * pitch + own_chunk * 16;
+  const int own_bytes = bytes_left(row_bytes, own_chunk * 16);
+  const bool even = p.whole && row_bytes == G * 64;
   uint8_t seen = 1;  // the mask's byte of this lane's row of the next granule
   const auto look = [&] {
     if (a.x_mask && member == 0 && !stream.over() && lane < stream.count()) seen = a.x_mask[stream.row + lane];
@@ -171,16 +179,22 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
       return;
     }
     const int count = stream.count();
-    char* to = ring.bytes + slot * rows * G * 64;
-    for (int i = member * 32 + lane; i < rows * G * 4; i += p.team * 32) {
-      const int r = i / (G * 4), c = i % (G * 4);
-      const int bytes = r < count ? bytes_left(row_bytes, c * 16) : 0;
-      const char* from = bytes ? x + (stream.row + r) * a.ldx * Op::kSize + c * 16 : x;
-      void* there = to + Ring<Op, G>::place(r, c);
-      if (p.whole)
-        copy_part_16(there, from, bytes);
-      else
-        *static_cast<uint4*>(there) = load_part_16(from, bytes, Op::kSize);
+    char* const to = ring.bytes + slot * rows * G * 64;
+    const char* from = own + stream.row * pitch;
+    if (even && count == rows) {
+#pragma unroll 4
+      for (int r = own_row; r < rows; r += step, from += step * pitch)
+        copy_16(to + Ring<Op, G>::place(r, own_chunk), from);
+    } else {
+#pragma unroll 1
+      for (int r = own_row; r < rows; r += step, from += step * pitch) {
+        void* there = to + Ring<Op, G>::place(r, own_chunk);
+        const int bytes = r < count ? own_bytes : 0;
+        if (p.whole)
+          copy_part_16(there, bytes ? from : static_cast<const char*>(a.x), bytes);
+        else
+          *static_cast<uint4*>(there) = load_part_16(bytes ? from : static_cast<const char*>(a.x), bytes, Op::kSize);
+      }
     }
     if (member == 0) {
       if (a.x_scale && lane < count) copy_async_4(ring.scale + slot * rows + lane, a.x_scale + stream.row + lane, true);
@@ -191,7 +205,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
     stream.advance(a);
     look();
   };
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
     fill(s);
     copy_commit();
@@ -205,58 +219,74 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
     team_sync(team, p.team);
     fill(slot == 0 ? kStages - 1 : slot - 1);
     copy_commit();
-    const Granule now = ring.about[slot];
-    if (now.flags & kEnd) break;
-    if (now.flags & kFirst) {
+    const Granule& now = ring.about[slot];
+    const int flags = now.flags;
+    const uint32_t live = now.live;
+    if (flags & kEnd) break;
+    if (flags & kFirst) {
       best.clear();
       if (passes > 1) query.load(a, q.chunk(a, p, now.pass, member), q.t1);
     }
     const char* granule = ring.bytes + slot * rows * G * 64;
-    const bool plain = now.live == all && !a.x_scale && !a.argmax;
     for (int r0 = 0; r0 < rows; r0 += 16) {
-      if (!(now.live >> r0)) break;
-      typename Op::Sum sum[D][2][2][4] = {};
+      if (!(live >> r0)) break;
+      typename Op::Sum sum[D][2][2][4] = {};  // [digit][half of the tokens][8 rows]
 #pragma unroll
       for (int grp = 0; grp < G; ++grp) {
+        uint4 b[2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+          b[n] = *reinterpret_cast<const uint4*>(granule + Ring<Op, G>::place(r0 + n * 8 + g, grp * 4 + t));
+#pragma unroll
+        for (int i = 0; i < D; ++i)  // neighbouring products go to different sums
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int m = 0; m < 2; ++m) Op::mma(sum[i][m][n], query.words[i][m][grp][0], b[n].x, b[n].y);
+#pragma unroll
+        for (int i = 0; i < D; ++i)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int m = 0; m < 2; ++m) Op::mma(sum[i][m][n], query.words[i][m][grp][1], b[n].z, b[n].w);
+      }
+      const auto value = [&](int h, int n, int e) {
+        if constexpr (D == 2)
+          return static_cast<float>(sum[0][h / 2][n][h % 2 * 2 + e] * 256 + sum[1][h / 2][n][h % 2 * 2 + e]);
+        else
+          return static_cast<float>(sum[0][h / 2][n][h % 2 * 2 + e]);
+      };
+      const float* scale = ring.scale + slot * rows + r0 + 2 * t;
+      if (live == all && !a.argmax) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const uint4 b = *reinterpret_cast<const uint4*>(granule + Ring<Op, G>::place(r0 + n * 8 + g, grp * 4 + t));
-#pragma unroll
-          for (int i = 0; i < D; ++i)
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-              Op::mma(sum[i][m][n], query.words[i][m][grp][0], b.x, b.y);
-              Op::mma(sum[i][m][n], query.words[i][m][grp][1], b.z, b.w);
-            }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int r = r0 + n * 8 + 2 * t + e;
-          const bool live = now.live >> r & 1;
-          const float factor = a.x_scale ? ring.scale[slot * rows + r] : 1.0f;
+          const float2 factor = a.x_scale ? *reinterpret_cast<const float2*>(scale + n * 8) : make_float2(1.0f, 1.0f);
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
-            float v;
-            if constexpr (D == 2)
-              v = static_cast<float>(sum[0][h / 2][n][h % 2 * 2 + e] * 256 + sum[1][h / 2][n][h % 2 * 2 + e]);
-            else
-              v = static_cast<float>(sum[0][h / 2][n][h % 2 * 2 + e]);
-            if (plain) {
-              best.best[h].value = max_or_nan(best.best[h].value, v);
-            } else if (live) {
-              v *= factor;
+            best.best[h].value = max_or_nan(best.best[h].value, value(h, n, 0) * factor.x);
+            best.best[h].value = max_or_nan(best.best[h].value, value(h, n, 1) * factor.y);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int r = r0 + n * 8 + 2 * t + e;
+            if (!(live >> r & 1)) continue;
+            const float factor = a.x_scale ? scale[n * 8 + e] : 1.0f;
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+              const float v = value(h, n, e) * factor;
               if (a.argmax)
-                best.best[h] = better(best.best[h], Best{v, static_cast<int32_t>(now.row + r)});
+                best.see(h, v, static_cast<int32_t>(now.row + r));
               else
                 best.best[h].value = max_or_nan(best.best[h].value, v);
             }
           }
-        }
+      }
     }
-    if (now.flags & kLast) {
+    if (flags & kLast) {
       const float unit = t == 0 ? query.unit[0] : t == 1 ? query.unit[1] : t == 2 ? query.unit[2] : query.unit[3];
       finish_document(a, p, q, &best, now, unit, team, member, passes, ring.part, &total);
     }

@@ -32,7 +32,7 @@ struct MaxsimPlan {
 // A document as the streams see it: -1 in cand has none, offsets or ids out of range are bad.
 enum GranuleFlag : int { kFirst = 1, kLast = 2, kEnd = 4, kNone = 8, kBad = 16 };
 
-struct Granule {
+struct alignas(16) Granule {
   int64_t row, column, document;
   uint32_t live, odd;  // rows that count; rows with a centroid out of range
   int flags, pass;
@@ -117,6 +117,11 @@ __device__ __forceinline__ void copy_part_16(void* shared, const void* global, i
                : "memory");
 }
 
+__device__ __forceinline__ void copy_16(void* shared, const void* global) {
+  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(dst), "l"(global) : "memory");
+}
+
 // `bytes` (0 to 16) bytes from p on, and zeros behind them. p lies at a multiple of `size`, bytes are one.
 __device__ __forceinline__ uint4 load_part_16(const char* p, int bytes, int size) {
   if (bytes == 16 && (reinterpret_cast<uintptr_t>(p) & 15) == 0) return *reinterpret_cast<const uint4*>(p);
@@ -161,6 +166,12 @@ struct Maxima {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int h = 0; h < 4; ++h) best[h] = Best{minus_infinity(), -1};
+  }
+  // A row's value; a thread sees its rows in order.
+  __device__ __forceinline__ void see(int h, float value, int32_t row) {
+    const bool takes = best[h].row < 0 || (best[h].value == best[h].value && !(value <= best[h].value));
+    best[h].value = takes ? value : best[h].value;
+    best[h].row = takes ? row : best[h].row;
   }
 };
 

@@ -60,7 +60,7 @@ struct Layout {
   }
   __host__ __device__ size_t query_bytes() const { return static_cast<size_t>(steps) * 3 * 2 * 512; }
   __host__ __device__ size_t ring_bytes(int team) const {
-    return static_cast<size_t>(kStages) * (static_cast<size_t>(rows) * (pitch + code_pitch + 4) + sizeof(Granule)) +
+    return static_cast<size_t>(kStages) * (static_cast<size_t>(rows) * (pitch + code_pitch) + sizeof(Granule)) +
            (static_cast<size_t>(team) * 4 + 15) / 16 * 16;
   }
   // Chunk c (16 bytes) of a row; two rows that follow one another lie in different halves of 128 bytes.
@@ -118,8 +118,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
   char* const ring = dynamic_shared<char>() + p.warps * f.query_bytes() + team * f.ring_bytes(p.team);
   Granule* const about = reinterpret_cast<Granule*>(ring + kStages * rows * f.pitch);
   char* const codes = reinterpret_cast<char*>(about + kStages);
-  float* const scale = reinterpret_cast<float*>(codes + kStages * rows * f.code_pitch);
-  float* const part = scale + kStages * rows;
+  float* const part = reinterpret_cast<float*>(codes + kStages * rows * f.code_pitch);
 
   ChunkOfQuery q;
   q.init(a, p, group, member);
@@ -139,6 +138,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
     if constexpr (F == From::codes) centroid = a.centroid_ids[stream.row + lane];
   };
   look();
+  const bool even = p.whole && a.d * Layout<F>::kSize == f.pitch;
   // 16 bytes of a row of memory to the ring.
   const auto put = [&](void* there, const char* from, int bytes, bool whole, int size) {
     if (whole)
@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
     const int count = stream.count(), chunks = f.pitch / 16;
     const bool good = centroid >= 0 && centroid < a.centroid_count;
     char* to = ring + slot * rows * f.pitch;
+#pragma unroll 1
     for (int r = member; r < rows; r += p.team) {
       int64_t source = stream.row + r;
       bool there = r < count;
@@ -163,6 +164,10 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
       }
       const char* from = F == From::codes ? reinterpret_cast<const char*>(a.centroids + source * a.d)
                                           : x + source * a.ldx * Layout<F>::kSize;
+      if (there && even) {
+        for (int c = lane; c < chunks; c += 32) copy_16(to + f.place(r, c), from + c * 16);
+        continue;
+      }
       for (int c = lane; c < chunks; c += 32) {
         const int bytes = there ? bytes_left(a.d * Layout<F>::kSize, c * 16) : 0;
         put(to + f.place(r, c), bytes ? from + c * 16 : x, bytes, p.whole, Layout<F>::kSize);
@@ -179,7 +184,6 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
       }
     }
     if (member == 0) {
-      if (a.x_scale && lane < count) copy_async_4(scale + slot * rows + lane, a.x_scale + stream.row + lane, true);
       const uint32_t live = __ballot_sync(kFullWarp, lane < count && seen);
       const uint32_t odd = F == From::codes ? __ballot_sync(kFullWarp, lane < count && seen && !good) : 0;
       if (lane == 0)
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
     stream.advance(a);
     look();
   };
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
     fill(s);
     copy_commit();
@@ -196,14 +200,17 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
 
   Maxima best;
   float total = 0;
+  const uint32_t all = rows == 32 ? 0xffffffffu : (1u << rows) - 1;
   for (int slot = 0;; slot = slot + 1 == kStages ? 0 : slot + 1) {
     copy_wait<kStages - 2>();
     team_sync(team, p.team);
     fill(slot == 0 ? kStages - 1 : slot - 1);
     copy_commit();
-    const Granule now = about[slot];
-    if (now.flags & kEnd) break;
-    if (now.flags & kFirst) {
+    const Granule& now = about[slot];
+    const int flags = now.flags;
+    const uint32_t live = now.live;
+    if (flags & kEnd) break;
+    if (flags & kFirst) {
       best.clear();
       if (passes > 1) {
         __syncwarp();
@@ -213,7 +220,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
     }
     const char* granule = ring + slot * rows * f.pitch;
     for (int r0 = 0; r0 < rows; r0 += 16) {
-      if (!(now.live >> r0)) break;
+      if (!(live >> r0)) break;
       float sum[2][2][4] = {};  // [half of the tokens][8 rows]
       float square[2] = {};
 #pragma unroll 2
@@ -263,25 +270,28 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
             }
           }
         }
+        // The smallest first; neighbouring products go to different sums.
+        const auto products = [&](int of_query, int of_row) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const uint4* w = words + (s * 2 + m) * 96 + lane;
-          const uint4 a0 = w[0], a1 = w[32], a2 = w[64];
+          for (int m = 0; m < 2; ++m) {
+            const uint4 w = words[(s * 2 + m) * 96 + of_query * 32 + lane];
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {  // the smallest first
-            mma(sum[m][n], a2, b[n][0][0], b[n][0][1]);
-            if constexpr (F != From::bf16) mma(sum[m][n], a1, b[n][1][0], b[n][1][1]);
-            if constexpr (Layout<F>::kWide) mma(sum[m][n], a0, b[n][2][0], b[n][2][1]);
-            mma(sum[m][n], a1, b[n][0][0], b[n][0][1]);
-            if constexpr (F != From::bf16) mma(sum[m][n], a0, b[n][1][0], b[n][1][1]);
-            mma(sum[m][n], a0, b[n][0][0], b[n][0][1]);
+            for (int n = 0; n < 2; ++n) mma(sum[m][n], w, b[n][of_row][0], b[n][of_row][1]);
           }
-        }
+        };
+        products(2, 0);
+        if constexpr (F != From::bf16) products(1, 1);
+        if constexpr (Layout<F>::kWide) products(0, 2);
+        products(1, 0);
+        if constexpr (F != From::bf16) products(0, 1);
+        products(0, 0);
       }
+      float factor[2][2];  // of rows 2 t and 2 t + 1
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        float inverse = 1;
-        if constexpr (F == From::codes)
+        factor[n][0] = factor[n][1] = 1;
+        if constexpr (F == From::codes) {
+          float inverse = 1;
           if (a.unit) {
             float s = square[n];
             s += __shfl_xor_sync(kFullWarp, s, 1);
@@ -289,27 +299,39 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
             inverse = s == 0 ? 0.0f : __fdiv_rn(1.0f, __fsqrt_rn(s));  // of row g
           }
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int r = r0 + n * 8 + 2 * t + e;
-          float factor = 1;
-          if constexpr (F == From::codes) {
-            factor = __shfl_sync(kFullWarp, inverse, (2 * t + e) * 4);
-            if (now.odd >> r & 1) factor = quiet_nan();
-          }
-          if (a.x_scale) factor = scale[slot * rows + r];
-          if (!(now.live >> r & 1)) continue;
-#pragma unroll
-          for (int h = 0; h < 4; ++h) {
-            const float v = sum[h / 2][n][h % 2 * 2 + e] * factor;
-            if (a.argmax)
-              best.best[h] = better(best.best[h], Best{v, static_cast<int32_t>(now.row + r)});
-            else
-              best.best[h].value = max_or_nan(best.best[h].value, v);
+          for (int e = 0; e < 2; ++e) {
+            factor[n][e] = __shfl_sync(kFullWarp, inverse, (2 * t + e) * 4);
+            if (now.odd >> (r0 + n * 8 + 2 * t + e) & 1) factor[n][e] = quiet_nan();
           }
         }
       }
+      if (live == all && !a.argmax) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+#pragma unroll
+            for (int h = 0; h < 4; ++h)
+              best.best[h].value = max_or_nan(best.best[h].value, sum[h / 2][n][h % 2 * 2 + e] * factor[n][e]);
+      } else {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int r = r0 + n * 8 + 2 * t + e;
+            if (!(live >> r & 1)) continue;
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+              const float v = sum[h / 2][n][h % 2 * 2 + e] * factor[n][e];
+              if (a.argmax)
+                best.see(h, v, static_cast<int32_t>(now.row + r));
+              else
+                best.best[h].value = max_or_nan(best.best[h].value, v);
+            }
+          }
+      }
     }
-    if (now.flags & kLast) finish_document(a, p, q, &best, now, 1.0f, team, member, passes, part, &total);
+    if (flags & kLast) finish_document(a, p, q, &best, now, 1.0f, team, member, passes, part, &total);
   }
 }
 

@@ -3,10 +3,16 @@
 #include <stdexcept>
 #include <vector>
 
+#include "address/ball_carving.h"
+#include "address/binarize.h"
 #include "address/fde.h"
+#include "address/fwht.h"
+#include "address/hash_features.h"
 #include "address/longest_match.h"
+#include "address/pq_encode.h"
 #include "address/product_keys.h"
 #include "address/random_rows.h"
+#include "address/rq_encode.h"
 #include "address/sign_hash.h"
 #include "address/simhash.h"
 #include "address/token_ngrams.h"
@@ -113,6 +119,74 @@ void register_address(py::module_& m) {
                      static_cast<DType>(dtype),
                      nullptr};
     cuda::random_rows(a, Launch{device, stream.p});
+  });
+  m.def("binarize", [](Address x, int dtype, int64_t n, int64_t d, Address thresholds, float threshold, Address out,
+                       int device, Address stream) {
+    BinarizeArgs a{x.p, static_cast<DType>(dtype), n, d, thresholds.as<float>(), out.as<uint8_t>(), threshold};
+    cuda::binarize(a, Launch{device, stream.p});
+  });
+  m.attr("fwht_most") = cuda::kFwhtMost;
+  m.def("fwht",
+        [](Address x, int dtype, int64_t rows, int64_t n, float scale, Address out, int device, Address stream) {
+          if (n > cuda::kFwhtMost) throw std::invalid_argument("lutra: fwht: rows are too long");
+          cuda::fwht(FwhtArgs{x.p, static_cast<DType>(dtype), rows, n, scale, out.p}, Launch{device, stream.p});
+        });
+  m.def("hash_features", [](Address ids, int id_type, int64_t n, int64_t k, Address coefficients, double buckets,
+                            Address out, int device, Address stream) {
+    HashFeaturesArgs a{ids.p,   static_cast<DType>(id_type), n, k, nullptr, nullptr, nullptr, buckets, out.as<float>(),
+                       nullptr, coefficients.as<int64_t>()};
+    cuda::hash_features(a, Launch{device, stream.p});
+  });
+  m.def("pq_encode", [](Address x, Address books, int64_t n, int64_t m, int64_t ksub, int64_t dsub, Address entries,
+                        int device, Address stream) {
+    PqEncodeArgs a{x.as<float>(), books.as<float>(), n, m, ksub, dsub, entries.as<uint8_t>(), nullptr, 0, 0};
+    cuda::pq_encode(a, Launch{device, stream.p});
+  });
+  m.def("rq_encode_fits", [](int64_t m, int64_t ksub, int64_t beam, int64_t width, int device, Address) {
+    return cuda::rq_encode_fits(m, ksub, beam, width, device);
+  });
+  m.def("rq_encode", [](Address dots, Address norms, Address gram, int64_t n, int64_t m, int64_t ksub, int64_t beam,
+                        int64_t begin, int64_t end, int64_t width, int64_t keep, Address start, Address reached,
+                        Address entries, Address scores, int device, Address stream) {
+    if (!cuda::rq_encode_fits(m, ksub, beam, width, device))
+      throw std::invalid_argument("lutra: rq_encode: the beam is too wide for shared memory");
+    RqEncodeArgs a{dots.as<float>(),
+                   norms.as<float>(),
+                   gram.as<float>(),
+                   n,
+                   m,
+                   ksub,
+                   beam,
+                   begin,
+                   end,
+                   width,
+                   keep,
+                   start.as<uint8_t>(),
+                   reached.as<float>(),
+                   entries.as<uint8_t>(),
+                   scores.as<float>()};
+    cuda::rq_encode(a, Launch{device, stream.p});
+  });
+  m.def("balls", [](Address tokens, int dtype, int64_t n, int64_t d, Address ptr, int64_t queries, float threshold,
+                    Address balls, Address counts, Address workspace, int device, Address stream) {
+    BallsArgs a{tokens.p,  static_cast<DType>(dtype), n,
+                d,         ptr.as<int64_t>(),         queries,
+                threshold, balls.as<int32_t>(),       counts.as<int64_t>(),
+                nullptr};
+    cuda::balls(a, Launch{device, stream.p, workspace.p});
+  });
+  m.def("ball_sums", [](Address tokens, int dtype, int64_t n, int64_t d, Address ptr, int64_t queries, Address balls,
+                        Address out_ptr, Address out, int device, Address stream) {
+    BallSumsArgs a{tokens.p,
+                   static_cast<DType>(dtype),
+                   n,
+                   d,
+                   ptr.as<int64_t>(),
+                   queries,
+                   balls.as<int32_t>(),
+                   out_ptr.as<int64_t>(),
+                   out.as<float>()};
+    cuda::ball_sums(a, Launch{device, stream.p});
   });
   m.def("product_select_most", [](int device, Address) { return cuda::product_select_most(device); });
   m.def("product_select", [](Address products, int64_t tokens, int64_t heads, int64_t n, int64_t k, Address scores,

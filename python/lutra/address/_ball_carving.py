@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import F32, F64, I64, Kind, call, type_name
+from .._arrays import F32, F64, I32, I64, Kind, call, type_name
 from ..reference import fde as reference
 from ._ragged import check_finite, check_ptr, odd_row, ragged
 
@@ -41,7 +41,8 @@ def ball_carving(tokens: Any, ptr: Any, threshold: float = 0.7) -> tuple[Any, An
     Notes
     -----
     Cost: ``2 d`` operations for each pair of a vector and a centre that it is compared with. Sums are in
-    float32, in the order of the vectors. On CUDA computed on the CPU. Not differentiable.
+    float32, in the order of the vectors. On CUDA the number of clusters is waited for,
+    vectors are not checked, and float64 is computed on the CPU. Not differentiable.
 
     References
     ----------
@@ -65,6 +66,8 @@ def ball_carving(tokens: Any, ptr: Any, threshold: float = 0.7) -> tuple[Any, An
 
 def _ball_carving(kind: Kind, tokens: Any, ptr: Any, threshold: float) -> tuple[Any, Any]:
     code = ragged(kind, tokens, ptr)
+    if kind.cuda and kind.kernels is not None and code != F64:
+        return _on_cuda(kind, tokens, ptr, threshold, code)
     if kind.cuda or kind.kernels is None or code == F64:
         host = kind.to_numpy(tokens)
         begin = kind.to_numpy(ptr)
@@ -85,3 +88,18 @@ def _ball_carving(kind: Kind, tokens: Any, ptr: Any, threshold: float) -> tuple[
     out = kind.empty((int(where[-1]), d), F32, tokens)
     kind.kernels.ball_sums(*of, balls, where, kind.ptr(out), int(where[-1]))
     return out, kind.from_numpy(where, I64, tokens)
+
+
+def _on_cuda(kind: Any, tokens: Any, ptr: Any, threshold: float, code: int) -> tuple[Any, Any]:
+    (n, d), queries = tokens.shape, ptr.shape[0] - 1
+    check_ptr(kind.to_numpy(ptr), n)
+    tokens, ptr = kind.dense(tokens), kind.dense(ptr)
+    balls, scratch = kind.empty((n,), I32, tokens), kind.empty((n,), I32, tokens)
+    where = kind.empty((queries + 1,), I64, tokens)
+    where[:1] = 0
+    of = (kind.ptr(tokens), code, n, d, kind.ptr(ptr), queries)
+    kind.kernels.balls(*of, threshold, kind.ptr(balls), kind.ptr(where[1:]), *kind.launch(tokens, scratch))
+    where = where.cumsum(0)
+    out = kind.empty((int(where[-1]), d), F32, tokens)
+    kind.kernels.ball_sums(*of, kind.ptr(balls), kind.ptr(where), kind.ptr(out), *kind.launch(tokens))
+    return out, where

@@ -34,9 +34,9 @@ def binarize(x: Any, threshold: Any = 0.0) -> Any:
     TypeError
         x is no array or has another dtype; a threshold that is no number or array.
     ValueError
-        x is 0-d; a threshold that is NaN or of another shape.
+        x is 0-d; a threshold that is NaN (in an array on CUDA it gives 0 bits) or of another shape.
     NotImplementedError
-        CUDA arrays.
+        float64 on CUDA.
 
     Notes
     -----
@@ -65,15 +65,12 @@ def _binarize(kind, x, thresholds=None, threshold=0.0):
     code = _checks.dtype(kind, x, "x", (*FLOATS, F64, I8, U8))
     if len(x.shape) == 0:
         raise ValueError("x is 0-d; it must have an axis of values")
-    if kind.cuda:
-        raise NotImplementedError("binarize has no CUDA kernel: move the array to the CPU")
     d = x.shape[-1]
+    if kind.cuda:
+        return _on_cuda(kind, x, thresholds, threshold, code, d)
     limit = np.full(d, threshold, np.float64 if code == F64 else np.float32)
     if thresholds is not None:
-        _checks.same_kind(kind, thresholds, "threshold", x, "x")
-        _checks.dtype(kind, thresholds, "threshold", (*FLOATS, F64))
-        if tuple(thresholds.shape) != (d,):
-            raise ValueError(f"threshold has shape {tuple(thresholds.shape)}; it must be a number or ({d},)")
+        _check_thresholds(kind, x, thresholds, d)
         limit = np.ascontiguousarray(kind.to_numpy(thresholds), limit.dtype)
         if np.isnan(limit).any():
             raise ValueError(f"threshold[{int(np.isnan(limit).argmax())}] is NaN; it must be a number")
@@ -85,6 +82,30 @@ def _binarize(kind, x, thresholds=None, threshold=0.0):
     x = kind.dense(x)
     out = kind.empty(shape, U8, x)
     kind.kernels.binarize(kind.ptr(x), code, prod(shape[:-1]), d, limit, kind.ptr(out))
+    return out
+
+
+def _check_thresholds(kind, x, thresholds, d):
+    _checks.same_kind(kind, thresholds, "threshold", x, "x")
+    _checks.dtype(kind, thresholds, "threshold", (*FLOATS, F64))
+    if tuple(thresholds.shape) != (d,):
+        raise ValueError(f"threshold has shape {tuple(thresholds.shape)}; it must be a number or ({d},)")
+
+
+def _on_cuda(kind, x, thresholds, threshold, code, d):
+    if kind.kernels is None or code == F64:
+        raise NotImplementedError("binarize takes no float64 on CUDA: cast the array to float32")
+    if thresholds is not None:
+        _check_thresholds(kind, x, thresholds, d)
+        thresholds = kind.dense(kind.cast(thresholds, F32))
+    if code in (I8, U8):
+        x, code = kind.cast(x, F32), F32
+    x = kind.dense(x)
+    out = kind.empty((*x.shape[:-1], (d + 7) // 8), U8, x)
+    kind.kernels.binarize(
+        kind.ptr(x), code, prod(x.shape[:-1]), d, None if thresholds is None else kind.ptr(thresholds),
+        threshold, kind.ptr(out), *kind.launch(x),
+    )  # fmt: skip
     return out
 
 

@@ -37,8 +37,8 @@ def fwht(x: Any, scale: float = 1.0) -> Any:
     Notes
     -----
     Cost: ``n log2 n`` additions a row and one pass over the memory. Gradient (torch): the transform of the
-    gradient with the same scale. CUDA tensors of torch are transformed by torch's own operations, one pass a
-    level; CuPy arrays are not.
+    gradient with the same scale. On CUDA rows of more than 8192 values and float64 are transformed by torch's
+    own operations, one pass a level; not those of CuPy.
 
     References
     ----------
@@ -71,15 +71,15 @@ def _fwht_length(x):
 def _fwht(kind, x, scale=1.0):
     n = _fwht_length(x)
     code = _checks.dtype(kind, x, "x", (*FLOATS, F64))
-    if kind.cuda:
+    if kind.cuda and not (kind.kernels is not None and code != F64 and n <= kind.kernels.fwht_most):
         if kind.name != "torch":
-            raise NotImplementedError("fwht has no CUDA kernel: move the array to the CPU, or to torch")
+            raise NotImplementedError("fwht of CuPy arrays takes no float64 and rows of at most 8192 values")
         return _levels(kind.torch, x, n, scale)
-    if kind.kernels is None or code == F64:
+    if not kind.cuda and (kind.kernels is None or code == F64):
         return kind.from_numpy(reference.fwht(kind.to_numpy(x), scale), code, x)
     x = kind.dense(x)
     out = kind.empty(tuple(x.shape), code, x)
-    kind.kernels.fwht(kind.ptr(x), code, prod(x.shape[:-1]), n, scale, kind.ptr(out))
+    kind.kernels.fwht(kind.ptr(x), code, prod(x.shape[:-1]), n, scale, kind.ptr(out), *kind.launch(x))
     return out
 
 

@@ -44,7 +44,7 @@ def hash_features(ids: Any, k: int = 1024, *, buckets: int = 1_000_000, seed: in
 
     Notes
     -----
-    The same bits at every SIMD level and on CUDA, where torch's own ops compute (and ids are not checked).
+    The same bits at every SIMD level and on CUDA, where ids are not checked: those out of range give NaN.
     Cost: 4 k bytes written an id.
 
     References
@@ -73,9 +73,38 @@ def _doubles(k, seed):
     return tuple(c.astype(np.float64) for c in reference.coefficients(k, seed))
 
 
+_devices: dict[tuple[str, int, int, int], Any] = {}
+
+
+def _on_device(kind, k, seed, like):
+    """The coefficients and the primes' inverses on the device of ``like``; kept, so that graphs can be made."""
+    key = (kind.name, kind.launch(like)[0], k, seed)
+    if key not in _devices:
+        if len(_devices) >= 256:
+            _devices.pop(next(iter(_devices)))
+        a, b, p = (c.astype(np.int64) for c in reference.coefficients(k, seed))
+        inverse = ((1 << 64) - 1) // p.astype(object)
+        _devices[key] = kind.from_numpy(np.stack([a, b, p, inverse.astype(np.int64)]), I64, like)
+    return _devices[key]
+
+
 def _hash_features(kind, ids, k=1024, buckets=1_000_000, seed=0):
     seed = _options(k, buckets, seed)
     code = _checks.dtype(kind, ids, "ids", (I32, I64))
+    if kind.cuda and kind.kernels is not None:
+        shape, ids = tuple(ids.shape), kind.dense(ids)
+        out, given = kind.empty((*shape, k), F32, ids), _on_device(kind, k, seed, ids)
+        kind.kernels.hash_features(
+            kind.ptr(ids),
+            code,
+            prod(shape),
+            k,
+            kind.ptr(given),
+            float(buckets),
+            kind.ptr(out),
+            *kind.launch(ids),
+        )
+        return out
     if kind.cuda:
         if kind.name != "torch":
             _checks.no_kernel(kind, "hash_features")

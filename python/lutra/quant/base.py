@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _checks
-from .._arrays import U8, kind_of
+from .._arrays import U8, _foreign, _hand_back, kind_of
 from ..index._home import HOST, Home, adopt, check_matrix, deliver, home_of, to_float32
 from ..index._progress import Progress
+from ._on_cuda import Copies
 from ._trained import Trained
 
 PART = 1 << 14  # rows that are coded at a time, so that what lies between vectors and codes stays small
@@ -84,6 +85,7 @@ class Quantizer(Trained):
 
     def __init__(self, d: int) -> None:
         self.d = _checks.integer("d", d, 1)
+        self._copies = Copies()
 
     # ---- what a kind of quantizer says about itself
     @property
@@ -126,7 +128,11 @@ class Quantizer(Trained):
         """
         self._need_training()
         native = vectors(x, "x", self.d)
-        n = native.shape[0]
+        n, kind = native.shape[0], kind_of(native, "x")
+        if kind.cuda and kind.kernels is not None:
+            there = self._encode_there(kind, native)
+            if there is not None:
+                return _hand_back(there, x) if _foreign(x) else there
         codes = np.empty((n, self.code_size), np.uint8)
         with Progress(n, f"{type(self).__name__} encoding", progress) as bar:
             for i in range(0, n, PART):
@@ -134,6 +140,10 @@ class Quantizer(Trained):
                 codes[i : i + PART] = self._encode(part)
                 bar.tick(len(part))
         return deliver(HOST, (codes,), x)[0]
+
+    def _encode_there(self, kind: Any, x: Any) -> Any:
+        """The codes of vectors on a GPU, or None: by the host."""
+        return None
 
     def decode(self, codes: Any) -> Any:
         """The vectors that codes stand for.

@@ -119,6 +119,10 @@ class OPQ(PQ):
     def _turned(self, x: np.ndarray) -> np.ndarray:
         return multiply(x, self._turn)
 
+    def _turned_there(self, kind: Any, x: Any) -> Any:
+        assert self._rotation is not None
+        return kind.dense(x @ self._copies.get(kind, "rotation", self._rotation, x).T)
+
     def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
         turned = None if directions is None else self._turned(directions)
         return super()._entries_of(self._turned(x), turned)

@@ -12,7 +12,7 @@ from .._arrays import U8, kind_of
 from ..index._home import HOST, Home, adopt, deliver, to_float32
 from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
-from . import _bits
+from . import _bits, _on_cuda
 from ._anisotropic import fit
 from ._kernels import pq_entries, pq_vectors
 from .base import PART, Quantizer, Tables, training_home, training_matrix, vectors
@@ -236,6 +236,19 @@ class PQ(Quantizer):
 
     def _encode(self, x: np.ndarray, directions: np.ndarray | None = None) -> np.ndarray:
         return _bits.pack(self._entries_of(x, directions), self.bits)
+
+    def _encode_there(self, kind: Any, x: Any) -> Any:
+        if self.loss != "l2" or self.bits not in (2, 4, 8):
+            return None
+        x = _on_cuda.floats(kind, x)
+        if x is None:
+            return None
+        entries = _on_cuda.pq_entries(kind, self._turned_there(kind, x), self._books, self._copies)
+        return _on_cuda.pack(kind, entries, self.bits)
+
+    def _turned_there(self, kind: Any, x: Any) -> Any:
+        """Vectors on a GPU as the codebooks see them."""
+        return x
 
     def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
         return pq_entries(x, self._books, directions, self.threshold if self.loss == "anisotropic" else 0.0)

@@ -11,7 +11,7 @@ from .. import _checks, gather
 from ..index._home import HOST, Home
 from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
-from . import _bits
+from . import _bits, _on_cuda
 from ._kernels import multiply, rq_entries, rq_extend, rq_gram
 from .base import Quantizer, Tables, training_home, training_matrix
 from .pq import pack_entries
@@ -158,6 +158,15 @@ class RQ(Quantizer):
         if self._gram is None:
             self._gram = rq_gram(self._books)  # two threads may both do it: the results are the same
         return _bits.pack(rq_entries(x, self._books, self._gram, self.beam), self.bits)
+
+    def _encode_there(self, kind: Any, x: Any) -> Any:
+        x = _on_cuda.floats(kind, x) if self.bits in (2, 4, 8) else None
+        if x is None:
+            return None
+        if self._gram is None:
+            self._gram = rq_gram(self._books)
+        entries = _on_cuda.rq_entries(kind, x, self._books, self._gram, self.beam, self._copies)
+        return None if entries is None else _on_cuda.pack(kind, entries, self.bits)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         return _sum(self._entries(codes), self._books)

@@ -1,0 +1,114 @@
+// Codes of product quantization on CUDA; the formula is in pq_encode.h. The squared error only (threshold 0).
+//
+// A block takes some rows through the sub-spaces one after another: a codebook lies in shared memory, from where each
+// of its values serves a warp's threads at once, and a thread has its rows' values of the sub-space in registers, so
+// that one read serves several multiply-adds. Minima are kept as the centroids go by. Sums are in the order of the
+// dimensions by fused multiply-adds.
+// Limit: two fp32 instructions a dimension of a centroid (the difference, and its square added).
+#include "address/pq_encode.h"
+
+#include "common/device.cuh"
+
+namespace lutra {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// D: values of a sub-space that are held at once; a sub-space of more is taken from memory again (Whole is false).
+template <int D, int R, bool Whole>
+__global__ void __launch_bounds__(kThreads) pq_encode_kernel(PqEncodeArgs a, int in_shared) {
+  float* table = dynamic_shared<float>();
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * R) + threadIdx.x;
+  const int dsub = static_cast<int>(a.dsub), ksub = static_cast<int>(a.ksub);
+  for (int64_t j = blockIdx.y; j < a.m; j += gridDim.y) {
+    const float* book = a.books + j * a.ksub * a.dsub;
+    float best[R];
+    int code[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) best[r] = __int_as_float(0x7f800000), code[r] = 0;
+    float x[R][D];
+    const auto load_rows = [&](int k0) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const int64_t row = first + r * kThreads;
+        const float* from = a.x + (row < a.n ? row : a.n - 1) * a.m * a.dsub + j * a.dsub + k0;
+#pragma unroll
+        for (int k = 0; k < D; ++k) x[r][k] = k0 + k < dsub ? from[k] : 0.0f;
+      }
+    };
+    if constexpr (Whole) load_rows(0);
+    for (int c0 = 0; c0 < ksub; c0 += in_shared) {
+      const int here = ksub - c0 < in_shared ? ksub - c0 : in_shared;
+      __syncthreads();  // the table has been read
+      for (int i = threadIdx.x; i < here * dsub; i += kThreads) table[i] = book[static_cast<int64_t>(c0) * dsub + i];
+      __syncthreads();
+      for (int c = 0; c < here; ++c) {
+        float sum[R] = {};
+        if constexpr (Whole) {
+#pragma unroll
+          for (int k = 0; k < D; ++k) {
+            const float v = table[c * D + k];
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+              const float e = x[r][k] - v;
+              sum[r] = fmaf(e, e, sum[r]);
+            }
+          }
+        } else {
+          for (int k0 = 0; k0 < dsub; k0 += D) {
+            load_rows(k0);
+#pragma unroll
+            for (int k = 0; k < D; ++k) {
+              if (k0 + k >= dsub) break;
+              const float v = table[c * dsub + k0 + k];
+#pragma unroll
+              for (int r = 0; r < R; ++r) {
+                const float e = x[r][k] - v;
+                sum[r] = fmaf(e, e, sum[r]);
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+          if (sum[r] < best[r]) best[r] = sum[r], code[r] = c0 + c;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = first + r * kThreads;
+      if (row < a.n) a.entries[row * a.m + j] = static_cast<uint8_t>(code[r]);
+    }
+  }
+}
+
+template <int D, int R, bool Whole>
+void run(const PqEncodeArgs& a, const Launch& l) {
+  const int64_t tiles = div_up(a.n, kThreads * R);
+  // One block of threads goes through all sub-spaces where there are rows enough to fill the machine.
+  const int64_t wanted = div_up(4 * multiprocessors(l.device), tiles > 0 ? tiles : 1);
+  const dim3 grid(grid_x(tiles), static_cast<unsigned>(wanted < a.m ? wanted : a.m < 65535 ? a.m : 65535));
+  int64_t in_shared = 40 * 1024 / 4 / a.dsub;
+  in_shared = in_shared < 1 ? 1 : in_shared < a.ksub ? in_shared : a.ksub;
+  launch("pq_encode", pq_encode_kernel<D, R, Whole>, grid, kThreads, static_cast<size_t>(in_shared * a.dsub) * 4, l, a,
+         static_cast<int>(in_shared));
+}
+
+}  // namespace
+
+void pq_encode(const PqEncodeArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  if (a.n == 0 || a.m == 0) return;
+  switch (a.dsub) {
+    case 1: return run<1, 8, true>(a, l);
+    case 2: return run<2, 8, true>(a, l);
+    case 4: return run<4, 8, true>(a, l);
+    case 8: return run<8, 4, true>(a, l);
+    case 16: return run<16, 4, true>(a, l);
+    default: return run<16, 2, false>(a, l);
+  }
+}
+
+}  // namespace cuda
+}  // namespace lutra

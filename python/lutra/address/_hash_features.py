@@ -77,7 +77,7 @@ _devices: dict[tuple[str, int, int, int], Any] = {}
 
 
 def _on_device(kind, k, seed, like):
-    """The coefficients and the primes' inverses on the device of ``like``; kept, so that graphs can be made."""
+    """Coefficients and inverses of the primes on the device of ``like``; kept, so that graphs can be made."""
     key = (kind.name, kind.launch(like)[0], k, seed)
     if key not in _devices:
         if len(_devices) >= 256:

@@ -158,6 +158,7 @@ __global__ void __launch_bounds__(kThreads) maxsim_again_kernel(const MaxsimArgs
         plain_pair(a, p, p.first + (begin + j) / p.columns, (begin + j) % p.columns);
         __syncthreads();
       }
+    __syncthreads();  // all have looked at odd
   }
 }
 

@@ -1,6 +1,6 @@
 // MaxSim on tensor cores with the accuracy of fp32: every number is the sum of up to three bfloat16 terms of 8 bits,
 // x = x0 + x1 + x2 exactly, and of the nine products of terms the six of at least 2^-16 of the largest are summed in
-// fp32 (what is left out is below 2^-23 of |q||x|, one rounding of a product in fp32). For float32 documents or
+// fp32 (what is left out is below 2^-25 of |q||x|, half a rounding of a product in fp32). For float32 documents or
 // queries, mixed types, and residual codes.
 //
 // Query tokens lie in shared memory as terms, in the layout of the A operand, a warp's own; rows come into the ring as

@@ -1,7 +1,7 @@
-// The longest n-gram that ends at each token, on CUDA, and lookups in a key table; the contracts are in longest_match.h
-// and key_table.h. Tokens out of range match nothing.
+// The longest n-gram that ends at each token, on CUDA; the contract is in longest_match.h, the table's in key_table.h.
+// Tokens out of range match nothing.
 //
-// A thread a token (or key). It reads a bucket, 64 bytes, as four accesses; thousands of threads hide the latency of
+// A thread a token. It reads a bucket, 64 bytes, as four accesses; thousands of threads hide the latency of
 // the chain of reads that a match is. Sequences of one length need no offsets; of others a block finds those of its
 // first and last token by bisection, and each thread only searches between them.
 // Limit: random reads of 64 bytes.
@@ -66,13 +66,6 @@ __global__ void __launch_bounds__(kThreads) longest_match_kernel(LongestMatchArg
   a.lengths[i] = matched;
 }
 
-__global__ void __launch_bounds__(kThreads) key_lookup_kernel(KeyLookupArgs a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= a.n) return;
-  const int64_t key = a.keys[i];
-  a.values[i] = key == kNoKey ? -1 : find_key(a.buckets, a.n_buckets, key);
-}
-
 }  // namespace
 
 void longest_match(const LongestMatchArgs& a, const Launch& l) {
@@ -82,11 +75,6 @@ void longest_match(const LongestMatchArgs& a, const Launch& l) {
     launch("longest_match", longest_match_kernel<int32_t>, grid, kThreads, 0, l, a);
   else
     launch("longest_match", longest_match_kernel<int64_t>, grid, kThreads, 0, l, a);
-}
-
-void key_lookup(const KeyLookupArgs& a, const Launch& l) {
-  const DeviceGuard guard(l.device);
-  launch("key_lookup", key_lookup_kernel, dim3(grid_x(div_up(a.n, kThreads))), kThreads, 0, l, a);
 }
 
 }  // namespace cuda

@@ -105,7 +105,10 @@ void pq_encode(const PqEncodeArgs& a, const Launch& l) {
     case 2: return run<2, 8, true>(a, l);
     case 4: return run<4, 8, true>(a, l);
     case 8: return run<8, 4, true>(a, l);
+    case 12: return run<12, 4, true>(a, l);
     case 16: return run<16, 4, true>(a, l);
+    case 24: return run<24, 2, true>(a, l);
+    case 32: return run<32, 2, true>(a, l);
     default: return run<16, 2, false>(a, l);
   }
 }

@@ -68,7 +68,7 @@ def test_fwht_gradient(gpu_torch):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("dsub", (1, 2, 3, 4, 8, 16, 17, 40))
+@pytest.mark.parametrize("dsub", (1, 2, 3, 4, 8, 12, 16, 17, 24, 32, 40))
 def test_pq_encode(gpu, dsub):
     """Whole numbers: errors are exact, and equal ones go to the first."""
     from lutra._arrays import kind_of

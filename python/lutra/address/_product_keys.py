@@ -169,7 +169,7 @@ def _on_cuda(
     scores, ids = kind.empty((*lead, k), F32, queries), kind.empty((*lead, k), I64, queries)
     tokens = prod(lead) // max(heads, 1)
     queries, keys = queries.reshape(tokens, 2 * heads, half), keys.reshape(2 * heads, n, half)
-    flat_scores, flat_ids = scores.reshape(tokens, -1), ids.reshape(tokens, -1)
+    flat_scores, flat_ids = scores.reshape(tokens, heads * k), ids.reshape(tokens, heads * k)
     step = max(1, _HELD // max(1, 2 * heads * n))
     for first in range(0, tokens if heads else 0, step):
         last = min(first + step, tokens)

@@ -117,7 +117,7 @@ def xor_ngrams(tokens, multipliers, moduli, orders, pad=0):
     with np.errstate(over="ignore"):
         for k in range(max(orders)):
             shifted = np.full_like(rows, pad)
-            shifted[:, k:] = rows[:, : rows.shape[1] - k]
+            shifted[:, k:] = rows[:, : max(0, rows.shape[1] - k)]
             mix = mix ^ shifted * np.uint64(multipliers[k])
             if k + 1 in orders:
                 ids.append(mix[:, :, None] % heads[list(orders).index(k + 1)])

@@ -263,6 +263,7 @@ struct Merge {
   bool smaller_better;   // l2: scores were negated
   float* scores;         // [queries][k]
   int64_t* ids;
+  const int* done = nullptr;  // [queries], or null: where it is not 0 nothing is read or written
 };
 void merge_lists(const Merge& m, const char* what, const Launch& l);
 

@@ -1,17 +1,16 @@
 // PQ scan on CUDA; formula and conventions are in pq.h.
 //
 // One launch computes each query's table of m x 256 partial scores (codes that ksub does not reach get a NaN, so
-// no code is ever tested), a second scans: a block holds the tables of W = 4 queries (or of one) in shared memory,
-// interleaved so that one 16-byte read serves the four, and each of its threads adds up rows of codes, several at
-// a time. What passes the thresholds goes to the queries' lists (common/select.cuh), a third launch merges them.
-// The limit is shared memory: random words of 32 lanes meet in a bank 3.5 times on average. Tables that do not
-// fit in shared memory (m above 200 or so) are read through L1.
+// no code is ever tested), a second scans. Large collections go through the scan of pq_rotated.cu first; the one here,
+// the plain one, sums in the order of the contract and does what that one could not settle. In the plain one a block
+// holds the tables of W = 4 queries (or of one) in shared memory, interleaved so that one 16-byte read serves the four,
+// and each of its threads adds up rows of codes, several at a time. What passes the thresholds goes to the queries'
+// lists (common/select.cuh), a third launch merges them. The limit is shared memory: random words of 32 lanes meet in a
+// bank 3.5 times on average. Tables that do not fit in shared memory (m above 200 or so) are read through L1.
 //
 // k <= 2048. A NaN score, also that of a code >= ksub, comes first. Overflow: n < 2^32 - 1 (checked), offsets into
 // codes and tables are 64-bit; sums are fp32 in increasing j.
-#include "scan/pq.h"
-
-#include "common/select.cuh"
+#include "scan/pq_plan.cuh"
 
 namespace lutra {
 namespace cuda {
@@ -20,22 +19,26 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-struct PqScan {
-  const uint8_t* codes;
-  const float* tables;  // [groups][m][256][W]
-  int64_t nq, n;
-  int m;
-  float sign;  // -1 where smaller is better
-  ListPlan lists;
-  Key* keys;
-};
-
-// tables[g][j][c][w] for query g * W + w. A block per (g, j), a thread per code.
+// tables[g][j][c][w] for query g * W + w, and, where `rotated` is not null, the same for its scan (pq_plan.cuh), where
+// tables from m up to a multiple of 16 are 0. A block per (g, j), a thread per code.
 template <int W, bool L2>
-__global__ void __launch_bounds__(256) tables_kernel(const float* q, int64_t nq, int64_t ldq, const float* codebooks,
-                                                     int m, int ksub, int64_t dsub, float* tables) {
-  const int64_t group = blockIdx.x / m;
-  const int j = static_cast<int>(blockIdx.x - group * m), c = threadIdx.x;
+__global__ void __launch_bounds__(256)
+    tables_kernel(const float* q, int64_t nq, int64_t ldq, const float* codebooks, int m, int ksub, int64_t dsub,
+                  float* tables, float* rotated, int width) {
+  const int padded = rotated ? (m + 15) / 16 * 16 : m;
+  const int64_t group = blockIdx.x / padded;
+  const int j = static_cast<int>(blockIdx.x - group * padded), c = threadIdx.x;
+  const auto put_rotated = [&](int64_t query, float value) {  // of every query of the groups of `width`
+    const int64_t at = (query / width * (padded / 16) + j / 16) * 256 + c;
+    rotated[(at * 16 + j % 16) * width + query % width] = value;
+  };
+  const int64_t room = rotated ? (nq + width - 1) / width * width : 0;  // groups of W and of `width` are not the same
+  if (j >= m) {
+#pragma unroll
+    for (int w = 0; w < W; ++w)
+      if (group * W + w < room) put_rotated(group * W + w, 0.0f);
+    return;
+  }
   const float* row = codebooks + (static_cast<int64_t>(j) * ksub + c) * dsub;
   float sum[W];
 #pragma unroll
@@ -49,7 +52,10 @@ __global__ void __launch_bounds__(256) tables_kernel(const float* q, int64_t nq,
       sum[w] = L2 ? fmaf(a - b, a - b, sum[w]) : fmaf(a, b, sum[w]);
     }
   }
-  store_pack<float, W>(tables + (static_cast<int64_t>(blockIdx.x) * 256 + c) * W, sum);
+  store_pack<float, W>(tables + ((group * m + j) * 256 + c) * W, sum);
+#pragma unroll
+  for (int w = 0; w < W; ++w)
+    if (group * W + w < room) put_rotated(group * W + w, sum[w]);
 }
 
 // VEC codes of a row are read at once. FAR: the tables stay in device memory.
@@ -57,6 +63,11 @@ template <int W, int VEC, bool FAR>
 __global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
   constexpr int R = W == 1 ? 4 : 2;  // rows of a thread at a time
   const int64_t q0 = static_cast<int64_t>(blockIdx.x) * W;
+  if (a.done) {
+    bool final = true;
+    for (int64_t query = q0; query < q0 + W && query < a.nq; ++query) final = final && a.done[query];
+    if (final) return;
+  }
   const int64_t table_floats = static_cast<int64_t>(a.m) * 256 * W;
   const float* tables = a.tables + blockIdx.x * table_floats;
   float* shared = dynamic_shared<float>();
@@ -131,12 +142,14 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
 }
 
 constexpr int64_t kListBytes = int64_t{128} << 20, kTableBytes = int64_t{64} << 20;  // of the workspace, about
+constexpr int64_t kRotatedCodes = 1 << 20;  // below, its second scoring takes longer than the conflicts it avoids
 
 struct PqPlan {
   int width;  // queries per block
   bool far;
   size_t shared;
-  ListPlan lists;
+  ListPlan lists;       // of the plain scan; lists.queries: of a launch
+  RotatedPlan rotated;  // width 0: the plain scan does it all
   int64_t tables() const { return round_up(lists.queries, width); }
 };
 
@@ -164,41 +177,96 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
   s.parts = parts_for(groups, tiles, slots, 2);
   s.tiles_per_part = div_up(tiles > 0 ? tiles : 1, s.parts);
   s.parts = static_cast<int>(div_up(tiles > 0 ? tiles : 1, s.tiles_per_part));
-  const int64_t list = static_cast<int64_t>(sizeof(Key)) * (s.stride > 0 ? s.stride : 1) * s.parts * p.width;
-  const int64_t by_lists = kListBytes / list, by_tables = kTableBytes / (m * 1024 * p.width + 1);
-  const int64_t fit = by_lists < by_tables ? by_lists : by_tables;
-  if (groups > fit) groups = fit > 1 ? fit : 1;
-  s.queries = groups * p.width < nq ? groups * p.width : nq;
+  p.rotated = n * m >= kRotatedCodes ? rotated_plan(nq, n, k, m, device) : RotatedPlan{};
+  const auto list_bytes = [](const ListPlan& lists) {
+    return static_cast<int64_t>(sizeof(Key)) * (lists.stride > 0 ? lists.stride : 1) * lists.parts;
+  };
+  int64_t list = list_bytes(s), table = m * 1024 + 1;
+  if (p.rotated.width) {
+    const int64_t other = list_bytes(p.rotated.lists);
+    list = list > other ? list : other;
+    table += round_up(m, 16) * 1024 * p.rotated.width + (k + kMaxK) * 16;
+  }
+  const int64_t by_lists = kListBytes / list, by_tables = kTableBytes / table;
+  const int64_t fit = (by_lists < by_tables ? by_lists : by_tables) / 4 * 4;
+  s.queries = fit < 4 ? 4 : fit;
+  if (s.queries > nq) s.queries = nq;
+  p.rotated.lists.queries = s.queries;
   return p;
 }
 
 struct Arrays {
-  float* tables;
-  Key* keys;
+  float *tables, *rotated;
+  Key* keys;  // of the rotated scan, then of the plain one
+  float* scores;
+  int64_t* ids;
+  int* done;
 };
 Arrays arrays(const PqPlan& p, int64_t m, void* workspace, int64_t* bytes) {
   Carve c(workspace);
-  Arrays a;
+  Arrays a{};
   a.tables = c.take<float>(p.tables() * m * 256);
-  a.keys = c.take<Key>(p.lists.bytes() / static_cast<int64_t>(sizeof(Key)));
+  int64_t keys = p.lists.bytes();
+  if (p.rotated.width) {
+    const int64_t queries = p.lists.queries, other = p.rotated.lists.bytes();
+    keys = keys > other ? keys : other;
+    a.rotated = c.take<float>(round_up(queries, p.rotated.width) * round_up(m, 16) * 256);
+    a.scores = c.take<float>(queries * p.rotated.kept);
+    a.ids = c.take<int64_t>(queries * p.rotated.kept);
+    a.done = c.take<int>(queries);
+  }
+  a.keys = c.take<Key>(keys / static_cast<int64_t>(sizeof(Key)));
   if (bytes) *bytes = c.used();
   return a;
 }
 
 template <int W>
-void scan(const PqArgs& a, const PqPlan& p, const PqScan& s, const float* q, float* tables, const Launch& l) {
-  const int64_t groups = div_up(s.nq, W);
-  launch("pq", a.metric == Metric::l2 ? tables_kernel<W, true> : tables_kernel<W, false>, grid_x(groups * a.m), 256, 0,
-         l, q, s.nq, a.ldq, a.codebooks, s.m, static_cast<int>(a.ksub), a.dsub, tables);
-  const dim3 grid(grid_x(groups), static_cast<unsigned>(p.lists.parts));
+void make_tables(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, const Arrays& w, const Launch& l) {
+  const int64_t blocks = div_up(count, W) * (w.rotated ? round_up(a.m, 16) : a.m);
+  launch("pq", a.metric == Metric::l2 ? tables_kernel<W, true> : tables_kernel<W, false>, grid_x(blocks), 256, 0, l,
+         a.q + first * a.ldq, count, a.ldq, a.codebooks, static_cast<int>(a.m), static_cast<int>(a.ksub), a.dsub,
+         w.tables, w.rotated, p.rotated.width);
+}
+
+template <int W>
+void plain_scan(const PqScan& s, const PqPlan& p, const Launch& l) {
+  const dim3 grid(grid_x(div_up(s.nq, W)), static_cast<unsigned>(p.lists.parts));
   auto kernel = scan_kernel<W, 1, false>;
   if (p.far)
     kernel = scan_kernel<1, 1, true>;
-  else if (a.m % 16 == 0 && aligned(a.codes, 16))
+  else if (s.m % 16 == 0 && aligned(s.codes, 16))
     kernel = scan_kernel<W, 16, false>;
-  else if (a.m % 4 == 0 && aligned(a.codes, 4))
+  else if (s.m % 4 == 0 && aligned(s.codes, 4))
     kernel = scan_kernel<W, 4, false>;
   launch("pq", kernel, grid, kThreads, p.shared, l, s);
+}
+
+// The results of the queries [first, first + count), which one launch serves.
+void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, const Arrays& w, const Launch& l) {
+  const bool l2 = a.metric == Metric::l2;
+  const int m = static_cast<int>(a.m), k = static_cast<int>(a.k);
+  float* scores = a.scores + first * a.k;
+  int64_t* ids = a.ids + first * a.k;
+  const ListPlan& lists = p.lists;
+  if (lists.best > 0) {
+    (p.width == 4 ? make_tables<4> : make_tables<1>)(a, p, first, count, w, l);
+    PqScan s{a.codes, w.tables, count, a.n, m, l2 ? -1.0f : 1.0f, lists, w.keys, w.done};
+    if (p.rotated.width) {
+      const int kept = p.rotated.kept;
+      s.tables = w.rotated, s.lists = p.rotated.lists;
+      rotated_scan(s, p.rotated, l);
+      merge_lists(Merge{w.keys, count, s.lists.parts, kept, s.lists.stride, false, kept, kept, l2, w.scores, w.ids},
+                  "pq", l);
+      settle(PqSettle{w.tables, p.width, a.codes, a.n, m, static_cast<int>(a.ksub), l2, kept, k, w.scores, w.ids,
+                      scores, ids, w.done},
+             count, l);
+      s.tables = w.tables, s.lists = lists;
+    }
+    (p.width == 4 ? plain_scan<4> : plain_scan<1>)(s, p, l);
+  }
+  merge_lists(
+      Merge{w.keys, count, lists.parts, lists.best, lists.stride, false, lists.best, k, l2, scores, ids, w.done}, "pq",
+      l);
 }
 
 }  // namespace
@@ -213,23 +281,9 @@ int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t k, const Launch& 
 void pq(const PqArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
   const PqPlan p = plan_for(a.nq, a.n, a.k, a.m, l.device);
-  const ListPlan& lists = p.lists;
   const Arrays w = arrays(p, a.m, l.workspace, nullptr);
-  const bool l2 = a.metric == Metric::l2;
-  for (int64_t first = 0; first < a.nq; first += lists.queries) {
-    const int64_t count = a.nq - first < lists.queries ? a.nq - first : lists.queries;
-    if (lists.best > 0) {
-      const PqScan s{a.codes, w.tables, count, a.n, static_cast<int>(a.m), l2 ? -1.0f : 1.0f, lists, w.keys};
-      const float* q = a.q + first * a.ldq;
-      if (p.width == 4)
-        scan<4>(a, p, s, q, w.tables, l);
-      else
-        scan<1>(a, p, s, q, w.tables, l);
-    }
-    merge_lists(Merge{w.keys, count, lists.parts, lists.best, lists.stride, false, lists.best, static_cast<int>(a.k),
-                      l2, a.scores + first * a.k, a.ids + first * a.k},
-                "pq", l);
-  }
+  for (int64_t first = 0; first < a.nq; first += p.lists.queries)
+    search(a, p, first, a.nq - first < p.lists.queries ? a.nq - first : p.lists.queries, w, l);
 }
 
 }  // namespace cuda

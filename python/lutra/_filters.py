@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import _adopt, is_native, kind_of, type_name
+from ._arrays import U8, _adopt, is_native, kind_of, type_name
 
 _KINDS = (
     "a bool array, packed bits (uint8, little bit order), an array or list of ids, "
@@ -74,6 +74,21 @@ def resolve(filter: Any, n: int, ids: Any = None) -> Any:
     if a.dtype == np.uint64 and a.size and int(a.max()) >= 2**63:
         raise ValueError(f"filter holds {int(a.max())}; ids must be less than 2**63")
     return _ids(a.astype(np.int64, copy=False), n, ids)
+
+
+def beside(like: Any, filter: Any, n: int) -> Any:
+    """`resolve` for an op: the bitmap as an array of the library of ``like``, on its device.
+
+    Packed bits that are there already stay as they are: nothing is copied, nothing waits for the device.
+    """
+    if is_native(like) and not isinstance(like, np.ndarray) and type(filter) is type(like):
+        packed = filter.ndim == 1 and kind_of(filter, "filter").code(filter) == U8
+        if packed and filter.device == like.device and filter.shape[0] == (n + 7) // 8:
+            return filter
+    keep = resolve(filter, n)
+    if keep is None or not is_native(like) or isinstance(like, np.ndarray):
+        return keep
+    return kind_of(like, "queries").from_numpy(keep if keep.flags.writeable else keep.copy(), U8, like)
 
 
 def count(keep: np.ndarray) -> int:

@@ -21,6 +21,7 @@ struct Address {
 };
 
 void register_address(py::module_& m);
+void register_codes(py::module_& m);
 void register_gather(py::module_& m);
 void register_lists(py::module_& m);
 void register_maxsim(py::module_& m);

@@ -33,6 +33,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &device_count);
   m.def("device_name", &device_name);
   lutra::register_address(m);
+  lutra::register_codes(m);
   lutra::register_gather(m);
   lutra::register_lists(m);
   lutra::register_maxsim(m);

@@ -1,0 +1,223 @@
+// Packed bits on CUDA; formulas and conventions are in binary.h.
+//
+// One or two queries: as many lanes as make whole sectors share a row, 16 bytes each, and add up their counts by
+// shuffles; the limit is reading the collection. More queries: a thread has a row of its own and compares each 16
+// bytes of it, in registers, with those of 8 queries in shared memory; the limit is 16 popcounts a cycle and
+// multiprocessor, 64 bytes.
+//
+// k <= 2048. n < 2^32 - 1; offsets are 64-bit. Counts are integers: 32 bits hold rows of 2^28 bytes.
+#include "scan/binary.h"
+
+#include <type_traits>
+
+#include "scan/code_scan.cuh"
+
+namespace lutra {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256, kRows = 2;
+
+struct BinaryScan {
+  const uint8_t *q, *x, *keep;
+  int64_t nq, n;
+  int b, chunks;  // bytes of a row; of 16 bytes
+  ListPlan lists;
+  Key* keys;
+};
+
+__device__ __forceinline__ int count4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __popc(a) + __popc(b) + (__popc(c) + __popc(d));
+}
+
+struct Nothing {};
+struct Ones {
+  int count = 0;
+};
+
+template <int VEC, int LANES, int QUERIES, bool JACCARD>
+struct BinaryPolicy {
+  static constexpr int kThreads = cuda::kThreads, kRows = cuda::kRows, kQueries = QUERIES, kLanes = LANES;
+  using Piece = Codes16;
+  using Sum = int;
+  using RowSum = std::conditional_t<JACCARD, Ones, Nothing>;
+  const BinaryScan& a;
+  const uint4* q;   // [QUERIES][chunks], shared memory
+  const int* ones;  // [QUERIES]
+  int queries;
+
+  __device__ __forceinline__ void fetch(uint32_t row, int piece, Piece& to) const {
+    fetch_codes<VEC>(a.x + static_cast<uint64_t>(row) * a.b,
+                     16 * (LANES == 1 ? piece : piece * LANES + threadIdx.x % LANES), a.b, to.v);
+  }
+  __device__ __forceinline__ void add(int piece, const Piece (&row)[kRows], Sum (&sum)[kRows][kQueries],
+                                      RowSum (&row_sum)[kRows]) const {
+    const uint4* at = q + (LANES == 1 ? piece : piece * LANES + threadIdx.x % LANES);
+    if constexpr (JACCARD) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) row_sum[r].count += count4(row[r].v[0], row[r].v[1], row[r].v[2], row[r].v[3]);
+    }
+#pragma unroll
+    for (int w = 0; w < kQueries; ++w) {
+      if (kQueries > 1 && w >= queries) break;
+      const uint4 s = at[w * a.chunks];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const uint32_t* v = row[r].v;
+        sum[r][w] += JACCARD ? count4(v[0] & s.x, v[1] & s.y, v[2] & s.z, v[3] & s.w)
+                             : count4(v[0] ^ s.x, v[1] ^ s.y, v[2] ^ s.z, v[3] ^ s.w);
+      }
+    }
+  }
+  __device__ __forceinline__ void close(Sum (&sum)[kRows][kQueries], RowSum (&row_sum)[kRows]) const {
+#pragma unroll
+    for (int s = LANES / 2; s > 0; s >>= 1)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][0] += __shfl_xor_sync(kFullWarp, sum[r][0], s);
+        if constexpr (JACCARD) row_sum[r].count += __shfl_xor_sync(kFullWarp, row_sum[r].count, s);
+      }
+  }
+  __device__ __forceinline__ float score(int count, const RowSum& row_sum, int w, uint32_t) const {
+    if constexpr (JACCARD) {
+      const int together = row_sum.count + ones[w] - count;
+      return together == 0 ? -0.0f : __fdiv_rn(static_cast<float>(count), static_cast<float>(together)) - 1.0f;
+    } else {
+      return -static_cast<float>(count);
+    }
+  }
+  __device__ __forceinline__ bool wanted(uint32_t row) const { return !a.keep || (a.keep[row >> 3] >> (row & 7) & 1); }
+};
+
+template <int VEC, int LANES, int QUERIES, bool JACCARD>
+__global__ void __launch_bounds__(kThreads, QUERIES == 1 ? 4 : 3) binary_kernel(BinaryScan a) {
+  using Policy = BinaryPolicy<VEC, LANES, QUERIES, JACCARD>;
+  uint8_t* const patterns = dynamic_shared<uint8_t>();
+  int* const ones = reinterpret_cast<int*>(patterns + static_cast<int64_t>(a.chunks) * 16 * QUERIES);
+  const int64_t q0 = static_cast<int64_t>(blockIdx.x) * QUERIES;
+  const int queries = static_cast<int>(a.nq - q0 < QUERIES ? a.nq - q0 : QUERIES);
+  Key* const keys = lists_of(a.keys, a.lists, q0);
+  const int64_t pitch = a.lists.parts * a.lists.stride;
+  Selector select;
+  select.init(ones + (QUERIES + 1) / 2 * 2, keys, pitch, QUERIES, a.lists.capacity, a.lists.best);
+  for (int i = threadIdx.x; i < a.chunks * 16 * QUERIES; i += kThreads) {
+    const int w = i / (a.chunks * 16), at = i - w * a.chunks * 16;
+    patterns[i] = w < queries && at < a.b ? a.q[(q0 + w) * a.b + at] : 0;
+  }
+  __syncthreads();
+  const uint4* const q = reinterpret_cast<const uint4*>(patterns);
+  if (JACCARD) {
+    for (int w = threadIdx.x >> 5; w < QUERIES; w += kThreads / 32) {
+      int count = 0;
+      for (int c = threadIdx.x & 31; c < a.chunks; c += 32) {
+        const uint4 v = q[w * a.chunks + c];
+        count += count4(v.x, v.y, v.z, v.w);
+      }
+#pragma unroll
+      for (int s = 16; s > 0; s >>= 1) count += __shfl_xor_sync(kFullWarp, count, s);
+      if ((threadIdx.x & 31) == 0) ones[w] = count;
+    }
+    __syncthreads();
+  }
+  constexpr int64_t kTile = kThreads / LANES * Policy::kRows;
+  const int64_t begin = blockIdx.y * a.lists.tiles_per_part * kTile;
+  const int64_t stop = begin + a.lists.tiles_per_part * kTile, end = stop < a.n ? stop : a.n;
+  scan_codes(Policy{a, q, ones, queries}, select, static_cast<uint32_t>(begin), static_cast<uint32_t>(end),
+             a.chunks / LANES, queries);
+  select.finish(keys, pitch, queries);
+}
+
+constexpr int64_t kListBytes = int64_t{128} << 20;  // of the workspace, about
+constexpr int kBatch = 8;
+
+struct BinaryPlan {
+  int queries, lanes, vec;
+  size_t shared;
+  ListPlan lists;
+};
+
+BinaryPlan plan_for(int64_t nq, int64_t n, int64_t b, int64_t k, int vec, int device) {
+  if (k > kMaxK && n > kMaxK)
+    throw std::invalid_argument("lutra: k is " + std::to_string(k) + "; on CUDA it must be <= 2048");
+  if (n > kMaxRows) throw std::length_error("lutra: binary on CUDA takes fewer than 2^32 - 1 rows");
+  const int64_t chunks = div_up(b, 16), limit = shared_limit(device);
+  const int best = static_cast<int>(k < n ? k : n);
+  const auto shared_for = [&](int queries) {
+    return chunks * 16 * queries + 4 * ((queries + 1) / 2 * 2) +
+           static_cast<int64_t>(Selector::bytes(queries, best, kThreads / 32));
+  };
+  if (b > (int64_t{1} << 24) || shared_for(1) > limit)
+    throw std::length_error("lutra: binary on CUDA takes rows of at most 200 kB or so");
+  BinaryPlan p;
+  p.vec = vec;
+  p.queries = nq > 2 && shared_for(kBatch) * 2 <= limit ? kBatch : 1;
+  p.lanes = 1;
+  while (p.queries == 1 && vec == 16 && p.lanes < 8 && chunks % (2 * p.lanes) == 0) p.lanes *= 2;
+  p.shared = static_cast<size_t>(shared_for(p.queries));
+  int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024), most = p.queries == 1 ? 4 : 3;
+  at_once = at_once < 1 ? 1 : at_once > most ? most : at_once;
+  p.lists = cut_lists(nq, p.queries, n, k, kThreads / p.lanes * (2), at_once * multiprocessors(device), kListBytes);
+  return p;
+}
+
+template <int VEC, int LANES, int QUERIES>
+void scan_as(const BinaryScan& s, const BinaryPlan& p, bool jaccard, const Launch& l) {
+  const dim3 grid(grid_x(div_up(s.nq, QUERIES)), static_cast<unsigned>(p.lists.parts));
+  launch("binary", jaccard ? binary_kernel<VEC, LANES, QUERIES, true> : binary_kernel<VEC, LANES, QUERIES, false>, grid,
+         kThreads, p.shared, l, s);
+}
+
+template <int VEC>
+void scan_of(const BinaryScan& s, const BinaryPlan& p, bool jaccard, const Launch& l) {
+  if (p.queries > 1) return scan_as<VEC, 1, kBatch>(s, p, jaccard, l);
+  if constexpr (VEC == 16) {
+    if (p.lanes == 2) return scan_as<VEC, 2, 1>(s, p, jaccard, l);
+    if (p.lanes == 4) return scan_as<VEC, 4, 1>(s, p, jaccard, l);
+    if (p.lanes == 8) return scan_as<VEC, 8, 1>(s, p, jaccard, l);
+  }
+  scan_as<VEC, 1, 1>(s, p, jaccard, l);
+}
+
+int vector_bytes(int64_t b, const void* x) {
+  return b % 16 == 0 && aligned(x, 16) ? 16 : b % 4 == 0 && aligned(x, 4) ? 4 : 1;
+}
+
+}  // namespace
+
+int64_t binary_workspace(int64_t nq, int64_t n, int64_t b, int64_t k, const void* x, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  Carve c(nullptr);
+  c.take<Key>(plan_for(nq, n, b, k, vector_bytes(b, x), l.device).lists.bytes() / static_cast<int64_t>(sizeof(Key)));
+  return c.used();
+}
+
+void binary(const BinaryArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  const BinaryPlan p = plan_for(a.nq, a.n, a.b, a.k, vector_bytes(a.b, a.x), l.device);
+  const ListPlan& lists = p.lists;
+  Key* keys = static_cast<Key*>(l.workspace);
+  for (int64_t first = 0; first < a.nq; first += lists.queries) {
+    const int64_t count = a.nq - first < lists.queries ? a.nq - first : lists.queries;
+    if (lists.best > 0) {
+      const BinaryScan s{a.q + first * a.b,
+                         a.x,
+                         a.keep,
+                         count,
+                         a.n,
+                         static_cast<int>(a.b),
+                         static_cast<int>(div_up(a.b, 16)),
+                         lists,
+                         keys};
+      const bool jaccard = a.metric == BinaryMetric::jaccard;
+      p.vec == 16  ? scan_of<16>(s, p, jaccard, l)
+      : p.vec == 4 ? scan_of<4>(s, p, jaccard, l)
+                   : scan_of<1>(s, p, jaccard, l);
+    }
+    merge_lists(Merge{keys, count, lists.parts, lists.best, lists.stride, false, lists.best, static_cast<int>(a.k),
+                      true, a.scores + first * a.k, a.ids + first * a.k},
+                "binary", l);
+  }
+}
+
+}  // namespace cuda
+}  // namespace lutra

@@ -1,0 +1,250 @@
+"""Scans of codes on CUDA against the reference: product quantization and packed bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gpu_arrays import SIZES, close, same_bits
+
+import lutra
+from lutra.reference import binary as binary_reference
+from lutra.reference import scan as reference
+
+
+def integers(rng, *shape):
+    """Small integers: every score is exact, and many are equal."""
+    return rng.integers(-3, 4, shape).astype(np.float32)
+
+
+def tables_of(q, books, metric):
+    """Tables (nq, m, ksub) in float64."""
+    m, _, dsub = books.shape
+    parts = q.reshape(len(q), m, 1, dsub).astype(np.float64)
+    if metric == "ip":
+        return (parts * books).sum(-1)
+    return np.square(parts - books).sum(-1)
+
+
+def all_scores(q, codes, books, metric):
+    tables = tables_of(q, books, metric)
+    return sum(tables[:, j, codes[:, j]] for j in range(codes.shape[1]))
+
+
+def check_pq(gpu, q, codes, books, k, metric, batches):
+    """Results against sums in float64: the scores of the ids, and that no better row is missing."""
+    exact = all_scores(q, codes, books, metric)
+    sign = -1 if metric == "ip" else 1
+    order = sign * np.sort(np.partition(sign * exact, k - 1, axis=1)[:, :k], axis=1)
+    b, c = gpu.put(codes), gpu.put(books)
+    for nq in batches:
+        a = gpu.put(q[:nq])
+        with gpu.no_sync():
+            scores, ids = lutra.scan.pq(a, b, c, k, metric)
+        scores, ids = gpu.get(scores), gpu.get(ids)
+        close(scores, order[:nq], factor=4)
+        close(scores, np.take_along_axis(exact[:nq], ids, 1), factor=4)
+        assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.fixture
+def rng():
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------- pq: collections that take the fast scan
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("m", [1, 8, 12, 15, 16, 17, 24, 32, 33, 48, 64, 96, 100])
+def test_pq_large(gpu, rng, m, metric):
+    n = (1 << 20) // m + int(rng.integers(1, 3000))
+    codes = rng.integers(0, 256, (n, m)).astype(np.uint8)
+    books = rng.standard_normal((m, 256, 2)).astype(np.float32)
+    q = rng.standard_normal((5, 2 * m)).astype(np.float32)
+    check_pq(gpu, q, codes, books, 10, metric, (1, 2, 3, 5))
+
+
+@pytest.mark.parametrize("k", [1, 10, 11, 16, 100, 1000, 1800, 2048])
+def test_pq_large_every_k(gpu, rng, k):
+    codes = rng.integers(0, 200, (70_001, 16)).astype(np.uint8)
+    books = rng.standard_normal((16, 200, 3)).astype(np.float32)
+    check_pq(gpu, rng.standard_normal((6, 48)).astype(np.float32), codes, books, k, "l2", (1, 6))
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_pq_large_ties(gpu, rng, metric):
+    """Exact values, with so many equal rows that the fast scan cannot settle which are first."""
+    q, books = integers(rng, 5, 32), integers(rng, 16, 10, 2)
+    codes = rng.integers(0, 10, (80_000, 16)).astype(np.uint8)
+    codes[rng.integers(0, 80_000, 50_000)] = codes[0]
+    for k in (1, 10, 300):
+        for nq in (1, 5):
+            scores, ids = lutra.scan.pq(gpu.put(q[:nq]), gpu.put(codes), gpu.put(books), k, metric)
+            want_scores, want_ids = reference.pq(q[:nq], codes, books, k, metric)
+            np.testing.assert_array_equal(gpu.get(ids), want_ids)
+            np.testing.assert_array_equal(gpu.get(scores), want_scores)
+
+
+def test_pq_scores_do_not_depend_on_the_batch_or_the_collection(gpu, rng):
+    """The fast scan, the plain one and every width give the same bits."""
+    codes = rng.integers(0, 256, (70_000, 16)).astype(np.uint8)
+    books = rng.standard_normal((16, 256, 2)).astype(np.float32)
+    q = rng.standard_normal((6, 32)).astype(np.float32)
+    scores, ids = (gpu.get(a) for a in lutra.scan.pq(gpu.put(q), gpu.put(codes), gpu.put(books), 10))
+    for nq in (1, 2, 4):
+        part = lutra.scan.pq(gpu.put(q[:nq]), gpu.put(codes), gpu.put(books), 10)
+        same_bits(gpu.get(part.scores), scores[:nq])
+        same_bits(gpu.get(part.ids), ids[:nq])
+    for i in range(6):  # few rows: the plain scan
+        own, own_ids = lutra.scan.pq(gpu.put(q[i : i + 1]), gpu.put(codes[ids[i]]), gpu.put(books), 10)
+        same_bits(gpu.get(own), scores[i : i + 1])
+        np.testing.assert_array_equal(ids[i][gpu.get(own_ids)[0]], ids[i])
+
+
+def test_pq_large_nan_and_infinity(gpu, rng):
+    codes = rng.integers(0, 200, (70_000, 16)).astype(np.uint8)
+    codes[[5, 69_999, 31_234], [0, 15, 7]] = 255
+    books = rng.standard_normal((16, 200, 2)).astype(np.float32)
+    q = rng.standard_normal((3, 32)).astype(np.float32)
+    for metric in ("l2", "ip"):
+        for nq in (1, 3):
+            scores, ids = (
+                gpu.get(a) for a in lutra.scan.pq(gpu.put(q[:nq]), gpu.put(codes), gpu.put(books), 10, metric)
+            )
+            np.testing.assert_array_equal(ids[:, :3], [[5, 31_234, 69_999]] * nq)
+            assert np.isnan(scores[:, :3]).all() and not np.isnan(scores[:, 3:]).any()
+    q[1, 3] = np.nan
+    ids = gpu.get(lutra.scan.pq(gpu.put(q), gpu.put(codes), gpu.put(books), 4).ids)
+    np.testing.assert_array_equal(ids[1], [0, 1, 2, 3])
+    q[1, 3] = np.inf  # <q, x> is infinite or NaN; every distance is infinite
+    codes = np.minimum(codes, 199)
+    books = np.abs(books)
+    scores, ids = (
+        gpu.get(a) for a in lutra.scan.pq(gpu.put(np.abs(q)), gpu.put(codes), gpu.put(books), 4, "ip")
+    )
+    np.testing.assert_array_equal(ids[1], [0, 1, 2, 3])
+    assert (scores[1] == np.inf).all() and np.isfinite(scores[[0, 2]]).all()
+
+
+def test_pq_large_unaligned(gpu, rng):
+    flat = rng.integers(0, 256, 70_000 * 16 + 1).astype(np.uint8)
+    books = rng.standard_normal((16, 256, 2)).astype(np.float32)
+    q = rng.standard_normal((3, 32)).astype(np.float32)
+    on_gpu = gpu.put(flat)[1:].reshape(70_000, 16)
+    got = lutra.scan.pq(gpu.put(q), on_gpu, gpu.put(books), 10)
+    want = lutra.scan.pq(gpu.put(q), gpu.put(flat[1:].reshape(70_000, 16)), gpu.put(books), 10)
+    same_bits(gpu.get(got.scores), gpu.get(want.scores))
+    same_bits(gpu.get(got.ids), gpu.get(want.ids))
+
+
+# ---------------------------------------------------------------- packed bits
+METRICS = ("hamming", "jaccard")
+
+
+def check_binary(gpu, q, x, k, metric, filter=None):
+    a, b = gpu.put(q), gpu.put(x)
+    keep = None if filter is None else np.packbits(filter, bitorder="little")
+    on_gpu = None if keep is None else gpu.put(keep)
+    with gpu.no_sync():
+        scores, ids = lutra.scan.binary(a, b, k, metric, filter=on_gpu)
+    want_scores, want_ids = binary_reference.binary(q, x, k, metric, keep)
+    assert gpu.owns(scores) and gpu.owns(ids)
+    np.testing.assert_array_equal(gpu.get(scores), want_scores)
+    np.testing.assert_array_equal(gpu.get(ids), want_ids)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("nq", [1, 2, 3, 7, 8, 9, 17])
+def test_binary(gpu, rng, nq, metric):
+    for b in (*SIZES, 8, 32, 48, 64, 96, 128, 256):
+        for n in (1, 50, 1500):
+            x = rng.integers(0, 256, (n, b)).astype(np.uint8)
+            q = rng.integers(0, 256, (nq, b)).astype(np.uint8)
+            q[0] = x[0]
+            check_binary(gpu, q, x, 10, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 16, 17, 300, 2048])
+def test_binary_every_k_with_ties_and_filter(gpu, rng, k, metric):
+    x = rng.integers(0, 4, (20_011, 16)).astype(np.uint8)
+    x[::3] = x[1]
+    x[5:9] = 0
+    for nq in (1, 9):
+        q = rng.integers(0, 4, (nq, 16)).astype(np.uint8)
+        q[-1] = 0
+        check_binary(gpu, q, x, k, metric)
+        check_binary(gpu, q, x, k, metric, rng.random(20_011) < 0.5)
+        check_binary(gpu, q, x, k, metric, rng.random(20_011) < 0.002)
+
+
+def test_binary_filters_of_every_kind(gpu, rng):
+    x, q = (rng.integers(0, 256, (n, 8)).astype(np.uint8) for n in (500, 3))
+    mask = rng.random(500) < 0.3
+    want = binary_reference.binary(q, x, 5, "hamming", np.packbits(mask, bitorder="little"))
+    packed = np.packbits(mask, bitorder="little")
+    for filter in (mask, packed, np.flatnonzero(mask), lambda ids: mask[ids], gpu.put(mask), gpu.put(packed)):
+        got = lutra.scan.binary(gpu.put(q), gpu.put(x), 5, filter=filter)
+        np.testing.assert_array_equal(gpu.get(got.ids), want[1])
+        np.testing.assert_array_equal(gpu.get(got.scores), want[0])
+
+
+def test_binary_padding_and_empty(gpu, rng):
+    x, q = (rng.integers(0, 256, (n, 4)).astype(np.uint8) for n in (3, 2))
+    for metric in METRICS:
+        for k in (3, 20, 2000):
+            check_binary(gpu, q, x, k, metric)
+        check_binary(gpu, q, x[:0], 2, metric)
+        assert lutra.scan.binary(gpu.put(q[:0]), gpu.put(x), 3, metric).ids.shape == (0, 3)
+    with pytest.raises(ValueError, match="at most 2048 on CUDA"):
+        lutra.scan.binary(gpu.put(q), gpu.put(x), 2049)
+
+
+def test_binary_large_rows_and_unaligned(gpu, rng):
+    for b in (1000, 4096, 20_000):
+        x, q = (rng.integers(0, 256, (n, b)).astype(np.uint8) for n in (600, 9))
+        for nq in (1, 9):
+            check_binary(gpu, q[:nq], x, 3, "hamming")
+            check_binary(gpu, q[:nq], x, 3, "jaccard")
+    flat = rng.integers(0, 256, 300 * 16 + 1).astype(np.uint8)
+    got = lutra.scan.binary(gpu.put(flat[:16][None]), gpu.put(flat)[1:].reshape(300, 16), 5)
+    want = binary_reference.binary(flat[:16][None], flat[1:].reshape(300, 16), 5, "hamming")
+    np.testing.assert_array_equal(gpu.get(got.ids), want[1])
+
+
+@pytest.mark.parametrize("nq", [1, 9])
+def test_binary_sorted(gpu, nq):
+    """Rows that get better and better pass every threshold."""
+    n = 20_000
+    x = np.packbits(np.arange(256)[None] >= (np.arange(n) // 80)[:, None], axis=1)
+    q = np.zeros((nq, 32), np.uint8)
+    for rows in (x, np.ascontiguousarray(x[::-1])):
+        check_binary(gpu, q, rows, 10, "hamming")
+        check_binary(gpu, q, rows, 100, "hamming")
+
+
+def test_rescore_bits(gpu, rng):
+    for d in (*SIZES, 128, 1030):
+        q = rng.standard_normal((5, d)).astype(np.float32)
+        x = rng.integers(0, 256, (300, (d + 7) // 8)).astype(np.uint8)
+        for c in (1, 40, 3000):
+            candidates = rng.integers(-1, 300, (5, c))
+            for k in (1, 10, 60):
+                on_gpu = [gpu.put(a) for a in (q, x, candidates)]
+                with gpu.no_sync():
+                    scores, ids = lutra.scan.rescore_bits(*on_gpu, k)
+                want_scores, _ = binary_reference.rescore_bits(q, x, candidates, k)
+                close(gpu.get(scores), want_scores)
+                ids = gpu.get(ids)
+                signs = binary_reference.signs(x, d)
+                picked = np.where(ids >= 0, np.einsum("ij,ikj->ik", q, signs[np.maximum(ids, 0)]), -np.inf)
+                close(gpu.get(scores), picked)
+                assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids)
+
+
+def test_rescore_bits_bad_candidates(gpu):
+    q, x = np.ones((2, 8), np.float32), np.array([[255], [0]], np.uint8)
+    candidates = np.array([[0, 1, -1], [0, 2, -7]], np.int32)
+    scores, ids = lutra.scan.rescore_bits(gpu.put(q), gpu.put(x), gpu.put(candidates), 3)
+    np.testing.assert_array_equal(gpu.get(ids), [[0, 1, -1], [-1, 0, -1]])
+    np.testing.assert_array_equal(gpu.get(scores), [[8, -8, -np.inf], [np.nan, 8, -np.inf]])

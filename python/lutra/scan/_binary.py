@@ -56,8 +56,8 @@ def binary(
 
     Notes
     -----
-    Cost: nq n b / 64 popcounts of 64 bytes with AVX-512 VPOPCNTDQ and, for few queries, one read of database. On
-    CUDA k is at most 2048, and a multiprocessor counts 16 words of 4 bytes a cycle. Not differentiable.
+    Cost: nq n b / 64 popcounts of 64 bytes with AVX-512 VPOPCNTDQ and, for few queries, one read of database.
+    On CUDA k is at most 2048, and a multiprocessor counts 16 words of 4 bytes a cycle. Not differentiable.
 
     Examples
     --------

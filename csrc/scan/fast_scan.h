@@ -90,3 +90,10 @@ struct Unpack4Args {
 LUTRA_KERNEL(fast_scan, ::lutra::FastScanArgs)
 LUTRA_KERNEL(pack4, ::lutra::Pack4Args)
 LUTRA_KERNEL(unpack4, ::lutra::Unpack4Args)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+int64_t fast_scan_workspace(int64_t nq, int64_t n, int64_t m, int64_t k, const Launch&);
+}  // namespace cuda
+}  // namespace lutra
+#endif

@@ -1,4 +1,4 @@
-"""Scans of codes on CUDA against the reference: product quantization and packed bits."""
+"""Scans of codes on CUDA against the reference: product quantization, packed bits, 4-bit entries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from gpu_arrays import SIZES, close, same_bits
 
 import lutra
 from lutra.reference import binary as binary_reference
+from lutra.reference import fast_scan as fast_reference
 from lutra.reference import scan as reference
 
 
@@ -248,3 +249,67 @@ def test_rescore_bits_bad_candidates(gpu):
     scores, ids = lutra.scan.rescore_bits(gpu.put(q), gpu.put(x), gpu.put(candidates), 3)
     np.testing.assert_array_equal(gpu.get(ids), [[0, 1, -1], [-1, 0, -1]])
     np.testing.assert_array_equal(gpu.get(scores), [[8, -8, -np.inf], [np.nan, 8, -np.inf]])
+
+
+# ---------------------------------------------------------------- 4-bit entries
+def check_fast_scan(gpu, tables, entries, k, metric="ip", **terms):
+    n, m = entries.shape
+    filter = terms.pop("filter", None)
+    codes = lutra.scan.pack4(gpu.put(entries))
+    np.testing.assert_array_equal(gpu.get(codes), fast_reference.pack4(entries))
+    np.testing.assert_array_equal(gpu.get(lutra.scan.unpack4(codes, n, m)), entries)
+    keep = None if filter is None else np.packbits(filter, bitorder="little")
+    on_gpu = {name: gpu.put(a) for name, a in terms.items()}
+    a, bits = gpu.put(tables), gpu.put(keep)
+    with gpu.no_sync():
+        scores, ids = lutra.scan.fast_scan(a, codes, n, k, metric, filter=bits, **on_gpu)
+    packed = fast_reference.pack4(entries)
+    want_scores, want_ids = fast_reference.fast_scan(tables, packed, n, k, metric, **terms, keep=keep)
+    scores, ids = gpu.get(scores), gpu.get(ids)
+    close(scores, want_scores)
+    # Sums are integers: where nothing is rounded after them, equal ones are decided by ids alone.
+    exact = not ({"add", "mul"} & set(terms))
+    assert (ids == want_ids).all() if exact else (ids == want_ids).mean() > 0.99
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 5, 8, 9, 16, 31, 32, 33, 64, 65, 96, 97, 128, 200, 256, 1000])
+def test_fast_scan(gpu, rng, m):
+    for n in (1, 16, 17, 1000):
+        entries = rng.integers(0, 16, (n, m)).astype(np.uint8)
+        tables = rng.standard_normal((9, m, 16)).astype(np.float32)
+        bias = rng.standard_normal(9).astype(np.float32)
+        terms = {name: rng.random(n).astype(np.float32) + 0.5 for name in ("add", "mul")}
+        for nq in (1, 2, 3, 9):
+            check_fast_scan(gpu, tables[:nq], entries, 10)
+            check_fast_scan(gpu, tables[:nq], entries, 10, "l2", bias=bias[:nq], **terms)
+
+
+@pytest.mark.parametrize("k", [1, 16, 17, 500, 2048])
+def test_fast_scan_every_k_ties_and_filter(gpu, rng, k):
+    n = 20_003
+    entries = rng.integers(0, 16, (n, 6)).astype(np.uint8)
+    entries[::3] = entries[1]
+    tables = rng.standard_normal((5, 6, 16)).astype(np.float32)
+    add = rng.standard_normal(n).astype(np.float32)
+    for nq in (1, 5):
+        for metric in ("ip", "l2"):
+            check_fast_scan(gpu, tables[:nq], entries, k, metric)
+            check_fast_scan(gpu, tables[:nq], entries, k, metric, filter=rng.random(n) < 0.3)
+        check_fast_scan(gpu, tables[:nq], entries, k, add=add)
+
+
+def test_fast_scan_padding_empty_and_tables_that_are_not_finite(gpu, rng):
+    entries = rng.integers(0, 16, (5, 3)).astype(np.uint8)
+    tables = rng.standard_normal((2, 3, 16)).astype(np.float32)
+    check_fast_scan(gpu, tables, entries, 20)
+    check_fast_scan(gpu, np.zeros_like(tables), entries, 3)
+    codes = lutra.scan.pack4(gpu.put(entries))
+    assert lutra.scan.fast_scan(gpu.put(tables[:0]), codes, 5, 3).ids.shape == (0, 3)
+    scores, ids = lutra.scan.fast_scan(gpu.put(tables), codes, 0, 3)
+    assert (gpu.get(ids) == -1).all() and (gpu.get(scores) == -np.inf).all()
+    good = gpu.get(lutra.scan.fast_scan(gpu.put(tables), codes, 5, 3).scores)
+    for wrong in (np.nan, np.inf, -np.inf):
+        tables[1, 2, 7] = wrong
+        scores, ids = (gpu.get(a) for a in lutra.scan.fast_scan(gpu.put(tables), codes, 5, 3))
+        assert np.isnan(scores[1]).all() and ids[1].tolist() == [0, 1, 2]
+        same_bits(scores[0], good[0])

@@ -1,6 +1,7 @@
-// Scans of codes: packed bits.
+// Scans of codes: packed bits, 4-bit entries.
 #include "bind/cuda/intake.h"
 #include "scan/binary.h"
+#include "scan/fast_scan.h"
 
 namespace lutra {
 

@@ -108,11 +108,6 @@ def _binary(kind, queries, database, keep=None, k=10, metric="hamming"):
     return scores, ids
 
 
-def _on_the_host(kind, op):
-    if kind.cuda:
-        raise NotImplementedError(f"{op} has no CUDA kernel: move the arrays to the CPU")
-
-
 def rescore_bits(queries: Any, database: Any, candidates: Any, k: int) -> Neighbors:
     """The best k of each query's candidates among packed bits, by the exact query.
 

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, _filters
-from .._arrays import F32, I64, NUMPY, U8, call, is_torch
+from .._arrays import F32, I64, NUMPY, U8, call
 from .._results import Neighbors
 from ..reference import fast_scan as reference
-from ._binary import _on_the_host
-from ._knn import _tuple
+from ._knn import _tuple, check_k
 
 _METRICS = {"ip": 0, "l2": 1}
 
@@ -45,14 +44,15 @@ def pack4(entries: Any) -> Any:
 def _pack4(kind, entries):
     _checks.ndim(entries, "entries", 2)
     _checks.dtype(kind, entries, "entries", (U8,))
-    _on_the_host(kind, "pack4")
     n, m = entries.shape
     if m < 1:
         raise ValueError("entries must have one column at least")
     if kind.kernels is None:
+        _checks.no_kernel(kind, "pack4")
         return kind.from_numpy(reference.pack4(kind.to_numpy(entries) & 15), U8, entries)
     out = kind.from_numpy(np.zeros(((n + 15) // 16, (m + 7) // 8, 16, 4), np.uint8), U8, entries)
-    kind.kernels.pack4(kind.ptr(kind.dense(entries)), n, m, 0, kind.ptr(out))
+    entries = kind.dense(entries)
+    kind.kernels.pack4(kind.ptr(entries), n, m, 0, kind.ptr(out), *kind.launch(entries))
     return out
 
 
@@ -80,16 +80,17 @@ def unpack4(packed: Any, n: int, m: int) -> Any:
 def _unpack4(kind, packed, n, m):
     _check_packed(kind, packed, "packed", n, m)
     if kind.kernels is None:
+        _checks.no_kernel(kind, "unpack4")
         return kind.from_numpy(reference.unpack4(kind.to_numpy(packed), n, m), U8, packed)
     out = kind.empty((n, m), U8, packed)
-    kind.kernels.unpack4(kind.ptr(kind.dense(packed)), None, n, m, 0, kind.ptr(out))
+    packed = kind.dense(packed)
+    kind.kernels.unpack4(kind.ptr(packed), None, n, m, 0, kind.ptr(out), *kind.launch(packed))
     return out
 
 
 def _check_packed(kind, packed, name, n, m):
     _checks.ndim(packed, name, 4)
     _checks.dtype(kind, packed, name, (U8,))
-    _on_the_host(kind, "fast_scan")
     n, m = _checks.integer("n", n, 0), _checks.integer("m", m, 1)
     blocks, groups = packed.shape[:2]
     if tuple(packed.shape[2:]) != (16, 4) or n > 16 * blocks or groups != (m + 7) // 8:
@@ -147,14 +148,13 @@ def fast_scan(
     ------
     TypeError, ValueError, IndexError
         As `knn`; tables that are not finite, codes of another shape.
-    NotImplementedError
-        CUDA arrays.
 
     Notes
     -----
     A query's tables are rounded to multiples of a 254th of the largest range of two tables that share a byte;
     a sum errs by at most m / 2 of them. Cost: nq n m / 64 byte permutations, and n m / 2 bytes to read.
-    Not differentiable.
+    On CUDA k is at most 2048 and m some 1700, tables lie in shared memory (32 look-ups a cycle and
+    multiprocessor), and a query whose tables are not finite has scores of NaN. Not differentiable.
 
     References
     ----------
@@ -172,16 +172,12 @@ def fast_scan(
     arrays = (tables, codes, bias, add, mul)
     if filter is None and all(a is None or type(a) is np.ndarray for a in arrays):
         return _tuple(Neighbors, _fast_scan(NUMPY, *arrays, None, n, k, metric))
-    keep = None if filter is None else _filters.resolve(filter, _checks.integer("n", n, 0))
-    if keep is not None and is_torch(tables):
-        import torch
-
-        keep = torch.from_numpy(keep if keep.flags.writeable else keep.copy())
+    keep = None if filter is None else _filters.beside(tables, filter, _checks.integer("n", n, 0))
     return _tuple(Neighbors, call("fast_scan", _fast_scan, (*arrays, keep), (n, k, metric)))
 
 
 def _fast_scan(kind, tables, codes, bias=None, add=None, mul=None, keep=None, n=0, k=10, metric="ip"):
-    k = _checks.integer("k", k, 1)
+    k = check_k(kind, k)
     metric_code = _checks.choice("metric", metric, _METRICS)
     n = _checks.integer("n", n, 0)
     _checks.ndim(tables, "tables", 3)
@@ -201,6 +197,7 @@ def _fast_scan(kind, tables, codes, bias=None, add=None, mul=None, keep=None, n=
     if keep is not None and (kind.code(keep) != U8 or tuple(keep.shape) != ((n + 7) // 8,)):
         raise ValueError(f"keep must be uint8 of shape ({(n + 7) // 8},), got {tuple(keep.shape)}")
     if kind.kernels is None:
+        _checks.no_kernel(kind, "fast_scan")
         some = [None if a is None else kind.to_numpy(a) for a in (bias, add, mul, keep)]
         scores, ids = reference.fast_scan(kind.to_numpy(tables), kind.to_numpy(codes), n, k, metric, *some)
         return kind.from_numpy(scores, F32, tables), kind.from_numpy(ids, I64, tables)
@@ -208,6 +205,12 @@ def _fast_scan(kind, tables, codes, bias=None, add=None, mul=None, keep=None, n=
     bias, add, mul, keep = (None if a is None else kind.dense(a) for a in (bias, add, mul, keep))
     scores, ids = kind.empty((nq, k), F32, tables), kind.empty((nq, k), I64, tables)
     p = lambda a: None if a is None else kind.ptr(a)  # noqa: E731
+    if kind.cuda:
+        kind.kernels.fast_scan(
+            nq, m, k, metric_code, p(tables), p(bias), p(codes), n, p(add), p(mul), p(keep), p(scores), p(ids),
+            *kind.launch(tables, kind.scratch("fast_scan", tables, nq, n, m, k)),
+        )  # fmt: skip
+        return scores, ids
     bad = kind.kernels.fast_scan(
         nq, m, k, metric_code, p(tables), None, 0, p(bias), p(codes), n, p(add), p(mul), None, False,
         None, None, 0, None, None, 0, p(keep), n, None, 0, 0, 0, 0, None, None, 0, 0, p(scores), p(ids),

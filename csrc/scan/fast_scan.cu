@@ -323,13 +323,14 @@ void fast_scan(const FastScanArgs& a, const Launch& l) {
 // ---- the layout
 namespace {
 
-__global__ void __launch_bounds__(256) pack4_kernel(Pack4Args a) {  // a thread a byte of the rows given
+__global__ void __launch_bounds__(256) pack4_kernel(Pack4Args a, int64_t rows) {  // a thread a byte
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, groups = (a.m + 7) / 8;
-  if (i >= a.n * groups * 4) return;
+  if (i >= rows * groups * 4) return;
   const int64_t r = i / (groups * 4), at = i - r * groups * 4, g = at / 4, b = at % 4, row = a.first + r;
   const uint8_t* entries = a.entries + r * a.m;
   const int64_t j = g * 8 + b;
-  const unsigned low = j < a.m ? entries[j] & 15 : 0, high = j + 4 < a.m ? entries[j + 4] & 15 : 0;
+  const bool here = r < a.n;
+  const unsigned low = here && j < a.m ? entries[j] & 15 : 0, high = here && j + 4 < a.m ? entries[j + 4] & 15 : 0;
   a.codes[((row / 16 * groups + g) * 16 + row % 16) * 4 + b] = static_cast<uint8_t>(low | high << 4);
 }
 
@@ -346,7 +347,8 @@ __global__ void __launch_bounds__(256) unpack4_kernel(Unpack4Args a) {  // a thr
 
 void pack4(const Pack4Args& a, const Launch& l) {
   const DeviceGuard guard(l.device);
-  launch("pack4", pack4_kernel, grid_x(div_up(a.n * ((a.m + 7) / 8) * 4, 256)), 256, 0, l, a);
+  const int64_t rows = round_up(a.first + a.n, 16) - a.first;  // what is left of the last block becomes 0
+  launch("pack4", pack4_kernel, grid_x(div_up(rows * ((a.m + 7) / 8) * 4, 256)), 256, 0, l, a, rows);
 }
 
 void unpack4(const Unpack4Args& a, const Launch& l) {

@@ -50,7 +50,12 @@ def _pack4(kind, entries):
     if kind.kernels is None:
         _checks.no_kernel(kind, "pack4")
         return kind.from_numpy(reference.pack4(kind.to_numpy(entries) & 15), U8, entries)
-    out = kind.from_numpy(np.zeros(((n + 15) // 16, (m + 7) // 8, 16, 4), np.uint8), U8, entries)
+    shape = (n + 15) // 16, (m + 7) // 8, 16, 4
+    out = (
+        kind.empty(shape, U8, entries)
+        if kind.cuda
+        else kind.from_numpy(np.zeros(shape, np.uint8), U8, entries)
+    )
     entries = kind.dense(entries)
     kind.kernels.pack4(kind.ptr(entries), n, m, 0, kind.ptr(out), *kind.launch(entries))
     return out
@@ -207,8 +212,8 @@ def _fast_scan(kind, tables, codes, bias=None, add=None, mul=None, keep=None, n=
     p = lambda a: None if a is None else kind.ptr(a)  # noqa: E731
     if kind.cuda:
         kind.kernels.fast_scan(
-            nq, m, k, metric_code, p(tables), p(bias), p(codes), n, p(add), p(mul), p(keep), p(scores), p(ids),
-            *kind.launch(tables, kind.scratch("fast_scan", tables, nq, n, m, k)),
+            nq, m, k, metric_code, p(tables), p(bias), p(codes), n, p(add), p(mul), p(keep), p(scores),
+            p(ids), *kind.launch(tables, kind.scratch("fast_scan", tables, nq, n, m, k)),
         )  # fmt: skip
         return scores, ids
     bad = kind.kernels.fast_scan(

@@ -51,4 +51,13 @@ struct LookupsBackwardArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(lookups, ::lutra::LookupsArgs)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+bool lookups_fit(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch&);
+int64_t lookups_workspace(int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, const Launch&);
+}  // namespace cuda
+}  // namespace lutra
+#else
 LUTRA_KERNEL(lookups_backward, ::lutra::LookupsBackwardArgs)
+#endif

@@ -313,3 +313,46 @@ def test_fast_scan_padding_empty_and_tables_that_are_not_finite(gpu, rng):
         scores, ids = (gpu.get(a) for a in lutra.scan.fast_scan(gpu.put(tables), codes, 5, 3))
         assert np.isnan(scores[1]).all() and ids[1].tolist() == [0, 1, 2]
         same_bits(scores[0], good[0])
+
+
+# ---------------------------------------------------------------- sums of look-ups
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("m", [1, 3, 8, 15, 16, 17, 40, 96])
+def test_lookups(gpu, rng, bits, m):
+    for n in (1, 33, 700):
+        codes = rng.integers(0, 256, (n, (m * bits + 7) // 8)).astype(np.uint8)
+        bias = rng.standard_normal(n).astype(np.float32)
+        for tokens in (1, 2, 5):
+            tables = rng.standard_normal((m, tokens, 1 << bits)).astype(np.float32)
+            want = reference.lookups(tables.astype(np.float64), codes, bits)
+            on_gpu = gpu.put(tables), gpu.put(codes)
+            offsets = gpu.put(bias)
+            with gpu.no_sync():
+                plain = lutra.scan.lookups(*on_gpu, bits=bits)
+                half = lutra.scan.lookups(*on_gpu, offsets, bits=bits, dtype="float16")
+                scores, ids = lutra.scan.lookups_topk(*on_gpu, 10, offsets, bits=bits)
+            close(gpu.get(plain), want)
+            close(gpu.get(half), want + bias, "float16")
+            scores, ids = gpu.get(scores), gpu.get(ids)
+            order = -np.sort(-(want + bias), 1)[:, :10]
+            close(scores[:, : order.shape[1]], order)
+            assert (ids[:, order.shape[1] :] == -1).all()
+            close(
+                scores[:, :n][ids[:, :n] >= 0],
+                np.take_along_axis(want + bias, ids[:, :n], 1)[ids[:, :n] >= 0],
+            )
+
+
+def test_lookups_bfloat16_strided_tables_and_long_codes(gpu_torch, rng):
+    torch = gpu_torch.torch
+    codes = rng.integers(0, 256, (500, 300)).astype(np.uint8)
+    for m in (20, 300):  # 300: beyond what the kernel takes, torch sums
+        tables = rng.standard_normal((6, m, 256)).astype(np.float32)
+        out = lutra.scan.lookups(
+            gpu_torch.put(tables).transpose(0, 1), gpu_torch.put(codes[:, :m]), dtype="bfloat16"
+        )
+        assert out.dtype == torch.bfloat16
+        want = reference.lookups(tables.transpose(1, 0, 2).astype(np.float64), codes[:, :m], 8)
+        close(gpu_torch.get(out), want, "bfloat16")
+    with pytest.raises(TypeError, match="no CUDA kernel for these codes"):
+        lutra.scan.lookups_topk(gpu_torch.put(tables.transpose(1, 0, 2)), gpu_torch.put(codes), 3)

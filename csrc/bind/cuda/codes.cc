@@ -1,7 +1,8 @@
-// Scans of codes: packed bits, 4-bit entries.
+// Scans of codes: packed bits, 4-bit entries, sums of look-ups.
 #include "bind/cuda/intake.h"
 #include "scan/binary.h"
 #include "scan/fast_scan.h"
+#include "scan/lookups.h"
 
 namespace lutra {
 
@@ -31,6 +32,26 @@ void register_codes(py::module_& m) {
     a.cand = candidates.as<int64_t>(), a.c = c, a.k = k;
     a.scores = scores.as<float>(), a.ids = ids.as<int64_t>();
     cuda::rescore_bits(a, Launch{device, stream.p, workspace.p});
+    return -1;
+  });
+  m.def("lookups_fit",
+        [](int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, int device, Address stream) {
+          return cuda::lookups_fit(tokens, n, bits, row_bytes, k, Launch{device, stream.p});
+        });
+  m.def("lookups_workspace", [](int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, int device, Address stream) {
+    return cuda::lookups_workspace(tokens, n, row_bytes, k, Launch{device, stream.p});
+  });
+  m.def("lookups", [](Address tables, int64_t st, int64_t sj, int64_t tokens, int64_t m_, int bits, Address codes,
+                      int64_t n, int64_t row_bytes, Address bias, Address out, int dtype, int64_t k, Address scores,
+                      Address ids, Address workspace, int device, Address stream) {
+    LookupsArgs a{};
+    a.tables = tables.as<float>(), a.st = st, a.sj = sj;
+    a.tokens = tokens, a.m = m_, a.bits = bits;
+    a.codes = codes.as<uint8_t>(), a.n = n, a.row_bytes = row_bytes;
+    a.bias = bias.as<float>();
+    a.out = out.p, a.dtype = static_cast<DType>(dtype), a.ldo = n;
+    a.k = k, a.scores = scores.as<float>(), a.ids = ids.as<int64_t>();
+    cuda::lookups(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
 }

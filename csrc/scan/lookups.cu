@@ -1,0 +1,255 @@
+// Sums of look-ups over packed codes on CUDA, written out or selected; see lookups.h.
+//
+// Codes of 8, 4, 2 or 1 bits: a byte of codes is one look-up, in a table of 256 sums of the entries that its codes
+// name. The tables of 4 tokens (of one) lie in shared memory (rotated.cuh). Sums are fp32, in an order that depends on
+// the row and on the number of tokens; the same call gives the same bits.
+//
+// Limits: writing the sums out; shared memory, 32 look-ups a cycle and multiprocessor. Served are rows of at most 192
+// bytes or so, what shared memory has room for (lookups_fit). k <= 2048, n < 2^32 - 1.
+#include "scan/lookups.h"
+
+#include "scan/code_scan.cuh"
+#include "scan/rotated.cuh"
+
+namespace lutra {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct LookupsScan {
+  const uint8_t* codes;
+  const float* image;  // [tokens / W][pieces][256][16][W]
+  const float* bias;
+  void* out;
+  DType dtype;
+  int64_t tokens, n, ldo;
+  int bytes, pieces;
+  ListPlan lists;
+  Key* keys;
+};
+
+// A block a byte of the codes and group of W tokens, a thread a value of that byte.
+template <int W>
+__global__ void __launch_bounds__(256) byte_tables_kernel(const float* tables, int64_t st, int64_t sj, int64_t tokens,
+                                                          int m, int bits, int pieces, float* image) {
+  const int64_t group = blockIdx.x / (16 * pieces);
+  const int byte = static_cast<int>(blockIdx.x - group * 16 * pieces), c = threadIdx.x, per = 8 / bits;
+  float sum[W];
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    sum[w] = 0;
+    const int64_t token = group * W + w;
+    if (token >= tokens) continue;
+    for (int i = 0; i < per; ++i) {
+      const int j = byte * per + i;
+      if (j < m) sum[w] += tables[token * st + j * sj + (c >> (i * bits) & ((1 << bits) - 1))];
+    }
+  }
+  store_pack<float, W>(image + (((group * pieces + byte / 16) * 256 + c) * 16 + byte % 16) * W, sum);
+}
+
+template <int W, int VEC>
+struct LookupsPolicy {
+  static constexpr int kThreads = cuda::kThreads, kRows = W == 4 ? 1 : 2, kQueries = W, kLanes = 1;
+  using Piece = Codes16;
+  using Sum = float;
+  struct RowSum {};
+  const LookupsScan& a;
+  const char* tables;
+  const rotated::Lane lane;
+
+  __device__ __forceinline__ void fetch(uint32_t row, int piece, Piece& to) const {
+    fetch_codes<VEC>(a.codes + static_cast<uint64_t>(row) * a.bytes, 16 * piece, a.bytes, to.v);
+  }
+  __device__ __forceinline__ void add(int piece, const Piece (&row)[kRows], Sum (&sum)[kRows][W],
+                                      RowSum (&)[kRows]) const {
+    uint32_t v[kRows][4];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[r][i] = row[r].v[i];
+      rotated::reorder<W>(lane, v[r]);
+    }
+    rotated::add_up<W, kRows>(lane, tables + rotated::unit_at<W, 256>(piece), v, sum);
+  }
+  __device__ __forceinline__ void close(Sum (&)[kRows][W], RowSum (&)[kRows]) const {}
+  __device__ __forceinline__ float score(float sum, const RowSum&, int, uint32_t row) const {
+    return a.bias ? sum + a.bias[row] : sum;
+  }
+  __device__ __forceinline__ bool wanted(uint32_t) const { return true; }
+};
+
+template <int W, int VEC>
+__global__ void __launch_bounds__(kThreads, VEC == 1 ? 2 : 3) select_kernel(LookupsScan a) {
+  using Policy = LookupsPolicy<W, VEC>;
+  char* const tables = dynamic_shared<char>();
+  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * W;
+  const int tokens = static_cast<int>(a.tokens - t0 < W ? a.tokens - t0 : W);
+  Key* const keys = lists_of(a.keys, a.lists, t0);
+  const int64_t pitch = a.lists.parts * a.lists.stride;
+  Selector select;
+  select.init(tables + rotated::unit_bytes(W, 256, a.pieces), keys, pitch, W, a.lists.capacity, a.lists.best);
+  rotated::fill<W, 256, kThreads>(a.image + static_cast<int64_t>(blockIdx.x) * a.pieces * 4096 * W, a.pieces, tables);
+  __syncthreads();
+  constexpr int64_t kTile = kThreads * Policy::kRows;
+  const int64_t begin = blockIdx.y * a.lists.tiles_per_part * kTile;
+  const int64_t stop = begin + a.lists.tiles_per_part * kTile, end = stop < a.n ? stop : a.n;
+  scan_codes(Policy{a, tables, rotated::lane_of<W>()}, select, static_cast<uint32_t>(begin), static_cast<uint32_t>(end),
+             a.pieces, tokens);
+  select.finish(keys, pitch, tokens);
+}
+
+template <int W, int VEC>
+__global__ void __launch_bounds__(kThreads, 3) write_kernel(LookupsScan a) {
+  using Policy = LookupsPolicy<W, VEC>;
+  constexpr int R = Policy::kRows;
+  char* const tables = dynamic_shared<char>();
+  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * W;
+  rotated::fill<W, 256, kThreads>(a.image + static_cast<int64_t>(blockIdx.x) * a.pieces * 4096 * W, a.pieces, tables);
+  __syncthreads();
+  const Policy p{a, tables, rotated::lane_of<W>()};
+  constexpr int64_t kTile = kThreads * R;
+  for (int64_t row0 = blockIdx.y * kTile; row0 < a.n; row0 += gridDim.y * kTile) {
+    float sum[R][W];
+    typename Policy::RowSum none[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int w = 0; w < W; ++w) sum[r][w] = 0;
+    for (int piece = 0; piece < a.pieces; ++piece) {
+      Codes16 codes[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const int64_t row = row0 + r * kThreads + threadIdx.x;
+        p.fetch(static_cast<uint32_t>(row < a.n ? row : a.n - 1), piece, codes[r]);
+      }
+      p.add(piece, codes, sum, none);
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = row0 + r * kThreads + threadIdx.x;
+      if (row >= a.n) continue;
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        if (t0 + w >= a.tokens) break;
+        const float v = p.score(sum[r][w], none[r], w, static_cast<uint32_t>(row));
+        const int64_t at = (t0 + w) * a.ldo + row;
+        if (a.dtype == DType::f32)
+          static_cast<float*>(a.out)[at] = v;
+        else if (a.dtype == DType::f16)
+          static_cast<__half*>(a.out)[at] = __float2half_rn(v);
+        else
+          static_cast<__nv_bfloat16*>(a.out)[at] = __float2bfloat16_rn(v);
+      }
+    }
+  }
+}
+
+constexpr int64_t kListBytes = int64_t{128} << 20, kImageBytes = int64_t{64} << 20;  // of the workspace, about
+
+struct LookupsPlan {
+  int width, pieces;  // width 0: it does not fit
+  size_t shared;
+  int64_t slots;
+  ListPlan lists;  // queries: tokens of a launch
+};
+
+LookupsPlan plan_for(int64_t tokens, int64_t n, int64_t bytes, int64_t k, int device) {
+  LookupsPlan p{};
+  const int64_t limit = shared_limit(device);
+  const int best = static_cast<int>(k < n ? k : n);
+  if (bytes > 1024) return p;
+  p.pieces = static_cast<int>(div_up(bytes, 16));
+  for (const int width : {4, 1}) {
+    const int64_t shared = rotated::unit_bytes(width, 256, p.pieces) +
+                           static_cast<int64_t>(k > 0 ? Selector::bytes(width, best, kThreads / 32) : 0);
+    if (p.width || (width == 4 && tokens < 2) || shared > limit) continue;
+    p.width = width;
+    p.shared = static_cast<size_t>(shared);
+  }
+  if (!p.width) return p;
+  const int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024);
+  p.slots = (at_once < 1 ? 1 : at_once > 3 ? 3 : at_once) * multiprocessors(device);
+  p.lists = cut_lists(tokens, p.width, n, k, kThreads * (p.width == 4 ? 1 : 2), p.slots, kListBytes);
+  const int64_t fit = kImageBytes / (p.pieces * int64_t{16384}) / 4 * 4;
+  if (p.lists.queries > fit) p.lists.queries = fit;
+  return p;
+}
+
+struct Arrays {
+  float* image;
+  Key* keys;
+};
+Arrays arrays(const LookupsPlan& p, int64_t k, void* workspace, int64_t* bytes) {
+  Carve c(workspace);
+  Arrays a;
+  a.image = c.take<float>(round_up(p.lists.queries, p.width ? p.width : 1) * p.pieces * 4096);
+  a.keys = c.take<Key>(k > 0 ? p.lists.bytes() / static_cast<int64_t>(sizeof(Key)) : 0);
+  if (bytes) *bytes = c.used();
+  return a;
+}
+
+template <int W, int VEC>
+void scan_as(const LookupsScan& s, const LookupsPlan& p, bool selects, const Launch& l) {
+  const int64_t groups = div_up(s.tokens, W), tiles = div_up(s.n, kThreads * LookupsPolicy<W, VEC>::kRows);
+  const int64_t parts = selects ? p.lists.parts : parts_for(groups, tiles, p.slots, 1);
+  const dim3 grid(grid_x(groups), static_cast<unsigned>(parts));
+  launch("lookups", selects ? select_kernel<W, VEC> : write_kernel<W, VEC>, grid, kThreads, p.shared, l, s);
+}
+
+template <int W>
+void scan_of(const LookupsArgs& a, const LookupsScan& s, const LookupsPlan& p, const float* tables, float* image,
+             const Launch& l) {
+  launch("lookups", byte_tables_kernel<W>, grid_x(div_up(s.tokens, W) * 16 * p.pieces), 256, 0, l, tables, a.st, a.sj,
+         s.tokens, static_cast<int>(a.m), a.bits, p.pieces, image);
+  if (s.bytes % 16 == 0 && aligned(s.codes, 16)) return scan_as<W, 16>(s, p, a.k > 0, l);
+  if (s.bytes % 4 == 0 && aligned(s.codes, 4)) return scan_as<W, 4>(s, p, a.k > 0, l);
+  scan_as<W, 1>(s, p, a.k > 0, l);
+}
+
+}  // namespace
+
+bool lookups_fit(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch& l) {
+  if (bits != 8 && bits != 4 && bits != 2 && bits != 1) return false;
+  const DeviceGuard guard(l.device);
+  return n <= kMaxRows && plan_for(tokens, n, row_bytes, k, l.device).width > 0;
+}
+
+int64_t lookups_workspace(int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  int64_t bytes = 0;
+  arrays(plan_for(tokens, n, row_bytes, k, l.device), k, nullptr, &bytes);
+  return bytes;
+}
+
+void lookups(const LookupsArgs& a, const Launch& l) {
+  if (a.k > kMaxK && a.n > kMaxK)
+    throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
+  if (!lookups_fit(a.tokens, a.n, a.bits, a.row_bytes, a.k, l))
+    throw std::length_error("lutra: these codes are too long for lookups on CUDA");
+  const DeviceGuard guard(l.device);
+  const LookupsPlan p = plan_for(a.tokens, a.n, a.row_bytes, a.k, l.device);
+  const Arrays w = arrays(p, a.k, l.workspace, nullptr);
+  for (int64_t first = 0; first < a.tokens; first += p.lists.queries) {
+    const int64_t count = a.tokens - first < p.lists.queries ? a.tokens - first : p.lists.queries;
+    LookupsScan s{};
+    s.codes = a.codes, s.image = w.image, s.bias = a.bias;
+    s.tokens = count, s.n = a.n, s.ldo = a.ldo;
+    s.dtype = a.dtype;
+    if (a.out) s.out = static_cast<char*>(a.out) + first * a.ldo * (a.dtype == DType::f32 ? 4 : 2);
+    s.bytes = static_cast<int>(a.row_bytes), s.pieces = p.pieces;
+    s.lists = p.lists, s.keys = w.keys;
+    if (a.n > 0) {
+      const float* tables = a.tables + first * a.st;
+      p.width == 4 ? scan_of<4>(a, s, p, tables, w.image, l) : scan_of<1>(a, s, p, tables, w.image, l);
+    }
+    if (a.k > 0)
+      merge_lists(Merge{w.keys, count, p.lists.parts, p.lists.best, p.lists.stride, false, p.lists.best,
+                        static_cast<int>(a.k), false, a.scores + first * a.k, a.ids + first * a.k},
+                  "lookups", l);
+  }
+}
+
+}  // namespace cuda
+}  // namespace lutra

@@ -5,11 +5,13 @@
 // bytes of it, in registers, with those of 8 queries in shared memory; the limit is 16 popcounts a cycle and
 // multiprocessor, 64 bytes.
 //
-// k <= 2048. n < 2^32 - 1; offsets are 64-bit. Counts are integers: 32 bits hold rows of 2^28 bytes.
+// k above 2048: scores are written out and selected by radix (any_k.cuh). n < 2^32 - 1; offsets are 64-bit. Counts are
+// integers: 32 bits hold rows of 2^28 bytes.
 #include "scan/binary.h"
 
 #include <type_traits>
 
+#include "scan/any_k.cuh"
 #include "scan/code_scan.cuh"
 
 namespace lutra {
@@ -89,6 +91,30 @@ struct BinaryPolicy {
   __device__ __forceinline__ bool wanted(uint32_t row) const { return !a.keep || (a.keep[row >> 3] >> (row & 7) & 1); }
 };
 
+// The block's queries and their counts of ones in shared memory, with 0 beyond their ends.
+template <int QUERIES, bool JACCARD>
+__device__ __forceinline__ void load_queries(const BinaryScan& a, int64_t q0, int queries, uint8_t* patterns,
+                                             int* ones) {
+  for (int i = threadIdx.x; i < a.chunks * 16 * QUERIES; i += kThreads) {
+    const int w = i / (a.chunks * 16), at = i - w * a.chunks * 16;
+    patterns[i] = w < queries && at < a.b ? a.q[(q0 + w) * a.b + at] : 0;
+  }
+  __syncthreads();
+  if (!JACCARD) return;
+  const uint4* const q = reinterpret_cast<const uint4*>(patterns);
+  for (int w = threadIdx.x >> 5; w < QUERIES; w += kThreads / 32) {
+    int count = 0;
+    for (int c = threadIdx.x & 31; c < a.chunks; c += 32) {
+      const uint4 v = q[w * a.chunks + c];
+      count += count4(v.x, v.y, v.z, v.w);
+    }
+#pragma unroll
+    for (int s = 16; s > 0; s >>= 1) count += __shfl_xor_sync(kFullWarp, count, s);
+    if ((threadIdx.x & 31) == 0) ones[w] = count;
+  }
+  __syncthreads();
+}
+
 template <int VEC, int LANES, int QUERIES, bool JACCARD>
 __global__ void __launch_bounds__(kThreads, QUERIES == 1 ? 4 : 3) binary_kernel(BinaryScan a) {
   using Policy = BinaryPolicy<VEC, LANES, QUERIES, JACCARD>;
@@ -100,31 +126,24 @@ __global__ void __launch_bounds__(kThreads, QUERIES == 1 ? 4 : 3) binary_kernel(
   const int64_t pitch = a.lists.parts * a.lists.stride;
   Selector select;
   select.init(ones + (QUERIES + 1) / 2 * 2, keys, pitch, QUERIES, a.lists.capacity, a.lists.best);
-  for (int i = threadIdx.x; i < a.chunks * 16 * QUERIES; i += kThreads) {
-    const int w = i / (a.chunks * 16), at = i - w * a.chunks * 16;
-    patterns[i] = w < queries && at < a.b ? a.q[(q0 + w) * a.b + at] : 0;
-  }
-  __syncthreads();
-  const uint4* const q = reinterpret_cast<const uint4*>(patterns);
-  if (JACCARD) {
-    for (int w = threadIdx.x >> 5; w < QUERIES; w += kThreads / 32) {
-      int count = 0;
-      for (int c = threadIdx.x & 31; c < a.chunks; c += 32) {
-        const uint4 v = q[w * a.chunks + c];
-        count += count4(v.x, v.y, v.z, v.w);
-      }
-#pragma unroll
-      for (int s = 16; s > 0; s >>= 1) count += __shfl_xor_sync(kFullWarp, count, s);
-      if ((threadIdx.x & 31) == 0) ones[w] = count;
-    }
-    __syncthreads();
-  }
+  load_queries<QUERIES, JACCARD>(a, q0, queries, patterns, ones);
   constexpr int64_t kTile = kThreads / LANES * Policy::kRows;
   const int64_t begin = blockIdx.y * a.lists.tiles_per_part * kTile;
   const int64_t stop = begin + a.lists.tiles_per_part * kTile, end = stop < a.n ? stop : a.n;
-  scan_codes(Policy{a, q, ones, queries}, select, static_cast<uint32_t>(begin), static_cast<uint32_t>(end),
-             a.chunks / LANES, queries);
+  scan_codes(Policy{a, reinterpret_cast<const uint4*>(patterns), ones, queries}, select, static_cast<uint32_t>(begin),
+             static_cast<uint32_t>(end), a.chunks / LANES, queries);
   select.finish(keys, pitch, queries);
+}
+
+template <int VEC, int QUERIES, bool JACCARD>
+__global__ void __launch_bounds__(kThreads, 3) all_scores_kernel(BinaryScan a, uint32_t* all) {
+  uint8_t* const patterns = dynamic_shared<uint8_t>();
+  int* const ones = reinterpret_cast<int*>(patterns + static_cast<int64_t>(a.chunks) * 16 * QUERIES);
+  const int64_t q0 = static_cast<int64_t>(blockIdx.x) * QUERIES;
+  const int queries = static_cast<int>(a.nq - q0 < QUERIES ? a.nq - q0 : QUERIES);
+  load_queries<QUERIES, JACCARD>(a, q0, queries, patterns, ones);
+  score_codes(BinaryPolicy<VEC, 1, QUERIES, JACCARD>{a, reinterpret_cast<const uint4*>(patterns), ones, queries},
+              static_cast<uint32_t>(a.n), a.chunks, queries, all + q0 * a.n);
 }
 
 constexpr int64_t kListBytes = int64_t{128} << 20;  // of the workspace, about
@@ -136,22 +155,27 @@ struct BinaryPlan {
   ListPlan lists;
 };
 
+bool large(int64_t k, int64_t n) { return k > kMaxK && n > kMaxK; }
+
 BinaryPlan plan_for(int64_t nq, int64_t n, int64_t b, int64_t k, int vec, int device) {
-  if (k > kMaxK && n > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(k) + "; on CUDA it must be <= 2048");
   if (n > kMaxRows) throw std::length_error("lutra: binary on CUDA takes fewer than 2^32 - 1 rows");
   const int64_t chunks = div_up(b, 16), limit = shared_limit(device);
-  const int best = static_cast<int>(k < n ? k : n);
+  const int best = large(k, n) ? 1 : static_cast<int>(k < n ? k : n);
   const auto shared_for = [&](int queries) {
     return chunks * 16 * queries + 4 * ((queries + 1) / 2 * 2) +
            static_cast<int64_t>(Selector::bytes(queries, best, kThreads / 32));
   };
   if (b > (int64_t{1} << 24) || shared_for(1) > limit)
     throw std::length_error("lutra: binary on CUDA takes rows of at most 200 kB or so");
-  BinaryPlan p;
+  BinaryPlan p{};
   p.vec = vec;
   p.queries = nq > 2 && shared_for(kBatch) * 2 <= limit ? kBatch : 1;
   p.lanes = 1;
+  if (large(k, n)) {
+    p.shared = static_cast<size_t>(shared_for(p.queries));
+    p.lists.queries = any_k_queries(nq, n);
+    return p;
+  }
   while (p.queries == 1 && vec == 16 && p.lanes < 8 && chunks % (2 * p.lanes) == 0) p.lanes *= 2;
   p.shared = static_cast<size_t>(shared_for(p.queries));
   int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024), most = p.queries == 1 ? 4 : 3;
@@ -178,6 +202,18 @@ void scan_of(const BinaryScan& s, const BinaryPlan& p, bool jaccard, const Launc
   scan_as<VEC, 1, 1>(s, p, jaccard, l);
 }
 
+template <int VEC, int QUERIES>
+void all_scores_as(const BinaryScan& s, const BinaryPlan& p, bool jaccard, uint32_t* all, const Launch& l) {
+  const int64_t groups = div_up(s.nq, QUERIES);
+  const int64_t parts = parts_for(groups, div_up(s.n, kThreads * kRows), 3 * multiprocessors(l.device), 1);
+  launch("binary", jaccard ? all_scores_kernel<VEC, QUERIES, true> : all_scores_kernel<VEC, QUERIES, false>,
+         dim3(grid_x(groups), static_cast<unsigned>(parts)), kThreads, p.shared, l, s, all);
+}
+template <int VEC>
+void all_scores(const BinaryScan& s, const BinaryPlan& p, bool jaccard, uint32_t* all, const Launch& l) {
+  p.queries > 1 ? all_scores_as<VEC, kBatch>(s, p, jaccard, all, l) : all_scores_as<VEC, 1>(s, p, jaccard, all, l);
+}
+
 int vector_bytes(int64_t b, const void* x) {
   return b % 16 == 0 && aligned(x, 16) ? 16 : b % 4 == 0 && aligned(x, 4) ? 4 : 1;
 }
@@ -186,8 +222,10 @@ int vector_bytes(int64_t b, const void* x) {
 
 int64_t binary_workspace(int64_t nq, int64_t n, int64_t b, int64_t k, const void* x, const Launch& l) {
   const DeviceGuard guard(l.device);
+  const ListPlan lists = plan_for(nq, n, b, k, vector_bytes(b, x), l.device).lists;
+  if (large(k, n)) return any_k_bytes(lists.queries, n, k);
   Carve c(nullptr);
-  c.take<Key>(plan_for(nq, n, b, k, vector_bytes(b, x), l.device).lists.bytes() / static_cast<int64_t>(sizeof(Key)));
+  c.take<Key>(lists.bytes() / static_cast<int64_t>(sizeof(Key)));
   return c.used();
 }
 
@@ -196,22 +234,32 @@ void binary(const BinaryArgs& a, const Launch& l) {
   const BinaryPlan p = plan_for(a.nq, a.n, a.b, a.k, vector_bytes(a.b, a.x), l.device);
   const ListPlan& lists = p.lists;
   Key* keys = static_cast<Key*>(l.workspace);
+  const bool jaccard = a.metric == BinaryMetric::jaccard;
   for (int64_t first = 0; first < a.nq; first += lists.queries) {
     const int64_t count = a.nq - first < lists.queries ? a.nq - first : lists.queries;
+    const BinaryScan s{a.q + first * a.b,
+                       a.x,
+                       a.keep,
+                       count,
+                       a.n,
+                       static_cast<int>(a.b),
+                       static_cast<int>(div_up(a.b, 16)),
+                       lists,
+                       keys};
+    if (large(a.k, a.n)) {
+      const AnyK all = any_k_arrays(lists.queries, a.n, a.k, l.workspace);
+      if (p.vec == 16)
+        all_scores<16>(s, p, jaccard, all.scores, l);
+      else
+        p.vec == 4 ? all_scores<4>(s, p, jaccard, all.scores, l) : all_scores<1>(s, p, jaccard, all.scores, l);
+      any_k(all, count, true, a.scores + first * a.k, a.ids + first * a.k, "binary", l);
+      continue;
+    }
     if (lists.best > 0) {
-      const BinaryScan s{a.q + first * a.b,
-                         a.x,
-                         a.keep,
-                         count,
-                         a.n,
-                         static_cast<int>(a.b),
-                         static_cast<int>(div_up(a.b, 16)),
-                         lists,
-                         keys};
-      const bool jaccard = a.metric == BinaryMetric::jaccard;
-      p.vec == 16  ? scan_of<16>(s, p, jaccard, l)
-      : p.vec == 4 ? scan_of<4>(s, p, jaccard, l)
-                   : scan_of<1>(s, p, jaccard, l);
+      if (p.vec == 16)
+        scan_of<16>(s, p, jaccard, l);
+      else
+        p.vec == 4 ? scan_of<4>(s, p, jaccard, l) : scan_of<1>(s, p, jaccard, l);
     }
     merge_lists(Merge{keys, count, lists.parts, lists.best, lists.stride, false, lists.best, static_cast<int>(a.k),
                       true, a.scores + first * a.k, a.ids + first * a.k},

@@ -111,6 +111,45 @@ __device__ __forceinline__ void scan_codes(const P& p, Selector& select, uint32_
   }
 }
 
+// Writes what scan_codes would offer: ordered_bits of the score of each row of [0, n), 0 where it is not wanted. Blocks
+// (gridDim.y of them) take tiles in turn; all[w * n + row].
+template <class P>
+__device__ __forceinline__ void score_codes(const P& p, uint32_t n, int pieces, int queries, uint32_t* all) {
+  constexpr int R = P::kRows, W = P::kQueries, kTile = P::kThreads * R;
+  static_assert(P::kLanes == 1, "a thread a row");
+  for (int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTile; row0 < n;
+       row0 += static_cast<int64_t>(gridDim.y) * kTile) {
+    typename P::Sum sum[R][W];
+    typename P::RowSum row_sum[R];
+    uint32_t rows[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = row0 + r * P::kThreads + threadIdx.x;
+      rows[r] = static_cast<uint32_t>(row < n ? row : n - 1);
+      row_sum[r] = typename P::RowSum{};
+#pragma unroll
+      for (int w = 0; w < W; ++w) sum[r][w] = typename P::Sum{};
+    }
+    for (int piece = 0; piece < pieces; ++piece) {
+      typename P::Piece now[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) p.fetch(rows[r], piece, now[r]);
+      p.add(piece, now, sum, row_sum);
+    }
+    p.close(sum, row_sum);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (row0 + r * P::kThreads + threadIdx.x >= n) continue;
+      const bool wanted = p.wanted(rows[r]);
+#pragma unroll
+      for (int w = 0; w < W; ++w)
+        if (w < queries)
+          all[static_cast<uint64_t>(w) * n + rows[r]] =
+              wanted ? ordered_bits(p.score(sum[r][w], row_sum[r], w, rows[r])) : 0;
+    }
+  }
+}
+
 // The place of a block's lists in the workspace: queries from q0 on, part blockIdx.y.
 __device__ __forceinline__ Key* lists_of(Key* keys, const ListPlan& lists, int64_t q0) {
   return keys + (q0 * lists.parts + blockIdx.y) * lists.stride;

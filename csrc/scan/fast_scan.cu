@@ -5,12 +5,14 @@
 // orders of their own (rotated.cuh). A byte of codes holds two entries. Where m is small their tables are joined to one
 // of 256 entries, a look-up for both; else each half of a byte is looked up by itself, in a sixteenth of the memory.
 //
-// Limits: reading the codes for one query; else shared memory, 32 look-ups a cycle and multiprocessor. k <= 2048,
-// m <= 1792 or so (tables in shared memory), n < 2^32 - 1. A query whose tables are not finite has scores of NaN.
+// Limits: reading the codes for one query; else shared memory, 32 look-ups a cycle and multiprocessor. k above
+// 2048: any_k.cuh. m <= 1792 or so (tables in shared memory), n < 2^32 - 1. A query whose tables are not finite has
+// scores of NaN.
 #include "scan/fast_scan.h"
 
 #include <type_traits>
 
+#include "scan/any_k.cuh"
 #include "scan/code_scan.cuh"
 #include "scan/rotated.cuh"
 
@@ -207,6 +209,23 @@ __global__ void __launch_bounds__(kThreads, 3) fast_scan_kernel(FastScan a) {
   select.finish(keys, pitch, queries);
 }
 
+template <int W>
+__global__ void __launch_bounds__(kThreads, 3) all_scores_kernel(FastScan a, uint32_t* all) {
+  using Policy = FastScanPolicy<W, false, true>;
+  char* const tables = dynamic_shared<char>();
+  const int units = 2 * a.pieces;
+  const int64_t q0 = static_cast<int64_t>(blockIdx.x) * W;
+  const int queries = static_cast<int>(a.nq - q0 < W ? a.nq - q0 : W);
+  auto* const terms = reinterpret_cast<QueryTerms*>(tables + rotated::unit_bytes(W, 16, units));
+  rotated::fill<W, 16, kThreads>(a.image + static_cast<int64_t>(blockIdx.x) * units * 256 * W, units, tables);
+  if (threadIdx.x < W) terms[threadIdx.x] = a.terms[q0 + threadIdx.x];
+  __syncthreads();
+  score_codes(Policy{a, tables, terms, rotated::lane_of<W>()}, static_cast<uint32_t>(a.n), a.pieces, queries,
+              all + q0 * a.n);
+}
+
+bool large(int64_t k, int64_t n) { return k > kMaxK && n > kMaxK; }
+
 constexpr int64_t kListBytes = int64_t{128} << 20, kImageBytes = int64_t{64} << 20;  // of the workspace, about
 
 struct FastScanPlan {
@@ -220,11 +239,9 @@ struct FastScanPlan {
 };
 
 FastScanPlan plan_for(int64_t nq, int64_t n, int64_t m, int64_t k, int device) {
-  if (k > kMaxK && n > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(k) + "; on CUDA it must be <= 2048");
   if (n > kMaxRows) throw std::length_error("lutra: fast_scan on CUDA takes fewer than 2^32 - 1 rows");
   const int64_t limit = shared_limit(device);
-  const int best = static_cast<int>(k < n ? k : n);
+  const int best = large(k, n) ? 1 : static_cast<int>(k < n ? k : n);
   FastScanPlan p{};
   p.pieces = static_cast<int>(div_up(m < (1 << 20) ? m : 1 << 20, 32));
   const auto shared_for = [&](int width, bool joined) {
@@ -234,7 +251,7 @@ FastScanPlan plan_for(int64_t nq, int64_t n, int64_t m, int64_t k, int device) {
   for (const bool joined : {true, false})
     for (const int width : {4, 2, 1}) {
       if (p.width || (width > 1 && nq < (width == 4 ? 3 : 2)) || shared_for(width, joined) > limit) continue;
-      if (joined && (p.pieces > 2 || width == 2)) continue;  // two blocks and more where they are joined
+      if (joined && (p.pieces > 2 || width == 2 || large(k, n))) continue;  // two blocks and more where they are joined
       p.width = width, p.joined = joined;
     }
   if (p.width == 0)
@@ -243,8 +260,11 @@ FastScanPlan plan_for(int64_t nq, int64_t n, int64_t m, int64_t k, int device) {
   int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024);
   at_once = at_once < 1 ? 1 : at_once > 3 ? 3 : at_once;
   const int64_t image = static_cast<int64_t>(p.units()) * p.entries() * 64;
-  p.lists = cut_lists(nq, p.width, n, k, kThreads * (p.width == 4 ? 1 : kRows), at_once * multiprocessors(device),
-                      kListBytes);
+  if (large(k, n))
+    p.lists.queries = any_k_queries(nq, n);
+  else
+    p.lists = cut_lists(nq, p.width, n, k, kThreads * (p.width == 4 ? 1 : kRows), at_once * multiprocessors(device),
+                        kListBytes);
   const int64_t fit = kImageBytes / image / 4 * 4;
   if (p.lists.queries > fit) p.lists.queries = fit < 4 ? (nq < 4 ? nq : 4) : fit;
   return p;
@@ -254,13 +274,15 @@ struct Arrays {
   float* image;
   QueryTerms* terms;
   Key* keys;
+  void* any_k;
 };
-Arrays arrays(const FastScanPlan& p, void* workspace, int64_t* bytes) {
+Arrays arrays(const FastScanPlan& p, int64_t n, int64_t k, void* workspace, int64_t* bytes) {
   Carve c(workspace);
   Arrays a;
   a.image = c.take<float>(p.padded() * p.units() * p.entries() * 16);
   a.terms = c.take<QueryTerms>(p.padded());
   a.keys = c.take<Key>(p.lists.bytes() / static_cast<int64_t>(sizeof(Key)));
+  a.any_k = c.take<char>(large(k, n) ? any_k_bytes(p.lists.queries, n, k) : 0);
   if (bytes) *bytes = c.used();
   return a;
 }
@@ -278,7 +300,7 @@ void scan_as(const FastScan& s, const FastScanPlan& p, const Launch& l) {
 int64_t fast_scan_workspace(int64_t nq, int64_t n, int64_t m, int64_t k, const Launch& l) {
   const DeviceGuard guard(l.device);
   int64_t bytes = 0;
-  arrays(plan_for(nq, n, m, k, l.device), nullptr, &bytes);
+  arrays(plan_for(nq, n, m, k, l.device), n, k, nullptr, &bytes);
   return bytes;
 }
 
@@ -287,13 +309,13 @@ void fast_scan(const FastScanArgs& a, const Launch& l) {
     throw std::invalid_argument("lutra: fast_scan on CUDA takes tables over all rows");
   const DeviceGuard guard(l.device);
   const FastScanPlan p = plan_for(a.nq, a.n, a.m, a.k, l.device);
-  const Arrays w = arrays(p, l.workspace, nullptr);
+  const Arrays w = arrays(p, a.n, a.k, l.workspace, nullptr);
   const bool l2 = a.metric == Metric::l2;
   const float sign = l2 ? -1.0f : 1.0f;
   const int m = static_cast<int>(a.m);
   for (int64_t first = 0; first < a.nq; first += p.lists.queries) {
     const int64_t count = a.nq - first < p.lists.queries ? a.nq - first : p.lists.queries;
-    if (p.lists.best > 0) {
+    if (a.n > 0) {
       const TablesArgs t{a.tables + first * a.m * 16,
                          a.bias ? a.bias + first : nullptr,
                          count,
@@ -307,6 +329,18 @@ void fast_scan(const FastScanArgs& a, const Launch& l) {
              static_cast<size_t>(p.pieces) * 64 * sizeof(float), l, t);
       const FastScan s{a.codes,  w.image, w.terms, a.add, a.mul, a.keep, count, a.n, static_cast<int>((a.m + 7) / 8),
                        p.pieces, sign,    p.lists, w.keys};
+      if (large(a.k, a.n)) {
+        const AnyK all = any_k_arrays(p.lists.queries, a.n, a.k, w.any_k);
+        const int64_t groups = div_up(count, p.width);
+        const int64_t parts = parts_for(groups, div_up(a.n, kThreads), 3 * multiprocessors(l.device), 1);
+        launch("fast_scan",
+               p.width == 4   ? all_scores_kernel<4>
+               : p.width == 2 ? all_scores_kernel<2>
+                              : all_scores_kernel<1>,
+               dim3(grid_x(groups), static_cast<unsigned>(parts)), kThreads, p.shared, l, s, all.scores);
+        any_k(all, count, l2, a.scores + first * a.k, a.ids + first * a.k, "fast_scan", l);
+        continue;
+      }
       if (p.joined)
         p.width == 4 ? scan_as<4, true>(s, p, l) : scan_as<1, true>(s, p, l);
       else

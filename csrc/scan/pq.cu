@@ -8,8 +8,10 @@
 // lists (common/select.cuh), a third launch merges them. The limit is shared memory: random words of 32 lanes meet in a
 // bank 3.5 times on average. Tables that do not fit in shared memory (m above 200 or so) are read through L1.
 //
-// k <= 2048. A NaN score, also that of a code >= ksub, comes first. Overflow: n < 2^32 - 1 (checked), offsets into
-// codes and tables are 64-bit; sums are fp32 in increasing j.
+// k above 2048: scores are written out and selected by radix (any_k.cuh). A NaN score, also that of a code >= ksub,
+// comes first. Overflow: n < 2^32 - 1 (checked), offsets into codes and tables are 64-bit; sums are fp32 in increasing
+// j.
+#include "scan/any_k.cuh"
 #include "scan/pq_plan.cuh"
 
 namespace lutra {
@@ -58,6 +60,59 @@ __global__ void __launch_bounds__(256)
     if (group * W + w < room) put_rotated(group * W + w, sum[w]);
 }
 
+// acc += the scores of R rows, VEC codes of a row at a time, j in increasing order.
+template <int W, int VEC, int R>
+__device__ __forceinline__ void add_rows(const PqScan& a, const float* look, const uint64_t (&rows)[R],
+                                         float (&acc)[R][W]) {
+  for (int j = 0; j < a.m; j += VEC) {
+    typename Word<VEC>::type word[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      word[r] = *reinterpret_cast<const typename Word<VEC>::type*>(a.codes + rows[r] * a.m + j);
+#pragma unroll
+    for (int b = 0; b < VEC; ++b) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        uint8_t bytes[VEC];
+        memcpy(bytes, &word[r], VEC);
+        const auto v = load_pack<float, W>(look + ((j + b) * 256 + bytes[b]) * W);
+#pragma unroll
+        for (int w = 0; w < W; ++w) acc[r][w] += v[w];
+      }
+    }
+  }
+}
+
+// The scores of all rows, a query a block, for any_k.
+template <int VEC, bool FAR>
+__global__ void __launch_bounds__(kThreads, 3) all_scores_kernel(PqScan a, uint32_t* all) {
+  constexpr int R = 4;
+  const int64_t query = blockIdx.x;
+  const float* look = a.tables + query * a.m * 256;
+  if (!FAR) {
+    float* shared = dynamic_shared<float>();
+    for (int i = threadIdx.x; i < a.m * 64; i += kThreads)
+      reinterpret_cast<float4*>(shared)[i] = reinterpret_cast<const float4*>(look)[i];
+    __syncthreads();
+    look = shared;
+  }
+  for (int64_t row0 = static_cast<int64_t>(blockIdx.y) * kThreads * R; row0 < a.n;
+       row0 += static_cast<int64_t>(gridDim.y) * kThreads * R) {
+    float acc[R][1];
+    uint64_t rows[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = row0 + r * kThreads + threadIdx.x;
+      rows[r] = static_cast<uint64_t>(row < a.n ? row : a.n - 1);
+      acc[r][0] = 0;
+    }
+    add_rows<1, VEC, R>(a, look, rows, acc);
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (row0 + r * kThreads + threadIdx.x < a.n) all[query * a.n + rows[r]] = ordered_bits(a.sign * acc[r][0]);
+  }
+}
+
 // VEC codes of a row are read at once. FAR: the tables stay in device memory.
 template <int W, int VEC, bool FAR>
 __global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
@@ -90,26 +145,13 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
     for (int r = 0; r < R; ++r)
 #pragma unroll
       for (int w = 0; w < W; ++w) acc[r][w] = 0;
-    for (int j = 0; j < a.m; j += VEC) {
-      typename Word<VEC>::type word[R];
+    uint64_t rows[R];
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int64_t row = row0 + r * kThreads + threadIdx.x;
-        const int64_t at = (row < end ? row : end - 1) * a.m + j;
-        word[r] = *reinterpret_cast<const typename Word<VEC>::type*>(a.codes + at);
-      }
-#pragma unroll
-      for (int b = 0; b < VEC; ++b) {
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          uint8_t bytes[VEC];
-          memcpy(bytes, &word[r], VEC);
-          const auto v = load_pack<float, W>(look + ((j + b) * 256 + bytes[b]) * W);
-#pragma unroll
-          for (int w = 0; w < W; ++w) acc[r][w] += v[w];
-        }
-      }
+    for (int r = 0; r < R; ++r) {
+      const int64_t row = row0 + r * kThreads + threadIdx.x;
+      rows[r] = static_cast<uint64_t>(row < end ? row : end - 1);
     }
+    add_rows<W, VEC, R>(a, look, rows, acc);
     unsigned pending = 0;
 #pragma unroll
     for (int r = 0; r < R; ++r)
@@ -153,21 +195,22 @@ struct PqPlan {
   int64_t tables() const { return round_up(lists.queries, width); }
 };
 
+bool large(int64_t k, int64_t n) { return k > kMaxK && n > kMaxK; }
+
 PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
-  if (k > kMaxK && n > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(k) + "; on CUDA it must be <= 2048");
   if (n > kMaxRows) throw std::length_error("lutra: pq on CUDA takes fewer than 2^32 - 1 rows");
   if (m > 0x3fffff) throw std::length_error("lutra: pq on CUDA takes at most 2^22 - 1 sub-quantizers");
   PqPlan p;
   ListPlan& s = p.lists;
-  s.best = static_cast<int>(k < n ? k : n);
+  s.best = large(k, n) ? 0 : static_cast<int>(k < n ? k : n);
   s.capacity = list_capacity(s.best);
   s.stride = s.best <= kShortK ? s.best : s.capacity;
   const auto shared_for = [&](int width, bool far) {
     return (far ? 0 : static_cast<size_t>(m) * 1024 * width) + Selector::bytes(width, s.best, kWarps);
   };
   const size_t limit = static_cast<size_t>(shared_limit(device));
-  p.width = nq >= 3 && shared_for(4, false) * 2 <= limit ? 4 : 1;  // four queries where two blocks still fit
+  p.width =
+      nq >= 3 && !large(k, n) && shared_for(4, false) * 2 <= limit ? 4 : 1;  // four queries where two blocks still fit
   p.far = shared_for(p.width, false) > limit;
   p.shared = shared_for(p.width, p.far);
   const int64_t per_processor = static_cast<int64_t>(limit / (p.shared + 1024));
@@ -177,7 +220,7 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
   s.parts = parts_for(groups, tiles, slots, 2);
   s.tiles_per_part = div_up(tiles > 0 ? tiles : 1, s.parts);
   s.parts = static_cast<int>(div_up(tiles > 0 ? tiles : 1, s.tiles_per_part));
-  p.rotated = n * m >= kRotatedCodes ? rotated_plan(nq, n, k, m, device) : RotatedPlan{};
+  p.rotated = n * m >= kRotatedCodes && !large(k, n) ? rotated_plan(nq, n, k, m, device) : RotatedPlan{};
   const auto list_bytes = [](const ListPlan& lists) {
     return static_cast<int64_t>(sizeof(Key)) * (lists.stride > 0 ? lists.stride : 1) * lists.parts;
   };
@@ -191,6 +234,7 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
   const int64_t fit = (by_lists < by_tables ? by_lists : by_tables) / 4 * 4;
   s.queries = fit < 4 ? 4 : fit;
   if (s.queries > nq) s.queries = nq;
+  if (large(k, n) && s.queries > any_k_queries(nq, n)) s.queries = any_k_queries(nq, n);
   p.rotated.lists.queries = s.queries;
   return p;
 }
@@ -201,8 +245,9 @@ struct Arrays {
   float* scores;
   int64_t* ids;
   int* done;
+  void* any_k;
 };
-Arrays arrays(const PqPlan& p, int64_t m, void* workspace, int64_t* bytes) {
+Arrays arrays(const PqPlan& p, int64_t n, int64_t k, int64_t m, void* workspace, int64_t* bytes) {
   Carve c(workspace);
   Arrays a{};
   a.tables = c.take<float>(p.tables() * m * 256);
@@ -216,6 +261,7 @@ Arrays arrays(const PqPlan& p, int64_t m, void* workspace, int64_t* bytes) {
     a.done = c.take<int>(queries);
   }
   a.keys = c.take<Key>(keys / static_cast<int64_t>(sizeof(Key)));
+  a.any_k = c.take<char>(large(k, n) ? any_k_bytes(p.lists.queries, n, k) : 0);
   if (bytes) *bytes = c.used();
   return a;
 }
@@ -248,6 +294,19 @@ void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, cons
   float* scores = a.scores + first * a.k;
   int64_t* ids = a.ids + first * a.k;
   const ListPlan& lists = p.lists;
+  if (large(a.k, a.n)) {
+    make_tables<1>(a, p, first, count, w, l);
+    const AnyK all = any_k_arrays(lists.queries, a.n, a.k, w.any_k);
+    const PqScan s{a.codes, w.tables, count, a.n, m, l2 ? -1.0f : 1.0f, lists, nullptr, nullptr};
+    const int64_t parts = parts_for(count, div_up(a.n, kThreads * 4), 3 * multiprocessors(l.device), 1);
+    auto kernel = all_scores_kernel<1, false>;
+    if (p.far)
+      kernel = all_scores_kernel<1, true>;
+    else if (m % 16 == 0 && aligned(a.codes, 16))
+      kernel = all_scores_kernel<16, false>;
+    launch("pq", kernel, dim3(grid_x(count), static_cast<unsigned>(parts)), kThreads, p.shared, l, s, all.scores);
+    return any_k(all, count, l2, scores, ids, "pq", l);
+  }
   if (lists.best > 0) {
     (p.width == 4 ? make_tables<4> : make_tables<1>)(a, p, first, count, w, l);
     PqScan s{a.codes, w.tables, count, a.n, m, l2 ? -1.0f : 1.0f, lists, w.keys, w.done};
@@ -274,14 +333,14 @@ void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, cons
 int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t k, const Launch& l) {
   const DeviceGuard guard(l.device);
   int64_t bytes = 0;
-  arrays(plan_for(nq, n, k, m, l.device), m, nullptr, &bytes);
+  arrays(plan_for(nq, n, k, m, l.device), n, k, m, nullptr, &bytes);
   return bytes;
 }
 
 void pq(const PqArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
   const PqPlan p = plan_for(a.nq, a.n, a.k, a.m, l.device);
-  const Arrays w = arrays(p, a.m, l.workspace, nullptr);
+  const Arrays w = arrays(p, a.n, a.k, a.m, l.workspace, nullptr);
   for (int64_t first = 0; first < a.nq; first += p.lists.queries)
     search(a, p, first, a.nq - first < p.lists.queries ? a.nq - first : p.lists.queries, w, l);
 }

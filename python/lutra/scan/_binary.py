@@ -57,7 +57,7 @@ def binary(
     Notes
     -----
     Cost: nq n b / 64 popcounts of 64 bytes with AVX-512 VPOPCNTDQ and, for few queries, one read of database.
-    On CUDA k is at most 2048, and a multiprocessor counts 16 words of 4 bytes a cycle. Not differentiable.
+    On CUDA a multiprocessor counts 16 words of 4 bytes a cycle. Not differentiable.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def binary(
 
 
 def _binary(kind, queries, database, keep=None, k=10, metric="hamming"):
-    k = check_k(kind, k)
+    k = _checks.integer("k", k, 1)
     metric_code = _checks.choice("metric", metric, BINARY_METRICS)
     for a, name in ((queries, "queries"), (database, "database")):
         _checks.same_kind(kind, a, name, queries, "queries")

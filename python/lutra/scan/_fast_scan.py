@@ -10,7 +10,7 @@ from .. import _checks, _filters
 from .._arrays import F32, I64, NUMPY, U8, call
 from .._results import Neighbors
 from ..reference import fast_scan as reference
-from ._knn import _tuple, check_k
+from ._knn import _tuple
 
 _METRICS = {"ip": 0, "l2": 1}
 
@@ -158,8 +158,8 @@ def fast_scan(
     -----
     A query's tables are rounded to multiples of a 254th of the largest range of two tables that share a byte;
     a sum errs by at most m / 2 of them. Cost: nq n m / 64 byte permutations, and n m / 2 bytes to read.
-    On CUDA k is at most 2048 and m some 1700, tables lie in shared memory (32 look-ups a cycle and
-    multiprocessor), and a query whose tables are not finite has scores of NaN. Not differentiable.
+    On CUDA m is at most 1700 or so, tables lie in shared memory (32 look-ups a cycle and multiprocessor), and
+    a query whose tables are not finite has scores of NaN. Not differentiable.
 
     References
     ----------
@@ -182,7 +182,7 @@ def fast_scan(
 
 
 def _fast_scan(kind, tables, codes, bias=None, add=None, mul=None, keep=None, n=0, k=10, metric="ip"):
-    k = check_k(kind, k)
+    k = _checks.integer("k", k, 1)
     metric_code = _checks.choice("metric", metric, _METRICS)
     n = _checks.integer("n", n, 0)
     _checks.ndim(tables, "tables", 3)

@@ -11,7 +11,7 @@ from .._arrays import F32, F64, I64, NUMPY, U8, call
 from .._checks import METRICS
 from .._results import Neighbors
 from ..reference import scan as reference
-from ._knn import _tuple, check_k
+from ._knn import _tuple
 
 _PQ_METRICS = {name: METRICS[name] for name in ("ip", "l2")}
 
@@ -61,7 +61,7 @@ def pq(queries: Any, codes: Any, codebooks: Any, k: int = 10, metric: str = "l2"
 
 
 def _pq(kind, queries, codes, codebooks, k=10, metric="l2"):
-    k = check_k(kind, k)
+    k = _checks.integer("k", k, 1)
     metric_code = _checks.choice("metric", metric, _PQ_METRICS)
     for a, name, dims in ((queries, "queries", 2), (codes, "codes", 2), (codebooks, "codebooks", 3)):
         _checks.same_kind(kind, a, name, queries, "queries")

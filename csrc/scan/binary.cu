@@ -40,6 +40,7 @@ struct Ones {
 template <int VEC, int LANES, int QUERIES, bool JACCARD>
 struct BinaryPolicy {
   static constexpr int kThreads = cuda::kThreads, kRows = cuda::kRows, kQueries = QUERIES, kLanes = LANES;
+  static constexpr bool kRowTerms = false;
   using Piece = Codes16;
   using Sum = int;
   using RowSum = std::conditional_t<JACCARD, Ones, Nothing>;
@@ -116,7 +117,7 @@ __device__ __forceinline__ void load_queries(const BinaryScan& a, int64_t q0, in
 }
 
 template <int VEC, int LANES, int QUERIES, bool JACCARD>
-__global__ void __launch_bounds__(kThreads, QUERIES == 1 ? 4 : 3) binary_kernel(BinaryScan a) {
+__global__ void __launch_bounds__(kThreads, (QUERIES == 1 ? 4 : 3) - (JACCARD ? 1 : 0)) binary_kernel(BinaryScan a) {
   using Policy = BinaryPolicy<VEC, LANES, QUERIES, JACCARD>;
   uint8_t* const patterns = dynamic_shared<uint8_t>();
   int* const ones = reinterpret_cast<int*>(patterns + static_cast<int64_t>(a.chunks) * 16 * QUERIES);

@@ -7,6 +7,7 @@
 //
 //   struct Policy {
 //     static constexpr int kThreads, kRows, kQueries, kLanes;   // rows * queries <= 32
+//     static constexpr bool kRowTerms;                          // whether score() looks at the row
 //     using Piece, Sum, RowSum;
 //     void fetch(uint32_t row, int piece, Piece&) const;
 //     void add(int piece, const Piece (&)[kRows], Sum (&)[kRows][kQueries], RowSum (&)[kRows]) const;
@@ -52,13 +53,18 @@ __device__ __forceinline__ void scan_codes(const P& p, Selector& select, uint32_
                                            int queries) {
   constexpr int R = P::kRows, W = P::kQueries, L = P::kLanes, kStep = P::kThreads / L;
   constexpr uint32_t kTile = kStep * R;
+  constexpr bool kRowTerms = P::kRowTerms;
   static_assert(R * W <= 32, "a bit for each sum of a thread");
   typename P::Piece next[R];
+  const uint32_t own = threadIdx.x / L;
   const auto fetch = [&](uint32_t row0, int piece) {
+    if (end - row0 >= kTile) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const uint32_t after = r * kStep + threadIdx.x / L;
-      p.fetch(after < end - row0 ? row0 + after : end - 1, piece, next[r]);
+      for (int r = 0; r < R; ++r) p.fetch(row0 + own + r * kStep, piece, next[r]);
+    } else {
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        p.fetch(own + r * kStep < end - row0 ? row0 + own + r * kStep : end - 1, piece, next[r]);
     }
   };
   unsigned todo = ~0u;  // the sums of this tile that found no place in their lists
@@ -85,19 +91,28 @@ __device__ __forceinline__ void scan_codes(const P& p, Selector& select, uint32_
         p.add(piece, now, sum, row_sum);
       }
       p.close(sum, row_sum);
-      unsigned refused = 0;
+      unsigned passing = 0;
 #pragma unroll
       for (int w = 0; w < W; ++w) {
-        if (w >= queries) break;
         const float bar = select.least_score[w];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          const uint32_t after = r * kStep + threadIdx.x / L;
-          const uint32_t row = row0 + (after < rows ? after : rows - 1);
-          const float score = p.score(sum[r][w], row_sum[r], w, row);
-          if (!(score < bar) && after < rows && (L == 1 || threadIdx.x % L == 0) && (todo >> (r * W + w) & 1) &&
-              p.wanted(row) && !select.add(w, score, row))
-            refused |= 1u << (r * W + w);
+          const uint32_t row = kRowTerms ? row0 + (own + r * kStep < rows ? own + r * kStep : rows - 1) : 0;
+          if (!(p.score(sum[r][w], row_sum[r], w, row) < bar)) passing |= 1u << (r * W + w);
+        }
+      }
+      passing &= todo;
+      unsigned refused = 0;
+      if (passing && (L == 1 || threadIdx.x % L == 0)) {
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const uint32_t after = own + r * kStep, row = row0 + after;
+            if ((passing >> (r * W + w) & 1) && after < rows && w < queries && p.wanted(row) &&
+                !select.add(w, p.score(sum[r][w], row_sum[r], w, row), row))
+              refused |= 1u << (r * W + w);
+          }
         }
       }
       todo = refused;

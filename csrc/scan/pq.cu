@@ -22,7 +22,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 // tables[g][j][c][w] for query g * W + w, and, where `rotated` is not null, the same for its scan (pq_plan.cuh), where
-// tables from m up to a multiple of 16 are 0. A block per (g, j), a thread per code.
+// tables from m up to a multiple of 16 are 0 and l2 is negative. A block per (g, j), a thread per code.
 template <int W, bool L2>
 __global__ void __launch_bounds__(256)
     tables_kernel(const float* q, int64_t nq, int64_t ldq, const float* codebooks, int m, int ksub, int64_t dsub,
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(256)
   store_pack<float, W>(tables + ((group * m + j) * 256 + c) * W, sum);
 #pragma unroll
   for (int w = 0; w < W; ++w)
-    if (group * W + w < room) put_rotated(group * W + w, sum[w]);
+    if (group * W + w < room) put_rotated(group * W + w, L2 ? -sum[w] : sum[w]);
 }
 
 // acc += the scores of R rows, VEC codes of a row at a time, j in increasing order.
@@ -197,7 +197,7 @@ struct PqPlan {
 
 bool large(int64_t k, int64_t n) { return k > kMaxK && n > kMaxK; }
 
-PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
+PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksub, int device) {
   if (n > kMaxRows) throw std::length_error("lutra: pq on CUDA takes fewer than 2^32 - 1 rows");
   if (m > 0x3fffff) throw std::length_error("lutra: pq on CUDA takes at most 2^22 - 1 sub-quantizers");
   PqPlan p;
@@ -220,7 +220,10 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
   s.parts = parts_for(groups, tiles, slots, 2);
   s.tiles_per_part = div_up(tiles > 0 ? tiles : 1, s.parts);
   s.parts = static_cast<int>(div_up(tiles > 0 ? tiles : 1, s.tiles_per_part));
-  p.rotated = n * m >= kRotatedCodes && !large(k, n) ? rotated_plan(nq, n, k, m, device) : RotatedPlan{};
+  if (n * m >= kRotatedCodes && !large(k, n)) {
+    p.rotated = packed_plan(nq, n, k, m, ksub, device);
+    if (!p.rotated.width) p.rotated = rotated_plan(nq, n, k, m, device);
+  }
   const auto list_bytes = [](const ListPlan& lists) {
     return static_cast<int64_t>(sizeof(Key)) * (lists.stride > 0 ? lists.stride : 1) * lists.parts;
   };
@@ -228,11 +231,11 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
   if (p.rotated.width) {
     const int64_t other = list_bytes(p.rotated.lists);
     list = list > other ? list : other;
-    table += round_up(m, 16) * 1024 * p.rotated.width + (k + kMaxK) * 16;
+    table += round_up(m, 16) * 1024 + p.rotated.kept * 16;
   }
   const int64_t by_lists = kListBytes / list, by_tables = kTableBytes / table;
-  const int64_t fit = (by_lists < by_tables ? by_lists : by_tables) / 4 * 4;
-  s.queries = fit < 4 ? 4 : fit;
+  const int64_t fit = (by_lists < by_tables ? by_lists : by_tables) / 8 * 8;
+  s.queries = fit < 8 ? 8 : fit;
   if (s.queries > nq) s.queries = nq;
   if (large(k, n) && s.queries > any_k_queries(nq, n)) s.queries = any_k_queries(nq, n);
   p.rotated.lists.queries = s.queries;
@@ -242,6 +245,7 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int device) {
 struct Arrays {
   float *tables, *rotated;
   Key* keys;  // of the rotated scan, then of the plain one
+  float2* rounded;
   float* scores;
   int64_t* ids;
   int* done;
@@ -256,6 +260,7 @@ Arrays arrays(const PqPlan& p, int64_t n, int64_t k, int64_t m, void* workspace,
     const int64_t queries = p.lists.queries, other = p.rotated.lists.bytes();
     keys = keys > other ? keys : other;
     a.rotated = c.take<float>(round_up(queries, p.rotated.width) * round_up(m, 16) * 256);
+    if (p.rotated.packed) a.rounded = c.take<float2>(round_up(queries, p.rotated.width));
     a.scores = c.take<float>(queries * p.rotated.kept);
     a.ids = c.take<int64_t>(queries * p.rotated.kept);
     a.done = c.take<int>(queries);
@@ -268,10 +273,11 @@ Arrays arrays(const PqPlan& p, int64_t n, int64_t k, int64_t m, void* workspace,
 
 template <int W>
 void make_tables(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, const Arrays& w, const Launch& l) {
-  const int64_t blocks = div_up(count, W) * (w.rotated ? round_up(a.m, 16) : a.m);
+  float* const rotated = p.rotated.packed ? nullptr : w.rotated;
+  const int64_t blocks = div_up(count, W) * (rotated ? round_up(a.m, 16) : a.m);
   launch("pq", a.metric == Metric::l2 ? tables_kernel<W, true> : tables_kernel<W, false>, grid_x(blocks), 256, 0, l,
          a.q + first * a.ldq, count, a.ldq, a.codebooks, static_cast<int>(a.m), static_cast<int>(a.ksub), a.dsub,
-         w.tables, w.rotated, p.rotated.width);
+         w.tables, rotated, p.rotated.width);
 }
 
 template <int W>
@@ -313,11 +319,16 @@ void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, cons
     if (p.rotated.width) {
       const int kept = p.rotated.kept;
       s.tables = w.rotated, s.lists = p.rotated.lists;
-      rotated_scan(s, p.rotated, l);
+      if (p.rotated.packed) {
+        packed_tables(w.tables, p.width, count, m, l2, p.rotated, w.rotated, w.rounded, l);
+        packed_scan(s, p.rotated, w.rounded, l);
+      } else {
+        rotated_scan(s, p.rotated, l);
+      }
       merge_lists(Merge{w.keys, count, s.lists.parts, kept, s.lists.stride, false, kept, kept, l2, w.scores, w.ids},
                   "pq", l);
       settle(PqSettle{w.tables, p.width, a.codes, a.n, m, static_cast<int>(a.ksub), l2, kept, k, w.scores, w.ids,
-                      scores, ids, w.done},
+                      scores, ids, w.done, w.rounded},
              count, l);
       s.tables = w.tables, s.lists = lists;
     }
@@ -330,16 +341,16 @@ void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, cons
 
 }  // namespace
 
-int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t k, const Launch& l) {
+int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t ksub, int64_t k, const Launch& l) {
   const DeviceGuard guard(l.device);
   int64_t bytes = 0;
-  arrays(plan_for(nq, n, k, m, l.device), n, k, m, nullptr, &bytes);
+  arrays(plan_for(nq, n, k, m, ksub, l.device), n, k, m, nullptr, &bytes);
   return bytes;
 }
 
 void pq(const PqArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
-  const PqPlan p = plan_for(a.nq, a.n, a.k, a.m, l.device);
+  const PqPlan p = plan_for(a.nq, a.n, a.k, a.m, a.ksub, l.device);
   const Arrays w = arrays(p, a.n, a.k, a.m, l.workspace, nullptr);
   for (int64_t first = 0; first < a.nq; first += p.lists.queries)
     search(a, p, first, a.nq - first < p.lists.queries ? a.nq - first : p.lists.queries, w, l);

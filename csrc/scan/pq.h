@@ -30,7 +30,7 @@ LUTRA_KERNEL(pq, ::lutra::PqArgs)
 #ifdef LUTRA_CUDA_ENTRIES
 namespace lutra {
 namespace cuda {
-int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t k, const Launch&);
+int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t ksub, int64_t k, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
 #endif

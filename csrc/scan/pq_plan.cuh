@@ -31,16 +31,24 @@ struct PqSettle {
   const int64_t* ids;
   float* scores;  // [nq][k]
   int64_t* out;
-  int* done;  // [nq]
+  int* done;              // [nq]
+  const float2* rounded;  // of tables that were rounded: [nq], y the step; or null
 };
 
 // The rotated scan (pq_rotated.cu): queries of a block, its shared memory, how its lists are cut.
 struct RotatedPlan {
   int width = 0;  // 0: it cannot be used
   size_t shared = 0;
-  int kept = 0;  // candidates of a query
+  int kept = 0;         // candidates of a query
+  bool packed = false;  // two queries in a word (pq_packed.cu)
   ListPlan lists{};
 };
+// Candidates of a query: in the short lists, those come free; else so many that nearly equal scores do not matter.
+inline int64_t candidates_of(int64_t k) { return k <= 10 ? kShortK : k + (k < 256 ? 32 : k / 8); }
+RotatedPlan packed_plan(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksub, int device);
+void packed_tables(const float* tables, int width, int64_t nq, int m, bool l2, const RotatedPlan& p, float* image,
+                   float2* terms, const Launch& l);
+void packed_scan(const PqScan& s, const RotatedPlan& p, const float2* terms, const Launch& l);
 RotatedPlan rotated_plan(int64_t nq, int64_t n, int64_t k, int64_t m, int device);
 void rotated_scan(const PqScan& s, const RotatedPlan& p, const Launch& l);
 void settle(const PqSettle& s, int64_t nq, const Launch& l);

@@ -53,12 +53,14 @@ __device__ __forceinline__ Lane lane_of() {
       const int s = 4 * i + b;
       const int at =
           W == 4 ? 16 * ((s & 7) ^ (l.lane & 7)) : 4 * W * (s ^ (l.lane & 15)) + (W == 1 ? (l.lane & 16) * 4 : 0);
-      l.place[i] |= static_cast<uint32_t>(at) << (8 * b);  // at most 127: __byte_perm spreads its sign, 0
+      l.place[i] |= static_cast<uint32_t>(at) << (8 * b);  // at most 127: its sign is 0
     }
   }
   l.bytes = 0;
 #pragma unroll
   for (int b = 0; b < 4; ++b) l.bytes |= static_cast<unsigned>(b ^ (l.lane & 3)) << (4 * b);
+  // Kept in registers: the compiler would rather work them out again in every turn of the loop.
+  asm volatile("" : "+r"(l.place[0]), "+r"(l.place[1]), "+r"(l.place[2]), "+r"(l.place[3]), "+r"(l.bytes));
   return l;
 }
 
@@ -76,9 +78,16 @@ __device__ __forceinline__ void reorder(const Lane& l, uint32_t (&v)[4]) {
   v[2] = __byte_perm(c, 0, l.bytes), v[3] = __byte_perm(d, 0, l.bytes);
 }
 
-// sum += the look-ups of R rows in the unit at `look`; v in the lane's order.
-template <int W, int R>
-__device__ __forceinline__ void add_up(const Lane& l, const char* look, const uint32_t (&v)[R][4], float (&sum)[R][W]) {
+// prmt.b32, which __byte_perm is not quite: a digit of 8 and more of `pick` spreads the sign of the byte that it names.
+__device__ __forceinline__ uint32_t permuted(uint32_t low, uint32_t high, unsigned pick) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(pick));
+  return out;
+}
+
+// sum += the look-ups of R rows in the unit at `look`, entries of 4 bytes; v in the lane's order.
+template <int W, int R, class T>
+__device__ __forceinline__ void add_up(const Lane& l, const char* look, const uint32_t (&v)[R][4], T (&sum)[R][W]) {
 #pragma unroll
   for (int s = 0; s < 16; ++s) {
     const unsigned b = s & 3;
@@ -86,8 +95,10 @@ __device__ __forceinline__ void add_up(const Lane& l, const char* look, const ui
     const unsigned pick = (4 + b) | b << 4 | (12 + b) << 8 | (12 + b) << 12;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const uint32_t at = __byte_perm(v[r][s >> 2], l.place[s >> 2], pick);
-      const auto t = load_pack<float, W>(reinterpret_cast<const float*>(look + at + (W == 4 && s >= 8 ? 128 : 0)));
+      const uint32_t at = permuted(v[r][s >> 2], l.place[s >> 2], pick);
+      const auto word = *reinterpret_cast<const typename Word<4 * W>::type*>(look + at + (W == 4 && s >= 8 ? 128 : 0));
+      T t[W];
+      memcpy(t, &word, sizeof(t));
 #pragma unroll
       for (int w = 0; w < W; ++w) sum[r][w] += t[w];
     }

@@ -39,8 +39,8 @@ void register_scan(py::module_& m) {
     cuda::rescore(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
-  m.def("pq_workspace", [](int64_t nq, int64_t n, int64_t m_, int64_t k, int device, Address stream) {
-    return cuda::pq_workspace(nq, n, m_, k, Launch{device, stream.p});
+  m.def("pq_workspace", [](int64_t nq, int64_t n, int64_t m_, int64_t ksub, int64_t k, int device, Address stream) {
+    return cuda::pq_workspace(nq, n, m_, ksub, k, Launch{device, stream.p});
   });
   m.def("pq", [](Address q, int64_t ldq, Address codes, Address codebooks, int64_t nq, int64_t n, int64_t m_,
                  int64_t ksub, int64_t dsub, int64_t k, int metric, Address scores, Address ids, Address workspace,

@@ -86,7 +86,7 @@ def _pq(kind, queries, codes, codebooks, k=10, metric="l2"):
         return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
     queries, codes, codebooks = kind.dense(queries), kind.dense(codes), kind.dense(codebooks)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
-    scratch = kind.scratch("pq", queries, nq, n, m, k)
+    scratch = kind.scratch("pq", queries, nq, n, m, ksub, k)
     bad = kind.kernels.pq(
         kind.ptr(queries), d, kind.ptr(codes), kind.ptr(codebooks), nq, n, m, ksub, dsub, k, metric_code,
         kind.ptr(scores), kind.ptr(ids), *kind.launch(queries, scratch),

@@ -1,17 +1,14 @@
 // Packed bits on CUDA; formulas and conventions are in binary.h.
 //
 // One or two queries: as many lanes as make whole sectors share a row, 16 bytes each, and add up their counts by
-// shuffles; the limit is reading the collection. More queries: a thread has a row of its own and compares each 16
-// bytes of it, in registers, with those of 8 queries in shared memory; the limit is 16 popcounts a cycle and
-// multiprocessor, 64 bytes.
+// shuffles; the limit is reading the collection. More queries: binary_mma.cu.
 //
 // k above 2048: scores are written out and selected by radix (any_k.cuh). n < 2^32 - 1; offsets are 64-bit. Counts are
 // integers: 32 bits hold rows of 2^28 bytes.
-#include "scan/binary.h"
-
 #include <type_traits>
 
 #include "scan/any_k.cuh"
+#include "scan/binary_plan.cuh"
 #include "scan/code_scan.cuh"
 
 namespace lutra {
@@ -19,14 +16,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256, kRows = 2;
-
-struct BinaryScan {
-  const uint8_t *q, *x, *keep;
-  int64_t nq, n;
-  int b, chunks;  // bytes of a row; of 16 bytes
-  ListPlan lists;
-  Key* keys;
-};
 
 __device__ __forceinline__ int count4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __popc(a) + __popc(b) + (__popc(c) + __popc(d));
@@ -40,7 +29,7 @@ struct Ones {
 template <int VEC, int LANES, int QUERIES, bool JACCARD>
 struct BinaryPolicy {
   static constexpr int kThreads = cuda::kThreads, kRows = cuda::kRows, kQueries = QUERIES, kLanes = LANES;
-  static constexpr bool kRowTerms = false;
+  [[maybe_unused]] static constexpr bool kRowTerms = false;
   using Piece = Codes16;
   using Sum = int;
   using RowSum = std::conditional_t<JACCARD, Ones, Nothing>;
@@ -82,12 +71,10 @@ struct BinaryPolicy {
       }
   }
   __device__ __forceinline__ float score(int count, const RowSum& row_sum, int w, uint32_t) const {
-    if constexpr (JACCARD) {
-      const int together = row_sum.count + ones[w] - count;
-      return together == 0 ? -0.0f : __fdiv_rn(static_cast<float>(count), static_cast<float>(together)) - 1.0f;
-    } else {
+    if constexpr (JACCARD)
+      return binary_score<true>(count, row_sum.count, ones[w]);
+    else
       return -static_cast<float>(count);
-    }
   }
   __device__ __forceinline__ bool wanted(uint32_t row) const { return !a.keep || (a.keep[row >> 3] >> (row & 7) & 1); }
 };
@@ -116,8 +103,9 @@ __device__ __forceinline__ void load_queries(const BinaryScan& a, int64_t q0, in
   __syncthreads();
 }
 
-template <int VEC, int LANES, int QUERIES, bool JACCARD>
-__global__ void __launch_bounds__(kThreads, (QUERIES == 1 ? 4 : 3) - (JACCARD ? 1 : 0)) binary_kernel(BinaryScan a) {
+template <int VEC, int LANES, bool JACCARD>
+__global__ void __launch_bounds__(kThreads, JACCARD ? 3 : 4) binary_kernel(BinaryScan a) {
+  constexpr int QUERIES = 1;
   using Policy = BinaryPolicy<VEC, LANES, QUERIES, JACCARD>;
   uint8_t* const patterns = dynamic_shared<uint8_t>();
   int* const ones = reinterpret_cast<int*>(patterns + static_cast<int64_t>(a.chunks) * 16 * QUERIES);
@@ -154,6 +142,7 @@ struct BinaryPlan {
   int queries, lanes, vec;
   size_t shared;
   ListPlan lists;
+  BinaryMmaPlan mma;  // where it does the scan
 };
 
 bool large(int64_t k, int64_t n) { return k > kMaxK && n > kMaxK; }
@@ -170,37 +159,43 @@ BinaryPlan plan_for(int64_t nq, int64_t n, int64_t b, int64_t k, int vec, int de
     throw std::length_error("lutra: binary on CUDA takes rows of at most 200 kB or so");
   BinaryPlan p{};
   p.vec = vec;
-  p.queries = nq > 2 && shared_for(kBatch) * 2 <= limit ? kBatch : 1;
+  p.queries = 1;
   p.lanes = 1;
   if (large(k, n)) {
+    p.queries = nq > 2 && shared_for(kBatch) * 2 <= limit ? kBatch : 1;
     p.shared = static_cast<size_t>(shared_for(p.queries));
     p.lists.queries = any_k_queries(nq, n);
     return p;
   }
-  while (p.queries == 1 && vec == 16 && p.lanes < 8 && chunks % (2 * p.lanes) == 0) p.lanes *= 2;
+  if (nq > 2) p.mma = binary_mma_plan(nq, n, b, k, kListBytes, device);
+  if (p.mma.shared) {
+    p.lists = p.mma.lists;
+    return p;
+  }
+  while (vec == 16 && p.lanes < 8 && chunks % (2 * p.lanes) == 0) p.lanes *= 2;
   p.shared = static_cast<size_t>(shared_for(p.queries));
-  int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024), most = p.queries == 1 ? 4 : 3;
-  at_once = at_once < 1 ? 1 : at_once > most ? most : at_once;
-  p.lists = cut_lists(nq, p.queries, n, k, kThreads / p.lanes * (2), at_once * multiprocessors(device), kListBytes);
+  int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024);
+  at_once = at_once < 1 ? 1 : at_once > 4 ? 4 : at_once;
+  p.lists = cut_lists(nq, p.queries, n, k, kThreads / p.lanes * kRows, at_once * multiprocessors(device), kListBytes);
   return p;
 }
 
-template <int VEC, int LANES, int QUERIES>
+template <int VEC, int LANES>
 void scan_as(const BinaryScan& s, const BinaryPlan& p, bool jaccard, const Launch& l) {
-  const dim3 grid(grid_x(div_up(s.nq, QUERIES)), static_cast<unsigned>(p.lists.parts));
-  launch("binary", jaccard ? binary_kernel<VEC, LANES, QUERIES, true> : binary_kernel<VEC, LANES, QUERIES, false>, grid,
-         kThreads, p.shared, l, s);
+  const dim3 grid(grid_x(s.nq), static_cast<unsigned>(p.lists.parts));
+  launch("binary", jaccard ? binary_kernel<VEC, LANES, true> : binary_kernel<VEC, LANES, false>, grid, kThreads,
+         p.shared, l, s);
 }
 
 template <int VEC>
 void scan_of(const BinaryScan& s, const BinaryPlan& p, bool jaccard, const Launch& l) {
-  if (p.queries > 1) return scan_as<VEC, 1, kBatch>(s, p, jaccard, l);
+  if (p.mma.shared) return binary_mma(s, p.mma, VEC, jaccard, l);
   if constexpr (VEC == 16) {
-    if (p.lanes == 2) return scan_as<VEC, 2, 1>(s, p, jaccard, l);
-    if (p.lanes == 4) return scan_as<VEC, 4, 1>(s, p, jaccard, l);
-    if (p.lanes == 8) return scan_as<VEC, 8, 1>(s, p, jaccard, l);
+    if (p.lanes == 2) return scan_as<VEC, 2>(s, p, jaccard, l);
+    if (p.lanes == 4) return scan_as<VEC, 4>(s, p, jaccard, l);
+    if (p.lanes == 8) return scan_as<VEC, 8>(s, p, jaccard, l);
   }
-  scan_as<VEC, 1, 1>(s, p, jaccard, l);
+  scan_as<VEC, 1>(s, p, jaccard, l);
 }
 
 template <int VEC, int QUERIES>

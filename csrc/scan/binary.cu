@@ -29,7 +29,7 @@ struct Ones {
 template <int VEC, int LANES, int QUERIES, bool JACCARD>
 struct BinaryPolicy {
   static constexpr int kThreads = cuda::kThreads, kRows = cuda::kRows, kQueries = QUERIES, kLanes = LANES;
-  [[maybe_unused]] static constexpr bool kRowTerms = false;
+  static constexpr bool kRowTerms = false;
   using Piece = Codes16;
   using Sum = int;
   using RowSum = std::conditional_t<JACCARD, Ones, Nothing>;

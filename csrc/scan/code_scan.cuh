@@ -160,7 +160,7 @@ __device__ __forceinline__ void score_codes(const P& p, uint32_t n, int pieces, 
       for (int w = 0; w < W; ++w)
         if (w < queries)
           all[static_cast<uint64_t>(w) * n + rows[r]] =
-              wanted ? ordered_bits(p.score(sum[r][w], row_sum[r], w, rows[r])) : 0;
+              wanted ? ordered_bits(p.score(sum[r][w], row_sum[r], w, P::kRowTerms ? rows[r] : 0)) : 0;
     }
   }
 }

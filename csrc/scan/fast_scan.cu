@@ -123,7 +123,7 @@ struct NoTerms {};
 template <int W, bool JOINED, bool TERMS>
 struct FastScanPolicy {
   static constexpr int kThreads = cuda::kThreads, kRows = W == 4 ? 1 : cuda::kRows, kQueries = W, kLanes = 1;
-  [[maybe_unused]] static constexpr bool kRowTerms = false;
+  static constexpr bool kRowTerms = false;
   static constexpr int kEntries = JOINED ? 256 : 16;
   using RowSum = std::conditional_t<TERMS, Terms, NoTerms>;
   struct Piece : RowSum {

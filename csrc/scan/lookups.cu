@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(256) byte_tables_kernel(const float* tables, i
 template <int W, int VEC>
 struct LookupsPolicy {
   static constexpr int kThreads = cuda::kThreads, kRows = W == 4 ? 1 : 2, kQueries = W, kLanes = 1;
-  [[maybe_unused]] static constexpr bool kRowTerms = true;
+  static constexpr bool kRowTerms = true;
   using Piece = Codes16;
   using Sum = float;
   struct RowSum {};

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(256) round_kernel(Rounding a) {
 template <int W, int VEC>
 struct PackedPolicy {
   static constexpr int kThreads = cuda::kThreads, kRows = 2, kQueries = 2 * W, kLanes = 1;
-  [[maybe_unused]] static constexpr bool kRowTerms = false;
+  static constexpr bool kRowTerms = false;
   using Piece = Codes16;
   using Sum = uint32_t;
   struct RowSum {};

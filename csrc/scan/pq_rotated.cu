@@ -21,7 +21,7 @@ constexpr int kThreads = 512;
 template <int W, int VEC, int R, bool ONE>
 struct RotatedPolicy {
   static constexpr int kThreads = cuda::kThreads, kRows = R, kQueries = W, kLanes = 1;
-  [[maybe_unused]] static constexpr bool kRowTerms = false;
+  static constexpr bool kRowTerms = false;
   using Piece = Codes16;
   using Sum = float;
   struct RowSum {};

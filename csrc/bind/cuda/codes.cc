@@ -34,6 +34,30 @@ void register_codes(py::module_& m) {
     cuda::rescore_bits(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
+  m.def("fast_scan_workspace", [](int64_t nq, int64_t n, int64_t m_, int64_t k, int device, Address stream) {
+    return cuda::fast_scan_workspace(nq, n, m_, k, Launch{device, stream.p});
+  });
+  m.def("fast_scan", [](int64_t nq, int64_t m_, int64_t k, int metric, Address tables, Address bias, Address codes,
+                        int64_t n, Address add, Address mul, Address keep, Address scores, Address ids,
+                        Address workspace, int device, Address stream) {
+    FastScanArgs a{};
+    a.nq = nq, a.m = m_, a.k = k, a.n = n;
+    a.metric = static_cast<Metric>(metric);
+    a.tables = tables.as<float>(), a.bias = bias.as<float>();
+    a.codes = codes.as<uint8_t>(), a.keep = keep.as<uint8_t>();
+    a.add = add.as<float>(), a.mul = mul.as<float>();
+    a.scores = scores.as<float>(), a.ids = ids.as<int64_t>();
+    cuda::fast_scan(a, Launch{device, stream.p, workspace.p});
+    return -1;
+  });
+  m.def("pack4", [](Address entries, int64_t n, int64_t m_, int64_t first, Address codes, int device, Address stream) {
+    cuda::pack4(Pack4Args{entries.as<uint8_t>(), n, m_, first, codes.as<uint8_t>()}, Launch{device, stream.p});
+  });
+  m.def("unpack4", [](Address codes, Address rows, int64_t n, int64_t m_, int64_t first, Address entries, int device,
+                      Address stream) {
+    cuda::unpack4(Unpack4Args{codes.as<uint8_t>(), rows.as<int64_t>(), n, m_, first, entries.as<uint8_t>()},
+                  Launch{device, stream.p});
+  });
   m.def("lookups_fit",
         [](int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, int device, Address stream) {
           return cuda::lookups_fit(tokens, n, bits, row_bytes, k, Launch{device, stream.p});

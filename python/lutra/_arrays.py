@@ -23,6 +23,22 @@ NAMES = {code: name for name, code in CODES.items()}
 FLOATS = (F32, F16, BF16)
 
 
+class Held(int):
+    """The address of a kernel's scratch memory, which lives as long as this number.
+
+    The memory's library hands it out again, or gives it back to the driver, once nobody holds it. That must
+    not happen before the kernel is launched, and a call holds its arguments until it returns.
+    """
+
+    owner: Any
+
+    @classmethod
+    def of(cls, address: int, owner: Any) -> Held:
+        held = cls(address)
+        held.owner = owner
+        return held
+
+
 class Kind:
     """What an op needs to know about an array library on one device."""
 
@@ -58,8 +74,7 @@ class Kind:
     def scratch(self, name: str, like: Any, *sizes: int) -> Any:
         """The scratch memory of a CUDA kernel, which allocates none itself; None on the CPU.
 
-        To be held until the kernel is launched: its library hands the memory out again in the order of the
-        stream.
+        `launch` makes of it the address that the kernel is called with, which keeps it alive until then.
         """
         if not self.cuda:
             return None
@@ -173,7 +188,7 @@ class TorchKind(Kind):
             return ()
         index = a.device.index
         where = index, self.torch.cuda.current_stream(index).cuda_stream
-        return where if scratch is None else (scratch.data_ptr(), *where)
+        return where if scratch is None else (Held.of(scratch.data_ptr(), scratch), *where)
 
     def to_numpy(self, a):
         if a.layout is not self.torch.strided:
@@ -217,7 +232,7 @@ class CupyKind(Kind):
 
     def launch(self, a, scratch=None):
         where = a.device.id, self.cupy.cuda.get_current_stream(a.device.id).ptr
-        return where if scratch is None else (scratch.data.ptr, *where)
+        return where if scratch is None else (Held.of(scratch.data.ptr, scratch), *where)
 
     def to_numpy(self, a):
         return self.cupy.asnumpy(a)

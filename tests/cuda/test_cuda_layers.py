@@ -131,7 +131,7 @@ def test_autocast(gpu_torch, name):
     torch.testing.assert_close(got.float(), want.float(), rtol=0.1, atol=0.1 * float(want.abs().max() + 1e-3))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "AutoDimEmbedding"])
 def test_forward_in_a_cuda_graph(gpu_torch, name):
     _, module, x = on_both(name)
     module.eval()

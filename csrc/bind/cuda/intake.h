@@ -37,7 +37,7 @@ struct type_caster<lutra::Address> {
   PYBIND11_TYPE_CASTER(lutra::Address, const_name("int | None"));
   bool load(handle src, bool) {
     if (src.is_none()) return true;
-    if (!PyLong_CheckExact(src.ptr())) return false;
+    if (!PyLong_Check(src.ptr()) || PyBool_Check(src.ptr())) return false;  // also one that holds its memory
     value.p = PyLong_AsVoidPtr(src.ptr());
     if (!value.p && PyErr_Occurred()) throw error_already_set();
     return true;

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: Kernels that may spill, by the longest spill in bytes, and why.
 ALLOWED = {
+    "weight_slab_kernelIfLi8E": (40, "before its loop over the tokens, once for 64 bytes of their columns"),
     "block_select_kernel": (400, "1024 threads leave 64 registers; it runs once a query, after the scan"),
 }
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")

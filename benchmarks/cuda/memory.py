@@ -3,19 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from harness import INPUTS, Case, milliseconds, near
+import torch.nn.functional as F
+from harness import INPUTS, Case, captured, milliseconds, near
 
 import lutra
+import lutra.nn
+
+BITS = 8
+ROWS = 1 << BITS
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+def torch_hash(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sign hash in torch's operations."""
+    z = x.float().unflatten(-1, (-1, BITS))
+    powers = 1 << torch.arange(BITS, device="cuda", dtype=torch.int32)
+    return ((z >= 0).int() * powers).sum(-1, dtype=torch.int32), torch.sigmoid(2 * z.abs()).prod(-1)
+
+
+def composed(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """A memory layer in torch's operations, with its fastest look-up."""
+    codes, weights = torch_hash(x)
+    ids = codes.long() + torch.arange(len(tables), device="cuda") * ROWS
+    flat = tables.view(-1, tables.shape[2])
+    return F.embedding_bag(ids, flat, per_sample_weights=weights.to(tables.dtype), mode="sum")
+
+
+def touched(tokens: int) -> float:
+    """How many rows of a table so many tokens read, on average."""
+    return ROWS * (1 - (1 - 1 / ROWS) ** tokens)
+
+
+def forward(d: int, tokens: int, dtype: torch.dtype, graph: bool) -> Case:
+    size = 4 if dtype == torch.float32 else 2
+    case = Case(
+        f"MemoryLinear {d}, {tokens} tokens, {str(dtype)[6:]}{', graph' if graph else ''}",
+        None,
+        [],
+        check=near(*((3e-2, 3e-2) if size == 2 else (1e-3, 1e-4))),
+        bytes=d // BITS * touched(tokens) * d * size + 2 * tokens * d * size,
+        graph=graph,
+    )
+
+    def build() -> tuple[Any, ...]:
+        layer = lutra.nn.MemoryLinear(d, d, BITS, bias=False, device="cuda", dtype=dtype).requires_grad_(
+            False
+        )
+        linear = torch.nn.Linear(d, d, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+        inputs = [(torch.randn(tokens, d, device="cuda", dtype=dtype),) for _ in range(INPUTS)]
+        dense = [(x.bfloat16(),) for (x,) in inputs]
+        function = captured(linear, dense) if graph else linear
+        case.numbers["linear_bf16_ms"] = milliseconds([function], dense, 0.1)[0]
+        return layer, inputs, lambda x: composed(x, layer.tables)
+
+    case.build = build
+    return case
+
+
+def training(d: int, tokens: int, dtype: torch.dtype) -> Case:
+    size = 4 if dtype == torch.float32 else 2
+    case = Case(
+        f"MemoryLinear {d}, {tokens} tokens, {str(dtype)[6:]}, forward + backward",
+        None,
+        [],
+        # rows read twice, the gradient of all of them written
+        bytes=d // BITS * (2 * touched(tokens) + ROWS) * d * size + 4 * tokens * d * size,
+    )
+
+    def check(ours: Any, theirs: Any) -> None:
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(
+                a, b, rtol=5e-2, atol=float(b.abs().max()) * (2e-2 if size == 2 else 1e-4)
+            )
+
+    def build() -> tuple[Any, ...]:
+        layer = lutra.nn.MemoryLinear(d, d, BITS, bias=False, device="cuda", dtype=dtype)
+        g = torch.randn(tokens, d, device="cuda", dtype=dtype)
+        inputs = [(torch.randn(tokens, d, device="cuda", dtype=dtype).requires_grad_(),) for _ in range(3)]
+        linear = torch.nn.Linear(d, d, bias=False, device="cuda", dtype=torch.bfloat16)
+        dense = [(x.detach().bfloat16().requires_grad_(),) for (x,) in inputs]
+
+        def step(function: Any, leaf: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            out = function(x)
+            return torch.autograd.grad(out, (x, leaf), g.to(out.dtype))
+
+        case.numbers["linear_bf16_ms"] = milliseconds([lambda x: step(linear, linear.weight, x)], dense, 0.1)[
+            0
+        ]
+        theirs = None  # torch has no gradient of embedding_bag's weights in bfloat16
+        if dtype == torch.float32:
+
+            def theirs(x: torch.Tensor) -> Any:
+                return step(lambda x: composed(x, layer.tables), layer.tables, x)
+
+        return lambda x: step(layer, layer.tables, x), inputs, theirs
+
+    case.build, case.check = build, check
+    return case
 
 
 def cases(scale: int) -> Iterator[Case]:
-    def torch_hash(x):
-        z = x.float().unflatten(-1, (-1, 8))
-        powers = 1 << torch.arange(8, device="cuda", dtype=torch.int32)
-        return ((z >= 0).int() * powers).sum(-1, dtype=torch.int32), torch.sigmoid(2 * z.abs()).prod(-1)
-
     def check(ours, theirs):
         assert bool((ours[0] == theirs[0]).all())
         torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-6)
@@ -32,49 +122,11 @@ def cases(scale: int) -> Iterator[Case]:
             check,
             bytes=rows * d * (size + 1),
         )
-
-    for d in (1024, 4096 if scale == 1 else 1024):
-        n_tables = d // 8
-        tables = torch.randn(n_tables, 256, d, device="cuda") * 0.02
-        linear = torch.nn.Linear(d, d, device="cuda")
-        for tokens in (1, 256, 4096 // scale):
-            x = [(torch.randn(tokens, d, device="cuda"),) for _ in range(INPUTS)]
-
-            def layer(x, tables=tables):
-                return lutra.gather.tables(tables, *lutra.address.sign_hash(x))
-
-            def composed(x, tables=tables, n_tables=n_tables):
-                codes, weights = lutra.address.sign_hash(x)
-                out = torch.empty(len(x), tables.shape[2], device="cuda")
-                for a, c, w in zip(out.split(64), codes.split(64), weights.split(64)):
-                    rows = tables[torch.arange(n_tables, device="cuda"), c.long()]
-                    a.copy_(torch.bmm(w[:, None], rows)[:, 0])
-                return out
-
-            case = Case(
-                f"memory layer {d}, {tokens} tokens",
-                layer,
-                x,
-                composed,
-                near(1e-3, 1e-4),
-                bytes=min(tokens * n_tables, n_tables * 256) * d * 4 + tokens * d * 8,
-            )
-            with torch.no_grad():
-                case.numbers["linear_ms"] = milliseconds([linear], x, 0.2)[0]
-            yield case
-        tokens = 4096 // scale
-        x = torch.randn(tokens, d, device="cuda")
-        codes, weights = lutra.address.sign_hash(x)
-        leaf, leaf_w = tables.clone().requires_grad_(), weights.clone().requires_grad_()
-        g = torch.randn(tokens, d, device="cuda")
-
-        def backward(codes=codes, leaf=leaf, leaf_w=leaf_w, g=g):
-            return torch.autograd.grad(lutra.gather.tables(leaf, codes, leaf_w), (leaf, leaf_w), g)
-
-        yield Case(
-            f"memory layer {d}, {tokens} tokens, forward + backward",
-            backward,
-            [()],
-            bytes=3 * leaf.numel() * 4 + 3 * g.numel() * 4,
-        )
-        del leaf, tables
+    for d in (4096, 1024, 2048) if scale == 1 else (1024,):
+        for dtype in (torch.bfloat16, torch.float32):
+            for tokens in TOKENS:
+                yield forward(d, tokens, dtype, True)
+                if tokens in (1, 256):
+                    yield forward(d, tokens, dtype, False)
+            for tokens in (1, 256, 1024, 4096):
+                yield training(d, tokens, dtype)

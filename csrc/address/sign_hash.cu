@@ -9,7 +9,7 @@
 // indices are 64-bit.
 #include "address/sign_hash.h"
 
-#include "common/device.cuh"
+#include "address/sign_hash.cuh"
 
 namespace lutra {
 namespace cuda {
@@ -31,21 +31,9 @@ __global__ void __launch_bounds__(kThreads)
     forward_kernel(const T* x, Shape s, float scale, int32_t* codes, float* weights) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= s.chunks) return;
-  const T* z = x + s.begin(c);
-  int32_t code = 0;
-  float product = 1, total = 0;
-  for (int i = 0; i < s.bits; i += VEC) {
-    const auto v = load_pack<T, VEC>(z + i);
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      const float a = fabsf(v[j]);
-      code |= static_cast<int32_t>(v[j] >= 0) << (i + j);
-      product *= 1.0f + exp2f(a * scale);
-      total += a;
-    }
-  }
-  codes[c] = code;
-  weights[c] = (s.scaled ? total : 1.0f) / product;
+  const ChunkHash h = hash_chunk<T, VEC>(x + s.begin(c), s.bits, scale);
+  codes[c] = h.code;
+  weights[c] = h.weight(s.scaled);
 }
 
 // The values are read twice, the second time from L1: keeping up to 16 of them would cost a register each.
@@ -82,8 +70,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 template <class Args>
 Shape shape_of(const Args& a) {
   return Shape{a.rows * a.tables, a.tables, a.ldx, a.bits, a.score == Score::scaled, a.ldx == a.tables * a.bits};
@@ -99,7 +85,7 @@ void forward(const SignHashArgs& a, const Launch& l) {
   const Shape s = shape_of(a);
   const auto* x = static_cast<const T*>(a.x);
   const unsigned blocks = grid_x(div_up(s.chunks, kThreads));
-  const float scale = -2.0f * kLog2e / a.temperature;
+  const float scale = hash_scale(a.temperature);
   const auto kernel = fits(s, x, WIDE, sizeof(T)) ? forward_kernel<T, WIDE> : forward_kernel<T, 1>;
   launch("sign_hash", kernel, blocks, kThreads, 0, l, x, s, scale, a.codes, a.weights);
 }
@@ -110,7 +96,7 @@ void backward(const SignHashBackwardArgs& a, const Launch& l) {
   const auto* x = static_cast<const T*>(a.x);
   auto* out = static_cast<T*>(a.grad_x);
   const unsigned blocks = grid_x(div_up(s.chunks, kThreads));
-  const float scale = -2.0f * kLog2e / a.temperature;
+  const float scale = hash_scale(a.temperature);
   const bool wide = fits(s, x, WIDE, sizeof(T)) && aligned(out, WIDE * sizeof(T));
   const auto kernel = wide ? backward_kernel<T, WIDE> : backward_kernel<T, 1>;
   launch("sign_hash_backward", kernel, blocks, kThreads, 0, l, x, s, scale, 1.0f / a.temperature, a.grad_weights, out);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/launch.cuh"
 #include "common/types.h"
@@ -66,9 +67,16 @@ template <class T, int N>
 struct Pack {
   typename Word<sizeof(T) * N>::type word;
   __device__ __forceinline__ float operator[](int i) const {
-    T v[N];
-    memcpy(v, &word, sizeof(v));
-    return to_float(v[i]);
+    if constexpr (std::is_same<T, __nv_bfloat16>::value && N >= 2) {
+      // One instruction a value: the compiler would cut the upper half out before it shifts it back.
+      uint32_t pairs[N / 2];
+      memcpy(pairs, &word, sizeof(pairs));
+      return __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+    } else {
+      T v[N];
+      memcpy(v, &word, sizeof(v));
+      return to_float(v[i]);
+    }
   }
 };
 

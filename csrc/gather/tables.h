@@ -58,9 +58,17 @@ struct TablesBackwardArgs {
 LUTRA_KERNEL(tables, ::lutra::TablesArgs)
 LUTRA_KERNEL(tables_backward, ::lutra::TablesBackwardArgs)
 #ifdef LUTRA_CUDA_ENTRIES
+#include "address/sign_hash.h"
 namespace lutra {
 namespace cuda {
-int64_t tables_backward_workspace(int64_t tokens, int64_t n_tables, int64_t dim, const Launch&);
+// 0 where no workspace is needed (it may be nullptr then).
+int64_t tables_workspace(int64_t tokens, int64_t n_tables, int64_t entries, int64_t dim, DType dtype, const Launch&);
+int64_t tables_backward_workspace(const TablesBackwardArgs& a, const Launch&);  // looks at shapes, types and alignment
+
+// sign_hash and tables. a.codes and a.weights are h's; with no more than kHashedInline tokens one launch does it all,
+// and the four may be nullptr. The workspace is that of tables.
+constexpr int64_t kHashedInline = 64;
+void memory_linear(const SignHashArgs& h, const TablesArgs& a, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
 #endif

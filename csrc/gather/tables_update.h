@@ -24,3 +24,12 @@ struct TablesUpdateArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(tables_update, ::lutra::TablesUpdateArgs)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+// Shapes, types and alignment as in tables_update. 0: the call is not served (few tokens, or gradients of another type
+// than the tables).
+int64_t tables_update_workspace(const TablesUpdateArgs&, const Launch&);
+}  // namespace cuda
+}  // namespace lutra
+#endif

@@ -5,7 +5,6 @@
 #include "gather/packed.h"
 #include "gather/row_update.h"
 #include "gather/senses.h"
-#include "gather/tables.h"
 
 namespace lutra {
 namespace {
@@ -209,52 +208,6 @@ void register_gather(py::module_& m) {
                               grad_weights.as<float>(),
                               nullptr};
           cuda::bag_weight_grad(a, Launch{device, stream.p});
-          return -1;
-        });
-  m.def("tables", [](Address tables, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Address codes,
-                     Address weights, Address bias, int64_t tokens, Address out, int out_dtype, Address scale,
-                     Address minimum, int device, Address stream) {
-    TablesArgs a{tables.p,
-                 static_cast<DType>(dtype),
-                 n_tables,
-                 entries,
-                 dim,
-                 codes.as<int32_t>(),
-                 weights.as<float>(),
-                 bias.p,
-                 tokens,
-                 out.p,
-                 nullptr,
-                 static_cast<DType>(out_dtype),
-                 scale.as<float>(),
-                 minimum.as<float>()};
-    cuda::tables(a, Launch{device, stream.p});
-    return -1;
-  });
-  m.def("tables_backward_workspace", [](int64_t tokens, int64_t n_tables, int64_t dim, int device, Address stream) {
-    return cuda::tables_backward_workspace(tokens, n_tables, dim, Launch{device, stream.p});
-  });
-  m.def("tables_backward",
-        [](Address tables, int dtype, int64_t n_tables, int64_t entries, int64_t dim, Address codes, Address weights,
-           int64_t tokens, Address grad_out, Address grad_tables, Address grad_weights, int grad_dtype, Address scale,
-           Address minimum, bool zeroed, Address workspace, int device, Address stream) {
-          TablesBackwardArgs a{tables.p,
-                               static_cast<DType>(dtype),
-                               n_tables,
-                               entries,
-                               dim,
-                               codes.as<int32_t>(),
-                               weights.as<float>(),
-                               tokens,
-                               grad_out.p,
-                               grad_tables.p,
-                               grad_weights.as<float>(),
-                               nullptr,
-                               static_cast<DType>(grad_dtype),
-                               scale.as<float>(),
-                               minimum.as<float>(),
-                               zeroed};
-          cuda::tables_backward(a, Launch{device, stream.p, workspace.p});
           return -1;
         });
 }

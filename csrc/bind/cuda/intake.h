@@ -27,6 +27,7 @@ void register_lists(py::module_& m);
 void register_maxsim(py::module_& m);
 void register_pieces(py::module_& m);
 void register_scan(py::module_& m);
+void register_tables(py::module_& m);
 
 }  // namespace lutra
 

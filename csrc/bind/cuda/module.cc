@@ -39,4 +39,5 @@ PYBIND11_MODULE(_cuda, m) {
   lutra::register_maxsim(m);
   lutra::register_pieces(m);
   lutra::register_scan(m);
+  lutra::register_tables(m);
 }

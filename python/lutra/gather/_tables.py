@@ -8,11 +8,12 @@ from typing import Any
 from numpy import ndarray
 
 from .. import _checks
-from .._arrays import F32, F64, FLOATS, I8, I32, NUMPY, call, eager, quick
+from .._arrays import F32, F64, FLOATS, I8, I32, NUMPY, U8, call, eager, quick
 from ..reference import gather as reference
 from ._spread import empty, few_pages, zeros
 
 _EMPTY = (0,)
+_FEW = 32  # fewer tokens than this need no workspace on CUDA
 _quick = quick("tables")
 
 
@@ -160,22 +161,16 @@ def _result_code(kind, code, bias):
     return _checks.dtype(kind, bias, "bias", FLOATS if code == I8 else (code,))
 
 
-def _rows_of(tables, k, codes, scale, minimum):
-    """Rows of int8 table k (torch tensors), in float32."""
-    rows = codes[..., k].long()
-    return tables[k, rows].float() * scale[k, rows, None] + minimum[k, rows, None]
-
-
-def _composed(kind, tables, codes, weights, bias, scale, minimum, shape):
-    """int8 tables on CUDA, a table at a time."""
-    if kind.name != "torch":
-        raise TypeError("tables has no int8 kernel on CUDA; torch tensors are composed of torch's operations")
-    out = kind.empty(shape, F32, tables)
-    out[...] = 0 if bias is None else bias.float()
-    for k in range(tables.shape[0]):
-        rows = _rows_of(tables, k, codes, scale, minimum)
-        out += rows if weights is None else rows * weights[..., k, None].float()
-    return out if bias is None else out.to(bias.dtype)
+def _launch(kind, tables, code, tokens):
+    """Trailing arguments of the kernels on CUDA (workspace, device, stream), and what to hold until then."""
+    if not kind.cuda:
+        return (), None
+    where = kind.launch(tables)
+    if tokens < _FEW:
+        return (None, *where), None
+    wanted = kind.kernels.tables_workspace(tokens, *tables.shape, code, *where)
+    scratch = kind.empty((wanted,), U8, tables) if wanted else None
+    return (None if scratch is None else kind.ptr(scratch), *where), scratch
 
 
 def _tables(kind, tables, codes, weights=None, bias=None, scale=None, minimum=None, result=None):
@@ -191,8 +186,6 @@ def _tables(kind, tables, codes, weights=None, bias=None, scale=None, minimum=No
     n_tables, entries, dim = tables.shape
     if weights is not None:
         weights = _floats(kind, weights, F64 if code == F64 else F32)
-    if kind.cuda and code == I8:
-        return kind.cast(_composed(kind, tables, codes, weights, bias, scale, minimum, shape), result)
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "tables")
         flat = (prod(shape[:-1]), n_tables)
@@ -211,11 +204,12 @@ def _tables(kind, tables, codes, weights=None, bias=None, scale=None, minimum=No
     if scale is not None:
         scale, minimum = kind.dense(scale), kind.dense(minimum)
     out = kind.empty(shape, result, tables)
-    ptr = kind.ptr
+    ptr, tokens = kind.ptr, prod(shape[:-1])
+    launch, _scratch = _launch(kind, tables, code, tokens)
     bad = kind.kernels.tables(
         ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights),
-        None if bias is None else ptr(bias), prod(shape[:-1]), ptr(out), result,
-        None if scale is None else ptr(scale), None if scale is None else ptr(minimum), *kind.launch(tables),
+        None if bias is None else ptr(bias), tokens, ptr(out), result,
+        None if scale is None else ptr(scale), None if scale is None else ptr(minimum), *launch,
     )  # fmt: skip
     if bad != -1 and not kind.cuda:
         _explain(kind, codes, entries)
@@ -245,13 +239,6 @@ def _tables_backward(
     codes, grad = kind.dense(codes), kind.dense(grad)
     wide = F64 if code == F64 else F32
     weights = _floats(kind, weights, wide)
-    if kind.cuda and code == I8:
-        to_weights = kind.empty(tuple(codes.shape), F32, tables)
-        for k in range(n_tables if need_weights else 0):
-            to_weights[..., k] = (_rows_of(tables, k, codes, scale, minimum) * grad.float()).sum(-1)
-        return kind.empty(_EMPTY, F32, tables), to_weights if need_weights else kind.empty(
-            _EMPTY, F32, tables
-        )
     if kind.kernels is None or code == F64:
         _checks.no_kernel(kind, "tables_backward")
         to_tables, to_weights = reference.tables_backward(
@@ -282,12 +269,16 @@ def _tables_backward(
     to_tables = (zeros if spread else empty)(kind, whole, grad_code, tables)
     to_weights = kind.empty(tuple(codes.shape) if need_weights else _EMPTY, F32, tables)
     ptr = kind.ptr
-    scratch = kind.scratch("tables_backward", tables, tokens, n_tables, dim)
+    sizes = tokens, n_tables, entries, dim, grad_code
+    scratch = (
+        kind.scratch("tables_backward", tables, *sizes, ptr(grad)) if need_tables and kind.cuda else None
+    )
+    launch = (None if scratch is None else ptr(scratch), *kind.launch(tables)) if kind.cuda else ()
     bad = kind.kernels.tables_backward(
         ptr(tables), code, n_tables, entries, dim, ptr(codes), None if weights is None else ptr(weights),
         tokens, ptr(grad), ptr(to_tables) if need_tables else None, ptr(to_weights) if need_weights else None,
         grad_code, None if scale is None else ptr(scale), None if scale is None else ptr(minimum), spread,
-        *kind.launch(tables, scratch),
+        *launch,
     )  # fmt: skip
     if bad != -1 and not kind.cuda:
         _explain(kind, codes, entries)

@@ -273,7 +273,7 @@ class MemoryLinear(torch.nn.Module):
         """Inference in one call of the kernels, or None: at one token each attribute of a module counts."""
         if self.projection is not None or self.learn_temperature or self.score == "none":
             return None
-        if not eager(x) or torch.is_autocast_enabled("cpu"):
+        if not eager(x) or x.is_cuda or torch.is_autocast_enabled("cpu"):
             return None
         own, kept = self._parameters, self._buffers
         tables = kept.get("tables") if self.quantized else own.get("tables")
@@ -291,7 +291,7 @@ class MemoryLinear(torch.nn.Module):
     def _sum_rows(self, x: Tensor) -> Tensor:
         """Hash and look-up in one call: fixed temperature, a score, tables of a floating-point type."""
         tables, bias = self.tables, self.bias
-        if eager(x) and not torch.is_autocast_enabled("cpu"):
+        if eager(x) and not (x.is_cuda or torch.is_autocast_enabled("cpu")):
             out = _quick(x, tables, bias, self.bits, self.score, self._temperature, None, None)
             if out is not None:
                 return out
@@ -299,7 +299,9 @@ class MemoryLinear(torch.nn.Module):
             x = self._of_one_precision(x, tables)
         if plain(x, tables, bias):
             kind = torch_kind(x.is_cuda)
-            out = memory_linear(kind, x, tables, bias, self.bits, self.score, self._temperature)[0]
+            out = memory_linear(kind, x, tables, bias, self.bits, self.score, self._temperature, keep=False)[
+                0
+            ]
         else:
             out = ops.memory_linear(x, tables, bias, self.bits, self.score, self._temperature)[0]
         return autocast_output(out)

@@ -13,7 +13,7 @@ import torch
 from .._arrays import F32, FLOATS, I8, I32, torch_kind
 from ..address._sign_hash import _sign_hash, _sign_hash_backward, _sign_hash_shape
 from ..gather._bag import _bag_backward_rows
-from ..gather._tables import _check_rows, _result_code, _tables, _tables_backward
+from ..gather._tables import _check_rows, _launch, _result_code, _tables, _tables_backward
 from ..gather._tables_update import _flat
 from ..torch_ops.library import gradient, register
 
@@ -36,12 +36,12 @@ def _apart(kind, x, other):
 
 
 def memory_linear(
-    kind, x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None
+    kind, x, tables, bias=None, bits=8, score="prob", temperature=1.0, scale=None, minimum=None, *, keep=True
 ):
     """(out, codes, weights) of a `lutra.nn.MemoryLinear`.
 
     int8 tables come with ``scale`` and ``minimum`` (see `lutra.gather.tables`); their out has the type of the
-    bias, or else of x.
+    bias, or else of x. Without ``keep`` codes and weights may be None.
     """
     score_code, shape = _shape(x, tables, bits, score, temperature)
     x_code, kernels = kind.code(x), kind.kernels
@@ -56,25 +56,31 @@ def memory_linear(
         if code != I8 and kind.code(bias) != code:
             bias = kind.cast(bias, code)
         result = _result_code(kind, code, bias)
-    served = x_code in FLOATS and result in FLOATS and not (kind.cuda and code == I8)
-    if kernels is None or not served or _apart(kind, x, tables):
+    served = x_code in FLOATS and result in FLOATS
+    apart = any(a is not None and _apart(kind, x, a) for a in (tables, scale, minimum))
+    if kernels is None or not served or apart:
         codes, weights = _sign_hash(kind, x, bits, score, temperature)
         return _tables(kind, tables, codes, weights, bias, scale, minimum, result), codes, weights
     chunks, entries, dim = tables.shape
     x, tables = kind.dense(x), kind.dense(tables)
     bias, scale, minimum = (None if a is None else kind.dense(a) for a in (bias, scale, minimum))
-    codes, weights = kind.empty(shape, I32, x), kind.empty(shape, F32, x)
     out = kind.empty((*shape[:-1], dim), result, x)
-    tokens, ptr, launch = prod(shape[:-1]), kind.ptr, kind.launch(x)
-    at_codes, at_weights = ptr(codes), ptr(weights)
-    kernels.sign_hash(
-        ptr(x), x_code, tokens, chunks, bits, score_code, temperature, at_codes, at_weights, *launch
-    )
-    kernels.tables(
-        ptr(tables), code, chunks, entries, dim, at_codes, at_weights, None if bias is None else ptr(bias),
-        tokens, ptr(out), result, None if scale is None else ptr(scale),
-        None if minimum is None else ptr(minimum), *launch,
+    tokens, ptr = prod(shape[:-1]), kind.ptr
+    codes = weights = at_codes = at_weights = None
+    if keep or not kind.cuda or tokens > kernels.hashed_inline:
+        codes, weights = kind.empty(shape, I32, x), kind.empty(shape, F32, x)
+        at_codes, at_weights = ptr(codes), ptr(weights)
+    at_bias, at_scale, at_minimum = (None if a is None else ptr(a) for a in (bias, scale, minimum))
+    rows = (
+        ptr(tables), code, chunks, entries, dim, at_codes, at_weights, at_bias, tokens, ptr(out), result,
+        at_scale, at_minimum,
     )  # fmt: skip
+    if kind.cuda:
+        launch, _scratch = _launch(kind, tables, code, tokens)
+        kernels.memory_linear(ptr(x), x_code, bits, score_code, temperature, *rows, *launch)
+    else:
+        kernels.sign_hash(ptr(x), x_code, tokens, chunks, bits, score_code, temperature, at_codes, at_weights)
+        kernels.tables(*rows)
     return out, codes, weights
 
 

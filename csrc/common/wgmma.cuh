@@ -39,11 +39,23 @@ __device__ __forceinline__ bool barrier_try(uint64_t* b, int parity) {
   return done != 0;
 }
 // Until the phase of this parity is over. A barrier that is never reached ends the kernel with an error instead of
-// hanging: a try waits for some microseconds at most.
+// hanging: the bound is some 0.1 s or more.
 __device__ __forceinline__ void barrier_wait(uint64_t* b, int parity) {
-  for (int i = 0; i < (1 << 24); ++i)
+  for (int i = 0; i < (1 << 22); ++i)
     if (barrier_try(b, parity)) return;
   __trap();
+}
+// The phase also waits for `bytes` that copy_bulk brings; before the copies and this thread's arrival.
+__device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(b)), "r"(bytes)
+               : "memory");
+}
+// Copies to shared memory by the copy engine: addresses and size are multiples of 16 bytes.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(b))
+               : "memory");
 }
 // Named barriers: of `threads` threads some wait, the others only arrive.
 __device__ __forceinline__ void named_sync(int id, int threads) {

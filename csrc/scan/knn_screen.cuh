@@ -1,0 +1,349 @@
+// What the two kernels that screen a collection by tensor cores share (knn_screen.cu, knn_screen_sm90.cu): the
+// arguments, what belongs to a row, the selection. How the screen is used is in knn_screen.h.
+//
+// Queries are panels: tiles of 64 queries x 64 columns of bf16, in rows of 128 bytes with swizzled() pieces, in the
+// order tile of 64 queries, term (the value rounded; what the rounding lost), slab of 64 columns. Rows of the
+// collection become the same kind of tile in shared memory, one slab at a time.
+//
+// The score of a row is an upper bound of its exact score, in the scale of the inner product:
+//   ip, l2:  reach * r0 + (product + r1), reach of the query, r0 = norm of the row, r1 = bias or -norm^2 / 2
+//   cosine:  product * r0 + r1, r0 = 1 / norm
+// A row that may not be found has r0 = -infinity (cosine: r1).
+//
+// Selection. A thread has the scores of 2 MT queries with a quarter of a tile's rows: the 4 threads of a group share
+// them. Each pushes what exceeds the query's bar into its own quarter of the list that this warp keeps of the query for
+// the rows of this block. A list that could overflow at the next tile is cut to its `keep` best and some more, whereby
+// its bar rises; the bar goes to all blocks through memory: `keep` rows have scores at or above it, so that a row at or
+// below it is not missed whatever the time at which a block hears of it. A score that is NaN always passes.
+#pragma once
+#include <type_traits>
+
+#include "common/mma.cuh"
+#include "common/select.cuh"
+#include "scan/knn_screen.h"
+
+namespace lutra {
+namespace cuda {
+
+constexpr int kSlab = 64;                    // columns of a tile: 128 bytes of bf16
+constexpr int kPanelBytes = 64 * kSlab * 2;  // 64 queries
+constexpr int kMaxListKeys = 10;             // per lane, in a cut
+
+// ---- the threads' share of the selection
+template <int MT>
+struct Lane {
+  float bar[2 * MT], reach[2 * MT];
+  int count[2 * MT];
+  Key* list;  // of the first query; the others' lie 8 and 64 queries on
+};
+
+__device__ __forceinline__ float bar_of(unsigned ordered) {
+  return ordered == 0xffffffffu ? __int_as_float(0x7f800000) : from_ordered_bits(ordered);
+}
+
+template <int MT>
+__device__ __forceinline__ int64_t query_offset(int i) {  // of a thread's i-th query from its first
+  return (i >> 1) * 64 + (i & 1) * 8;
+}
+
+// Cuts one query's list (the 4 quarters of the lanes from `source` on) to at least `keep` and at most `most` keys.
+// Returns how many are left; *bar is raised. All lanes of the warp call it with the same list.
+__device__ __forceinline__ int cut_list(Key* list, int own_count, int source, int per_lane, int keep, int most,
+                                        unsigned* bar) {
+  const int lane = threadIdx.x & 31;
+  const int count = __shfl_sync(kFullWarp, own_count, source + (lane & 3));
+  Key key[kMaxListKeys];
+  unsigned highest = 0;
+  int reached = 0;
+  const unsigned old = *bar;
+#pragma unroll
+  for (int i = 0; i < kMaxListKeys; ++i) {
+    key[i] = 0;
+    if (i * 8 < per_lane) {
+      const int place = i * 8 + (lane >> 2);
+      if (place < count) key[i] = list[place * 4 + (lane & 3)];
+      const unsigned score = static_cast<unsigned>(key[i] >> 32);
+      highest = score > highest ? score : highest;
+      reached += __popc(__ballot_sync(kFullWarp, key[i] != 0 && score >= old));
+    }
+  }
+  highest = __reduce_max_sync(kFullWarp, highest);
+  unsigned cut = old;  // keys at or above it are left; of those equal to it only `equal`
+  int equal = 1 << 30;
+  if (reached > most) {
+    const unsigned differ = highest ^ old;
+    const int top = 32 - __clz(static_cast<int>(differ));  // bits [0, top) are open
+    cut = top < 32 ? highest >> top << top : 0;
+    int left = reached, bit = top - 1;
+    for (; bit >= 0; --bit) {
+      const unsigned trial = cut | 1u << bit;
+      int here = 0;
+#pragma unroll
+      for (int i = 0; i < kMaxListKeys; ++i)
+        if (i * 8 < per_lane)
+          here += __popc(__ballot_sync(kFullWarp, key[i] != 0 && static_cast<unsigned>(key[i] >> 32) >= trial));
+      if (here >= keep) {
+        cut = trial, left = here;
+        if (left <= most) break;
+      }
+    }
+    if (left > most) {  // many equal scores: any of them will do
+      int above = 0;
+#pragma unroll
+      for (int i = 0; i < kMaxListKeys; ++i)
+        if (i * 8 < per_lane) above += __popc(__ballot_sync(kFullWarp, static_cast<unsigned>(key[i] >> 32) > cut));
+      equal = keep - above;
+    }
+  }
+  __syncwarp();
+  int left = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxListKeys; ++i) {
+    if (i * 8 < per_lane) {
+      const unsigned score = static_cast<unsigned>(key[i] >> 32), below = (1u << lane) - 1;
+      const bool same = key[i] != 0 && score == cut;
+      const unsigned equals = __ballot_sync(kFullWarp, same);
+      const bool kept = key[i] != 0 && (score > cut || (same && __popc(equals & below) < equal));
+      equal -= __popc(equals);
+      const unsigned votes = __ballot_sync(kFullWarp, kept);
+      if (kept) list[left + __popc(votes & below)] = key[i];
+      left += __popc(votes);
+    }
+  }
+  __syncwarp();
+  *bar = cut > old ? cut : old;
+  return left;
+}
+
+// Makes room for `fresh` keys in each quarter of the warp's lists.
+template <int MT>
+__device__ __forceinline__ void make_room(const ScreenArgs& a, Lane<MT>& own, unsigned* bars, int fresh) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int i = 0; i < 2 * MT; ++i) {
+    int count = own.count[0];
+    float bar = own.bar[0];
+#pragma unroll
+    for (int j = 1; j < 2 * MT; ++j)
+      if (i == j) count = own.count[j], bar = own.bar[j];
+    unsigned full = __ballot_sync(kFullWarp, count + fresh > a.lists.per_lane);
+    while (full) {
+      const int source = (__ffs(static_cast<int>(full)) - 1) & ~3;
+      full &= ~(15u << source);
+      // the list of the group's query: the same offset from its own first list for every lane of the group
+      const int64_t offset = query_offset<MT>(i) * a.lists.pitch;
+      Key* mine = own.list + offset;
+      Key* list = reinterpret_cast<Key*>(__shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(mine), source));
+      const float bar_there = __shfl_sync(kFullWarp, bar, source);
+      unsigned cut = ordered_bits(bar_there);
+      const unsigned before = cut;
+      const int left =
+          cut_list(list, count, source, a.lists.per_lane, a.lists.keep, 4 * (a.lists.per_lane - fresh) - 4, &cut);
+      if ((lane & ~3) == source) {
+        count = (left - (lane & 3) + 3) >> 2;
+        bar = bar_of(cut);
+        if (lane == source && cut > before) atomicMax(bars + query_offset<MT>(i), cut);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2 * MT; ++j)
+      if (i == j) own.count[j] = count, own.bar[j] = bar;
+  }
+}
+
+template <int MODE>
+__device__ __forceinline__ float bounded_score(float product, float reach, float r0, float r1) {
+  if (MODE == kScreenCosine) return fmaf(product, r0, r1);
+  return fmaf(reach, r0, MODE == kScreenPlain ? product : product + r1);
+}
+
+template <int MODE, int MT, int BN>
+__device__ __forceinline__ unsigned passing(const float (&acc)[MT][BN / 2], const float* r0, const float* r1,
+                                            const Lane<MT>& own) {
+  const int t = threadIdx.x & 3;
+  bool any[2 * MT];
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) any[i] = false;
+#pragma unroll
+  for (int j = 0; j < BN / 8; ++j) {
+    const float2 w = *reinterpret_cast<const float2*>(r0 + 8 * j + 2 * t);
+    float2 v = make_float2(0, 0);
+    if (MODE != kScreenPlain) v = *reinterpret_cast<const float2*>(r1 + 8 * j + 2 * t);
+#pragma unroll
+    for (int i = 0; i < 2 * MT; ++i) {
+      const float s0 = bounded_score<MODE>(acc[i >> 1][4 * j + 2 * (i & 1)], own.reach[i], w.x, v.x);
+      const float s1 = bounded_score<MODE>(acc[i >> 1][4 * j + 2 * (i & 1) + 1], own.reach[i], w.y, v.y);
+      any[i] |= !(s0 <= own.bar[i]);
+      any[i] |= !(s1 <= own.bar[i]);
+    }
+  }
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) bits |= any[i] ? 1u << i : 0;
+  return bits;
+}
+
+template <int MODE, int MT, int BN>
+__device__ __forceinline__ void push(const float (&acc)[MT][BN / 2], const float* r0, const float* r1, uint32_t row0,
+                                     const ScreenArgs& a, Lane<MT>& own, unsigned hit) {
+  const int t = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) {
+    if (!__any_sync(kFullWarp, hit >> i & 1)) continue;
+    Key* to = own.list + query_offset<MT>(i) * a.lists.pitch + t;
+    int count = own.count[i];
+    const float bar = own.bar[i];
+#pragma unroll
+    for (int j = 0; j < BN / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * j + 2 * t + e;
+        const float v = MODE == kScreenPlain ? 0.0f : r1[column];
+        const float s = bounded_score<MODE>(acc[i >> 1][4 * j + 2 * (i & 1) + e], own.reach[i], r0[column], v);
+        const bool valid = (MODE == kScreenCosine ? v : r0[column]) != -__int_as_float(0x7f800000);
+        if (!(s <= bar) && valid) to[4 * count++] = make_key(s, row0 + column);
+      }
+    }
+    own.count[i] = count;
+  }
+}
+
+// Takes the scores of a tile that begins at row `row0`. Bars as of some time ago are in own.bar.
+template <int MT, int BN>
+__device__ __forceinline__ void select_tile(const float (&acc)[MT][BN / 2], const float* r0, const float* r1,
+                                            uint32_t row0, const ScreenArgs& a, Lane<MT>& own, unsigned* bars) {
+  unsigned hit;
+  if (a.mode == kScreenPlain)
+    hit = passing<kScreenPlain, MT, BN>(acc, r0, r1, own);
+  else if (a.mode == kScreenShifted)
+    hit = passing<kScreenShifted, MT, BN>(acc, r0, r1, own);
+  else
+    hit = passing<kScreenCosine, MT, BN>(acc, r0, r1, own);
+  if (!__any_sync(kFullWarp, hit != 0)) return;
+  make_room<MT>(a, own, bars, BN / 4);
+  if (a.mode == kScreenCosine)
+    push<kScreenCosine, MT, BN>(acc, r0, r1, row0, a, own, hit);
+  else
+    push<kScreenShifted, MT, BN>(acc, r0, r1, row0, a, own, hit);
+  __syncwarp();  // the next cut reads what other lanes wrote
+}
+
+// ---- rows of the collection: 8 values at a time
+template <class T>
+struct Piece {
+  static constexpr int kWords = sizeof(T) * 8 / 4;
+  uint32_t word[kWords];
+};
+
+// `columns` of the 8 values are there, the rest is 0; `vectors`: the address is aligned to 16 bytes (8 for 8-bit
+// values).
+template <class T>
+__device__ __forceinline__ Piece<T> load_piece(const T* from, int columns, bool vectors) {
+  Piece<T> p;
+#pragma unroll
+  for (int i = 0; i < Piece<T>::kWords; ++i) p.word[i] = 0;
+  if (columns >= 8 && vectors) {
+    if constexpr (sizeof(T) == 1) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from);
+      p.word[0] = v.x, p.word[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < Piece<T>::kWords; i += 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from + i * 4 / sizeof(T));
+        p.word[i] = v.x, p.word[i + 1] = v.y, p.word[i + 2] = v.z, p.word[i + 3] = v.w;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      if (c < columns) {
+        uint32_t bits;
+        if constexpr (sizeof(T) == 4) {
+          bits = reinterpret_cast<const uint32_t*>(from)[c];
+        } else if constexpr (sizeof(T) == 2) {
+          bits = reinterpret_cast<const uint16_t*>(from)[c];
+        } else {
+          bits = reinterpret_cast<const uint8_t*>(from)[c];
+        }
+        p.word[c * sizeof(T) / 4] |= bits << (c * sizeof(T) % 4 * 8);
+      }
+    }
+  }
+  return p;
+}
+
+template <class T>
+__device__ __forceinline__ float piece_value(const Piece<T>& p, int i) {
+  const uint32_t word = p.word[i * sizeof(T) / 4];
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(word);
+  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
+  } else if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(i & 1 ? word >> 16 : word)));
+  } else if constexpr (std::is_same<T, int8_t>::value) {
+    return static_cast<float>(static_cast<int8_t>(word >> (i & 3) * 8));
+  } else {
+    return static_cast<float>(word >> (i & 3) * 8 & 255);
+  }
+}
+
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Writes the piece as bf16 (and with RT = 2 what the rounding loses) to its places; adds the squares to *squares.
+template <class T, int RT>
+__device__ __forceinline__ void store_piece(const Piece<T>& p, unsigned char* high, unsigned char* low,
+                                            float* squares) {
+  float v[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = piece_value(p, i);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) *squares = fmaf(v[i], v[i], *squares);
+  uint4 h;
+  if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    h = make_uint4(p.word[0], p.word[1], p.word[2], p.word[3]);
+  } else {
+    h = make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
+  }
+  *reinterpret_cast<uint4*>(high) = h;
+  if constexpr (RT == 2) {
+    const uint32_t w[4] = {h.x, h.y, h.z, h.w};
+    uint32_t rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      rest[i] = bf16_pair(v[2 * i] - __uint_as_float(w[i] << 16), v[2 * i + 1] - __uint_as_float(w[i] & 0xffff0000u));
+    *reinterpret_cast<uint4*>(low) = make_uint4(rest[0], rest[1], rest[2], rest[3]);
+  }
+}
+
+// r0 and r1 of a row from its sum of squares (of d values; fp32, any order of summation).
+template <class T>
+__device__ __forceinline__ float2 row_terms(const ScreenArgs& a, int64_t row, int64_t end, float squares) {
+  const float infinity = __int_as_float(0x7f800000);
+  const bool cosine = a.mode == kScreenCosine;
+  const bool valid = row < end && (!a.keep || (a.keep[row >> 3] >> (row & 7) & 1));
+  if (!valid) return cosine ? make_float2(0, -infinity) : make_float2(-infinity, 0);
+  const float slack = static_cast<float>(a.d + 16) * 0x1p-24f;
+  if (!cosine) {
+    // 1e-17 for what squares lose below 1e-38; the sum of squares is right to a part in `slack`.
+    const float norm = fmaf(sqrtf(squares), 1.0f + slack + 0x1p-20f, 1e-17f);
+    float shift = 0;
+    if (a.l2) shift = -0.5f * squares * (1.0f - 2 * slack - 0x1p-20f);
+    if (a.bias) shift = fmaf(fabsf(a.bias[row]), 0x1p-20f, a.bias[row]);
+    return make_float2(norm, shift);
+  }
+  if (squares > 1e-30f && squares < 1e37f) return make_float2(rsqrtf(squares), 0);
+  if (squares == 0) {
+    const T* x = static_cast<const T*>(a.x) + row * a.ldx;
+    bool zero = true;
+    for (int k = 0; k < a.d; ++k) zero = zero && to_float(x[k]) == 0;
+    if (zero) return make_float2(0, 0);
+  }
+  return make_float2(0, infinity);  // always a candidate: its norm is not known well enough
+}
+
+}  // namespace cuda
+}  // namespace lutra

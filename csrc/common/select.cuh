@@ -264,6 +264,10 @@ struct Merge {
   float* scores;         // [queries][k]
   int64_t* ids;
   const int* done = nullptr;  // [queries], or null: where it is not 0 nothing is read or written
+  // Some queries only, where count is given: lists 0 to *count - 1 are those of the queries which[i], whose results
+  // they replace.
+  const int* which = nullptr;
+  const int* count = nullptr;
 };
 void merge_lists(const Merge& m, const char* what, const Launch& l);
 

@@ -1,16 +1,16 @@
 // Exact k nearest neighbours with selection inside the scan.
 //
-//   q (nq, d) fp32, x (n, d) of type `storage` (CUDA: fp32), row strides ldq, ldx in elements. Sums are fp32.
+//   q (nq, d) fp32, x (n, d) of type `storage`, row strides ldq, ldx in elements. Sums are fp32.
 //   ip:       score = <q, x>                    larger is better
 //   l2:       score = sum (q - x)^2             smaller is better; computed from differences, not from norms
 //   cosine:   score = <q, x> / (|q| |x|)        larger is better; 0 where either has norm 0
 //   l1, linf: score = sum, max |q - x|          smaller is better
 //   poincare: arcosh(1 + 2 |q - x|^2 / ((1 - |q|^2) (1 - |x|^2)))  smaller is better; NaN outside the open unit ball.
 //             The norms and the last step are fp64.
-//   The last three have no CUDA kernel.
+//   The last has no CUDA kernel.
 //   scores, ids (nq, k): the k best, best first, equal scores by increasing id. Where k > n the rest is
 //   id -1 and score -inf (ip, cosine) or +inf (distances).
-//   keep: bit (i & 7) of byte i >> 3 says whether row i may be found; the bits behind n are 0. Null: all may. CPU only.
+//   keep: bit (i & 7) of byte i >> 3 says whether row i may be found; the bits behind n are 0. Null: all may.
 //   assign: k = 1 may be answered in another order of summation (best_one.h), whose scores differ in their last bits.
 // No score matrix is written: a tile of queries and rows is held in registers, compared with each query's
 // current k-th score, and only what passes is kept. On the CPU a score has the same bits whatever the batch, the
@@ -37,7 +37,8 @@ struct KnnArgs {
   DType storage = DType::f32;
   const uint8_t* keep = nullptr;
   bool assign = false;
-  const float* bias = nullptr;  // (n,), added to each row's score; ip without `keep` only, on the CPU
+  const float* bias = nullptr;  // (n,), added to each row's score; ip only, and on the CPU without `keep`
+  bool bf16_queries = false;    // CUDA: bf16 holds the queries' values
 };
 
 struct RescoreArgs {
@@ -61,8 +62,8 @@ LUTRA_KERNEL(rescore, ::lutra::RescoreArgs)
 namespace lutra {
 namespace cuda {
 int max_k();  // on CUDA; more are asked for only where the collection holds fewer
-int64_t knn_workspace(int64_t nq, int64_t n, int64_t d, int64_t k, Metric, const Launch&);
-int64_t rescore_workspace(int64_t nq, int64_t c, const Launch&);
+int64_t knn_workspace(const KnnArgs&, const Launch&);  // of sizes, metric and storage
+int64_t rescore_workspace(int64_t nq, int64_t c, int64_t d, Metric, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
 #endif

@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kThreads) panels_kernel(PanelArgs a) {
     const float l0 = a.terms == 2 ? r0 - __low2float(low) : r0, l1 = a.terms == 2 ? r1 - __high2float(low) : r1;
     lost = fmaf(l1, l1, fmaf(l0, l0, lost));
     squares += static_cast<double>(v[0]) * v[0] + static_cast<double>(v[1]) * v[1];
-    unsigned char* to = a.panels + ((tile * a.terms * a.slabs + slab) * 64) * 128 + swizzled(row, lane >> 2) + (lane & 3) * 4;
+    unsigned char* to =
+        a.panels + ((tile * a.terms * a.slabs + slab) * 64) * 128 + swizzled(row, lane >> 2) + (lane & 3) * 4;
     *reinterpret_cast<__nv_bfloat162*>(to) = high;
     if (a.terms == 2) *reinterpret_cast<__nv_bfloat162*>(to + static_cast<int64_t>(a.slabs) * 64 * 128) = low;
   }

@@ -68,9 +68,8 @@ inline int64_t panel_bytes(int64_t padded, int slabs, int terms) { return padded
 // Terms of a row: 2 where bf16 does not hold the values.
 inline int row_terms_of(DType storage) { return storage == DType::f32 || storage == DType::f16 ? 2 : 1; }
 
-
-// A bound of |score - product| / (|q| |x|), of the product by tensor cores and of the exact score (summed in order of the
-// columns in fp32) from the real number: sums of 16 products and the sum so far lose at most 20 units of the last
+// A bound of |score - product| / (|q| |x|), of the product by tensor cores and of the exact score (summed in order of
+// the columns in fp32) from the real number: sums of 16 products and the sum so far lose at most 20 units of the last
 // place (2^-23) of the largest magnitude, whatever the order and the rounding inside; products of what both roundings
 // lost are left out (2^-18), two terms leave 2^-18 of a row. Queries' own rounding is measured.
 inline float screen_slope(int d, int slabs, int query_terms, int row_terms, bool cosine) {

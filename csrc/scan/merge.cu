@@ -17,7 +17,7 @@ namespace {
 constexpr int kRoom = 8192;
 
 __device__ __forceinline__ void write_result(const Merge& m, int64_t query, int place, Key key) {
-  const int64_t at = query * m.k + place;
+  const int64_t at = (m.which ? m.which[query] : query) * m.k + place;
   const float infinity = __int_as_float(0x7f800000);
   float score = m.smaller_better ? infinity : -infinity;
   if (key) score = m.smaller_better ? 0.0f - key_score(key) : key_score(key);
@@ -28,7 +28,7 @@ __device__ __forceinline__ void write_result(const Merge& m, int64_t query, int 
 __global__ void __launch_bounds__(256) warp_merge_kernel(Merge m) {
   const int64_t query = static_cast<int64_t>(blockIdx.x) * 8 + (threadIdx.x >> 5);
   const int lane = threadIdx.x & 31;
-  if (query >= m.queries || (m.done && m.done[query])) return;
+  if (query >= (m.count ? *m.count : m.queries) || (m.done && m.done[query])) return;
   const int part = lane / m.per_part, i = lane - part * m.per_part;
   Key key = part < m.parts ? m.lists[(query * m.parts + part) * m.stride + i] : 0;
   key = warp_sort(key);
@@ -58,7 +58,7 @@ __device__ void block_sort(Key* keys, int size) {
 __global__ void __launch_bounds__(1024) block_merge_kernel(Merge m, int room) {
   Key* keys = dynamic_shared<Key>();
   const int64_t query = blockIdx.x;
-  if (m.done && m.done[query]) return;
+  if ((m.count && query >= *m.count) || (m.done && m.done[query])) return;
   const Key* lists = m.lists + query * m.parts * m.stride;
   const int64_t total = static_cast<int64_t>(m.parts) * m.per_part;
   int held = 0;  // places [0, held) hold the best so far, sorted
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kSelectThreads) block_select_kernel(Merge m, i
   __shared__ int digit, above, inside, taken, present;
   Key* keys = dynamic_shared<Key>();
   const int64_t query = blockIdx.x;
-  if (m.done && m.done[query]) return;
+  if ((m.count && query >= *m.count) || (m.done && m.done[query])) return;
   const Key* lists = m.lists + query * m.parts * m.stride;
   const int total = m.parts * m.per_part;
   const auto each = [&](auto f) {

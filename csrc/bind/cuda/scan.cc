@@ -6,21 +6,30 @@ namespace lutra {
 
 void register_scan(py::module_& m) {
   m.attr("max_k") = cuda::max_k();
-  m.def("knn_workspace", [](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int device, Address stream) {
-    return cuda::knn_workspace(nq, n, d, k, static_cast<Metric>(metric), Launch{device, stream.p});
+  m.def("knn_workspace", [](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, bool bf16_queries,
+                            int device, Address stream) {
+    KnnArgs a{nullptr, nullptr, nq, n, d, d, d, k, static_cast<Metric>(metric), nullptr, nullptr, nullptr};
+    a.storage = static_cast<DType>(storage);
+    a.bf16_queries = bf16_queries;
+    return cuda::knn_workspace(a, Launch{device, stream.p});
   });
   m.def("knn", [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k,
-                  int metric, Address scores, Address ids, Address workspace, int device, Address stream) {
+                  int metric, Address scores, Address ids, int storage, bool bf16_queries, Address keep, Address bias,
+                  Address workspace, int device, Address stream) {
     KnnArgs a{q.as<float>(),      x.as<float>(),     nq,     n, d, ldq, ldx, k, static_cast<Metric>(metric),
               scores.as<float>(), ids.as<int64_t>(), nullptr};
+    a.storage = static_cast<DType>(storage);
+    a.bf16_queries = bf16_queries;
+    a.keep = keep.as<uint8_t>();
+    a.bias = bias.as<float>();
     cuda::knn(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
-  m.def("rescore_workspace", [](int64_t nq, int64_t c, int device, Address stream) {
-    return cuda::rescore_workspace(nq, c, Launch{device, stream.p});
+  m.def("rescore_workspace", [](int64_t nq, int64_t c, int64_t d, int metric, int device, Address stream) {
+    return cuda::rescore_workspace(nq, c, d, static_cast<Metric>(metric), Launch{device, stream.p});
   });
   m.def("rescore", [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d,
-                      Address candidates, int64_t c, int64_t k, int metric, Address scores, Address ids,
+                      Address candidates, int64_t c, int64_t k, int metric, Address scores, Address ids, int storage,
                       Address workspace, int device, Address stream) {
     RescoreArgs a{q.as<float>(),
                   x.as<float>(),
@@ -36,6 +45,7 @@ void register_scan(py::module_& m) {
                   scores.as<float>(),
                   ids.as<int64_t>(),
                   nullptr};
+    a.storage = static_cast<DType>(storage);
     cuda::rescore(a, Launch{device, stream.p, workspace.p});
     return -1;
   });

@@ -8,7 +8,7 @@ from numpy import ndarray
 
 from .. import _checks, _filters
 from .._arrays import BF16, F16, F32, F64, I8, I32, I64, U8, call, eager, is_torch, quick
-from .._checks import EXACT_METRICS, METRICS
+from .._checks import EXACT_METRICS
 from .._results import Neighbors
 from ..reference import scan as reference
 
@@ -60,7 +60,7 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip", *, filter:
     IndexError
         A row number in ``filter`` outside [0, n).
     NotImplementedError
-        On CUDA: a filter, a database that is not float32, or a metric other than 'ip', 'l2' and 'cosine'.
+        On CUDA: metric 'poincare'.
 
     Notes
     -----
@@ -152,11 +152,6 @@ def pair(kind, queries, database, names=("queries", "database")):
             f"{names[1]} has {database.shape[1]} columns, {names[0]} has {queries.shape[1]}; "
             "they must be equal"
         )
-    if code not in (F32, F64) and kind.cuda:
-        raise NotImplementedError(
-            f"{names[1]} has dtype {_dtype(database)}, for which CUDA has no kernel; cast it to float32, or "
-            "move the arrays to the CPU"
-        )
     return (queries if of_queries in (F32, F64) else kind.cast(queries, F32)), code
 
 
@@ -165,11 +160,20 @@ def _dtype(a):
 
 
 def exact_metric(kind, metric):
-    """The number of a metric; the CUDA kernels have not all of them."""
+    """The number of a metric; the CUDA kernels have all but one."""
     code = _checks.choice("metric", metric, EXACT_METRICS)
-    if kind.cuda and metric not in METRICS:
+    if kind.cuda and metric == "poincare":
         raise NotImplementedError(f"metric {metric!r} has no CUDA kernel; move the arrays to the CPU")
     return code
+
+
+def device_keep(kind, keep, like):
+    """Packed bits of a filter where the kernel reads them; null stays null."""
+    if keep is None or not kind.cuda:
+        return keep
+    if is_torch(keep):
+        return kind.dense(keep.to(like.device)) if is_torch(like) else kind.from_numpy(keep.numpy(), U8, like)
+    return kind.from_numpy(keep, U8, like)
 
 
 def numpy_keep(kind, keep):
@@ -194,10 +198,11 @@ def check_k(kind, k):
 def search(kind, queries, database, k, metric, names, op, keep=None, bias=None):
     """knn under the argument names of its caller (`lutra.address.nearest` is the same kernel).
 
-    With ``bias`` (n,), float32, for metric 'ip' and kernels of the CPU, the scores are ``<q, x> + bias``.
+    With ``bias`` (n,), float32, for metric 'ip' and where there are kernels, the scores are ``<q, x> + bias``.
     """
     k = check_k(kind, k)
     metric_code = exact_metric(kind, metric)
+    of_queries = kind.code(queries)
     queries, code = pair(kind, queries, database, names)
     kernels = kind.kernels
     if kernels is None or code == F64:
@@ -206,17 +211,19 @@ def search(kind, queries, database, k, metric, names, op, keep=None, bias=None):
         scores, ids = reference.knn(q, x, k, metric, names[1], numpy_keep(kind, keep))
         code = F64 if code == F64 else F32
         return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
-    if keep is not None and kind.cuda:
-        raise NotImplementedError(f"{op} has no filter on CUDA; move the arrays to the CPU")
+    keep = device_keep(kind, keep, queries)
     nq, d = queries.shape
     n = database.shape[0]
     queries, database = kind.dense(queries), kind.dense(database)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
+    bias = None if bias is None else kind.dense(bias)
+    bits, shift = (None if a is None else kind.ptr(a) for a in (keep, bias))
     if kind.cuda:
-        more = kind.launch(queries, kind.scratch("knn", queries, nq, n, d, k, metric_code))
+        bf16 = of_queries == BF16  # the queries' values need one term of bf16 instead of two
+        scratch = kind.scratch("knn", queries, nq, n, d, k, metric_code, code, bf16)
+        more = code, bf16, bits, shift, *kind.launch(queries, scratch)
     else:
-        more = code, None if keep is None else kind.ptr(keep), op == "nearest"
-        more = *more, None if bias is None else kind.ptr(kind.dense(bias))
+        more = code, bits, op == "nearest", shift
     bad = kernels.knn(
         kind.ptr(queries), d, kind.ptr(database), d, nq, n, d, k, metric_code,
         kind.ptr(scores), kind.ptr(ids), *more,
@@ -250,7 +257,7 @@ def _rescore(kind, queries, database, candidates, k, metric="ip"):
         return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
     queries, database, candidates = kind.dense(queries), kind.dense(database), kind.dense(candidates)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
-    more = kind.launch(queries, kind.scratch("rescore", queries, nq, c)) if kind.cuda else (code,)
+    more = code, *kind.launch(queries, kind.scratch("rescore", queries, nq, c, d, metric_code))
     bad = kind.kernels.rescore(
         kind.ptr(queries), d, kind.ptr(database), d, nq, n, d, kind.ptr(candidates), c, k, metric_code,
         kind.ptr(scores), kind.ptr(ids), *more,

@@ -1,0 +1,66 @@
+// The exact score of one row, the same bits wherever it is computed (one query, a batch, candidates, a radius): sums
+// run over the columns in increasing order in one thread, in fp32 with fused multiply-adds.
+#pragma once
+#include <type_traits>
+
+#include "common/device.cuh"
+
+namespace lutra {
+namespace cuda {
+
+// Metrics that are summed alike: ip and cosine (with the row's squares), l2, l1, linf.
+enum Sum : int { kSumProduct = 0, kSumSquares = 1, kSumAbsolute = 2, kSumLargest = 3 };
+
+template <int SUM>
+__device__ __forceinline__ void add_column(float q, float x, float* sum) {
+  if constexpr (SUM == kSumProduct) {
+    *sum = fmaf(q, x, *sum);
+  } else {
+    const float difference = q - x;
+    if constexpr (SUM == kSumSquares) *sum = fmaf(difference, difference, *sum);
+    if constexpr (SUM == kSumAbsolute) *sum += fabsf(difference);
+    if constexpr (SUM == kSumLargest) {
+      const float size = fabsf(difference);
+      *sum = size > *sum || size != size ? size : *sum;  // a NaN stays
+    }
+  }
+}
+
+// 1 / |v| from the fp32 sum of squares; where that could have overflowed or lost small values, again in double.
+template <class T>
+__device__ __forceinline__ float inverse_norm(float squares, const T* v, int64_t d) {
+  if (squares > 1e-24f && squares < 1e37f) return 1.0f / sqrtf(squares);
+  double wide = 0;
+  for (int64_t k = 0; k < d; ++k) wide += static_cast<double>(to_float(v[k])) * to_float(v[k]);
+  return wide == 0 ? 0.0f : static_cast<float>(1.0 / sqrt(wide));
+}
+
+// The score that is ranked, larger first, from a row's sums.
+template <class T>
+__device__ __forceinline__ float ranked_score(Metric metric, float sum, float squares, const T* row, int64_t d,
+                                              const float* bias, int64_t id) {
+  if (metric == Metric::cosine) return sum * inverse_norm(squares, row, d);
+  if (metric != Metric::ip) return -sum;
+  return bias ? sum + bias[id] : sum;
+}
+
+// The 16 / sizeof(T) values of a 16-byte piece.
+template <class T>
+__device__ __forceinline__ float unpacked(const uint4& p, int i) {
+  const uint32_t w[4] = {p.x, p.y, p.z, p.w};
+  const uint32_t word = w[i * static_cast<int>(sizeof(T)) / 4];
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(word);
+  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
+  } else if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(i & 1 ? word >> 16 : word)));
+  } else if constexpr (std::is_same<T, int8_t>::value) {
+    return static_cast<float>(static_cast<int8_t>(word >> (i & 3) * 8));
+  } else {
+    return static_cast<float>(word >> (i & 3) * 8 & 255);
+  }
+}
+
+}  // namespace cuda
+}  // namespace lutra

@@ -41,6 +41,7 @@ __device__ __forceinline__ bool barrier_try(uint64_t* b, int parity) {
 // Until the phase of this parity is over. A barrier that is never reached ends the kernel with an error instead of
 // hanging: the bound is some 0.1 s or more.
 __device__ __forceinline__ void barrier_wait(uint64_t* b, int parity) {
+#pragma unroll 1
   for (int i = 0; i < (1 << 22); ++i)
     if (barrier_try(b, parity)) return;
   __trap();

@@ -11,6 +11,8 @@
 // (n < 2^32 - 1, checked); a score that overflows fp32 becomes infinite, as in the reference.
 #include "scan/knn.h"
 
+#include <cmath>
+
 #include "common/select.cuh"
 #include "scan/exact_pass.h"
 #include "scan/knn_screen.h"
@@ -30,6 +32,9 @@ struct Plan {
   int slabs, query_terms;
   ScreenShape shape;
   ScreenLists lists;
+  int64_t tiles, screen_tiles_per_part;
+  int64_t sampled;  // tiles; 0: no sample is taken
+  int sample_step, rank;
   int parts;  // of the exact pass
   int64_t tiles_per_part;
 };
@@ -59,6 +64,17 @@ void plan_pass(const KnnArgs& a, int64_t queries, int device, Plan* p) {
   if (parts > tiles) parts = tiles > 1 ? tiles : 1;
   p->tiles_per_part = div_up(tiles > 0 ? tiles : 1, parts) * kPassWarps;
   p->parts = static_cast<int>(div_up(tiles > 0 ? tiles * kPassWarps : 1, p->tiles_per_part));
+}
+
+// Every sample_step-th tile, 64 of them at least. About rank * sample_step rows lie above the bar that the rank-th
+// largest sample makes: `keep` of them are wanted, more than which there are but for a chance of some 1e-6.
+void take_sample(Plan* p) {
+  const int64_t step = p->tiles / 64;
+  p->sample_step = static_cast<int>(step < 64 ? step : 64);
+  p->sampled = p->sample_step > 1 ? div_up(p->tiles, p->sample_step) : 0;
+  const double expected = static_cast<double>(p->keep) / (p->sample_step > 1 ? p->sample_step : 1);
+  p->rank = static_cast<int>(expected + 6 * sqrt(expected) + 6.5);
+  if (p->rank > p->sampled * 2) p->sampled = 0;
 }
 
 Plan plan_for(const KnnArgs& a, int device) {
@@ -97,11 +113,13 @@ Plan plan_for(const KnnArgs& a, int device) {
     int64_t parts = parts_of(groups, multiprocessors(device), div_up(tiles, 4));
     ScreenLists& s = p.lists;
     s.keep = p.keep;
-    s.per_lane = p.keep / 4 + 8 + p.shape.rows / 4;
-    s.tiles_per_part = div_up(tiles, parts);
-    s.parts = static_cast<int>(div_up(tiles, s.tiles_per_part));
+    s.per_lane = p.keep / 4 + 8 + 32;
+    p.tiles = tiles;
+    p.screen_tiles_per_part = div_up(tiles, parts);
+    s.parts = static_cast<int>(div_up(tiles, p.screen_tiles_per_part));
     s.pitch = static_cast<int64_t>(s.parts) * 4 * s.per_lane;
-    const int64_t bytes = p.padded * (s.pitch * static_cast<int64_t>(sizeof(Key)) + panels + row);
+    take_sample(&p);
+    const int64_t bytes = p.padded * (s.pitch * static_cast<int64_t>(sizeof(Key)) + p.sampled * 4 * 4 + panels + row);
     if (bytes <= 2 * kListBytes || p.queries <= p.shape.queries) break;
   }
   plan_pass(a, p.queries, device, &p);
@@ -115,6 +133,7 @@ struct Workspace {
   double* squares;
   Key* lists;
   unsigned* bars;
+  float* sample;
   float* bounds;  // of the candidates: [queries][keep]
   int64_t* candidates;
   Key* exact;
@@ -136,6 +155,7 @@ Workspace lay_out(const KnnArgs& a, const Plan& p, int device, void* base) {
     w.squares = carve.take<double>(p.padded);
     w.bars = carve.take<unsigned>(p.padded);
     w.lists = carve.take<Key>(p.padded * p.lists.pitch);
+    w.sample = carve.take<float>(p.padded * p.sampled * 4);
     w.bounds = carve.take<float>(p.queries * p.keep);
     w.candidates = carve.take<int64_t>(p.queries * p.keep);
     w.exact = carve.take<Key>(p.queries * p.keep);
@@ -155,6 +175,7 @@ struct CheckArgs {
   const float* scores;        // [nq][k]
   const float* reach;
   const double* squares;
+  const unsigned* bars;
   int64_t nq, n, k, best;
   int keep, d;
   Metric metric;
@@ -166,8 +187,12 @@ struct CheckArgs {
 __global__ void __launch_bounds__(kThreads) check_kernel(CheckArgs a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.nq) return;
-  if (a.n <= a.keep || a.candidates[i * a.keep + a.keep - 1] < 0) return;  // every row is a candidate
-  const double least = a.bounds[i * a.keep + a.keep - 1], score = a.scores[i * a.k + a.best - 1];
+  if (a.n <= a.keep) return;  // every row is a candidate
+  const bool whole = a.candidates[i * a.keep + a.keep - 1] >= 0;
+  const unsigned bar = a.bars[i];
+  if (!whole && bar <= 0x007fffffu) return;  // nor was any row left out here
+  const float bound = whole ? a.bounds[i * a.keep + a.keep - 1] : from_ordered_bits(bar);
+  const double least = bound, score = a.scores[i * a.k + a.best - 1];
   bool safe;
   if (a.metric == Metric::l2) {
     // a computed distance is at least the real one less (d + 4) / 2^24 of it
@@ -206,6 +231,12 @@ PassArgs pass_args(const KnnArgs& a, const Plan& p, const Workspace& w, const fl
                   w.pass_lists};
 }
 
+void run_screen(const ScreenArgs& s, const Plan& p, const Launch& l) {
+#ifdef LUTRA_CUDA_SM90A
+  screen_sm90(s, p.shape, l);
+#endif
+}
+
 void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const float* q, int64_t ldq,
                      const Launch& l) {
   const int d = static_cast<int>(a.d);
@@ -225,9 +256,17 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
   s.bias = a.bias, s.keep = a.keep;
   s.lists = p.lists;
   s.lists.keys = w.lists, s.lists.bars = w.bars;
-#ifdef LUTRA_CUDA_SM90A
-  screen_sm90(s, p.shape, l);
-#endif
+  if (p.sampled) {
+    ScreenArgs some = s;
+    some.tiles = p.sampled, some.tile_step = p.sample_step;
+    const int64_t groups = p.padded / p.shape.queries;
+    some.tiles_per_part = div_up(p.sampled, parts_of(groups, multiprocessors(l.device), p.sampled));
+    some.sample = w.sample, some.sample_pitch = p.sampled * 4;
+    run_screen(some, p, l);
+    seed_bars(SeedArgs{w.sample, a.nq, p.sampled * 4, p.rank, w.bars}, l);
+  }
+  s.tiles = p.tiles, s.tiles_per_part = p.screen_tiles_per_part, s.tile_step = 1;
+  run_screen(s, p, l);
   const int per_part = 4 * p.lists.per_lane;
   merge_lists(
       Merge{w.lists, a.nq, p.lists.parts, per_part, per_part, false, p.keep, p.keep, false, w.bounds, w.candidates},
@@ -238,8 +277,8 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
               "knn", l);
   fill_zero("knn", w.failures, sizeof(int), l);
   launch("knn", check_kernel, grid_x(div_up(a.nq, kThreads)), kThreads, 0, l,
-         CheckArgs{w.bounds, w.candidates, a.scores, w.reach, w.squares, a.nq, a.n, a.k, p.best, p.keep, d, a.metric,
-                   w.failed, w.failures});
+         CheckArgs{w.bounds, w.candidates, a.scores, w.reach, w.squares, w.bars, a.nq, a.n, a.k, p.best, p.keep, d,
+                   a.metric, w.failed, w.failures});
 }
 
 }  // namespace

@@ -47,7 +47,40 @@ __global__ void __launch_bounds__(kThreads) panels_kernel(PanelArgs a) {
   a.bars[query] = real ? 0x007fffffu : 0xff800000u;  // ordered_bits of -infinity and infinity
 }
 
+// A warp a query. 256 places keep the largest of the samples that fall to them: the rank-th largest of these is at most
+// the rank-th largest of all, and seldom less.
+__global__ void __launch_bounds__(kThreads) seed_kernel(SeedArgs a) {
+  const int64_t query = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) >> 5;
+  const int lane = threadIdx.x & 31;
+  if (query >= a.nq) return;
+  const float* sample = a.sample + query * a.count;
+  unsigned most[8];
+#pragma unroll
+  for (int p = 0; p < 8; ++p) most[p] = 0;
+  for (int64_t i0 = 0; i0 < a.count; i0 += 256) {
+#pragma unroll
+    for (int p = 0; p < 8; ++p) {
+      const int64_t i = i0 + p * 32 + lane;
+      const unsigned v = i < a.count ? ordered_bits(sample[i]) : 0;
+      most[p] = v > most[p] ? v : most[p];
+    }
+  }
+  unsigned bar = 0;  // bit by bit the largest value that `rank` places reach
+  for (int bit = 31; bit >= 0; --bit) {
+    const unsigned trial = bar | 1u << bit;
+    int reached = 0;
+#pragma unroll
+    for (int p = 0; p < 8; ++p) reached += __popc(__ballot_sync(kFullWarp, most[p] >= trial));
+    if (reached >= a.rank) bar = trial;
+  }
+  if (lane == 0 && bar > 0x00800000u) a.bars[query] = bar - 1;  // the place itself must pass
+}
+
 }  // namespace
+
+void seed_bars(const SeedArgs& a, const Launch& l) {
+  launch("knn", seed_kernel, grid_x(div_up(a.nq * 32, kThreads)), kThreads, 0, l, a);
+}
 
 void make_panels(const PanelArgs& a, const Launch& l) {
   launch("knn", panels_kernel, grid_x(div_up(a.padded * 32, kThreads)), kThreads, 0, l, a);

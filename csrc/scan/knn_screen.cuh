@@ -14,7 +14,8 @@
 // them. Each pushes what exceeds the query's bar into its own quarter of the list that this warp keeps of the query for
 // the rows of this block. A list that could overflow at the next tile is cut to its `keep` best and some more, whereby
 // its bar rises; the bar goes to all blocks through memory: `keep` rows have scores at or above it, so that a row at or
-// below it is not missed whatever the time at which a block hears of it. A score that is NaN always passes.
+// below it is not missed whatever the time at which a block hears of it. A score that is NaN always passes. The first
+// bars come from a sample of the tiles, so that cuts are rare.
 #pragma once
 #include <type_traits>
 
@@ -27,7 +28,7 @@ namespace cuda {
 
 constexpr int kSlab = 64;                    // columns of a tile: 128 bytes of bf16
 constexpr int kPanelBytes = 64 * kSlab * 2;  // 64 queries
-constexpr int kMaxListKeys = 10;             // per lane, in a cut
+constexpr int kPushes = 32;                  // of a thread, a tile and a query, at most
 
 // ---- the threads' share of the selection
 template <int MT>
@@ -52,93 +53,84 @@ __device__ __forceinline__ int cut_list(Key* list, int own_count, int source, in
                                         unsigned* bar) {
   const int lane = threadIdx.x & 31;
   const int count = __shfl_sync(kFullWarp, own_count, source + (lane & 3));
-  Key key[kMaxListKeys];
-  unsigned highest = 0;
-  int reached = 0;
-  const unsigned old = *bar;
-#pragma unroll
-  for (int i = 0; i < kMaxListKeys; ++i) {
-    key[i] = 0;
-    if (i * 8 < per_lane) {
-      const int place = i * 8 + (lane >> 2);
-      if (place < count) key[i] = list[place * 4 + (lane & 3)];
-      const unsigned score = static_cast<unsigned>(key[i] >> 32);
-      highest = score > highest ? score : highest;
-      reached += __popc(__ballot_sync(kFullWarp, key[i] != 0 && score >= old));
+  const int rows = (per_lane + 7) / 8;
+  const unsigned* scores = reinterpret_cast<const unsigned*>(list) + 1;  // the upper halves of the keys
+  // How many keys f takes; read again each time, since the sums of a tile leave few registers.
+  const auto count_of = [&](auto f) {
+    int total = 0;
+#pragma unroll 2
+    for (int i = 0; i < rows; ++i) {
+      const bool here = i * 8 + (lane >> 2) < count;
+      total += __popc(__ballot_sync(kFullWarp, here && f(scores[2 * (i * 32 + lane)])));
     }
+    return total;
+  };
+  unsigned highest = 0;
+  for (int i = lane >> 2; i < count; i += 8) {
+    const unsigned score = scores[2 * (i * 4 + (lane & 3))];
+    highest = score > highest ? score : highest;
   }
   highest = __reduce_max_sync(kFullWarp, highest);
+  const unsigned old = *bar;
   unsigned cut = old;  // keys at or above it are left; of those equal to it only `equal`
-  int equal = 1 << 30;
-  if (reached > most) {
-    const unsigned differ = highest ^ old;
-    const int top = 32 - __clz(static_cast<int>(differ));  // bits [0, top) are open
+  int equal = 1 << 30, above = count_of([&](unsigned score) { return score >= old; });
+  if (above > most) {
+    const int top = 32 - __clz(static_cast<int>(highest ^ old));  // bits [0, top) are open
     cut = top < 32 ? highest >> top << top : 0;
-    int left = reached, bit = top - 1;
-    for (; bit >= 0; --bit) {
+    for (int bit = top - 1; bit >= 0 && above > most; --bit) {
       const unsigned trial = cut | 1u << bit;
-      int here = 0;
-#pragma unroll
-      for (int i = 0; i < kMaxListKeys; ++i)
-        if (i * 8 < per_lane)
-          here += __popc(__ballot_sync(kFullWarp, key[i] != 0 && static_cast<unsigned>(key[i] >> 32) >= trial));
-      if (here >= keep) {
-        cut = trial, left = here;
-        if (left <= most) break;
-      }
+      const int here = count_of([&](unsigned score) { return score >= trial; });
+      if (here >= keep) cut = trial, above = here;
     }
-    if (left > most) {  // many equal scores: any of them will do
-      int above = 0;
-#pragma unroll
-      for (int i = 0; i < kMaxListKeys; ++i)
-        if (i * 8 < per_lane) above += __popc(__ballot_sync(kFullWarp, static_cast<unsigned>(key[i] >> 32) > cut));
-      equal = keep - above;
-    }
+    // many equal scores: any of them will do
+    if (above > most) equal = keep - count_of([&](unsigned score) { return score > cut; });
   }
-  __syncwarp();
   int left = 0;
-#pragma unroll
-  for (int i = 0; i < kMaxListKeys; ++i) {
-    if (i * 8 < per_lane) {
-      const unsigned score = static_cast<unsigned>(key[i] >> 32), below = (1u << lane) - 1;
-      const bool same = key[i] != 0 && score == cut;
-      const unsigned equals = __ballot_sync(kFullWarp, same);
-      const bool kept = key[i] != 0 && (score > cut || (same && __popc(equals & below) < equal));
-      equal -= __popc(equals);
-      const unsigned votes = __ballot_sync(kFullWarp, kept);
-      if (kept) list[left + __popc(votes & below)] = key[i];
-      left += __popc(votes);
-    }
+#pragma unroll 1
+  for (int i = 0; i < rows; ++i) {
+    const unsigned below = (1u << lane) - 1;
+    Key key = 0;
+    if (i * 8 + (lane >> 2) < count) key = list[i * 32 + lane];
+    const unsigned score = static_cast<unsigned>(key >> 32);
+    const bool same = key && score == cut;
+    const unsigned equals = __ballot_sync(kFullWarp, same);
+    const bool kept = score > cut || (same && __popc(equals & below) < equal);
+    equal -= __popc(equals);
+    const unsigned votes = __ballot_sync(kFullWarp, kept);  // keys move to earlier places only: these have been read
+    if (kept) list[left + __popc(votes & below)] = key;
+    left += __popc(votes);
+    __syncwarp();
   }
-  __syncwarp();
   *bar = cut > old ? cut : old;
   return left;
 }
 
-// Makes room for `fresh` keys in each quarter of the warp's lists.
+// Cuts those of the warp's lists that have no room for what a thread pushes next.
 template <int MT>
-__device__ __forceinline__ void make_room(const ScreenArgs& a, Lane<MT>& own, unsigned* bars, int fresh) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ void make_room(const ScreenArgs& a, Lane<MT>& own, const unsigned (&mask)[2 * MT],
+                                          unsigned* bars) {
+  const int lane = threadIdx.x & 31, most = 4 * (a.lists.per_lane - kPushes) - 4;
+  bool full = false;
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) full = full || own.count[i] + __popc(mask[i]) > a.lists.per_lane;
+  if (!__any_sync(kFullWarp, full)) return;
 #pragma unroll 1
   for (int i = 0; i < 2 * MT; ++i) {
-    int count = own.count[0];
+    int count = own.count[0], more = __popc(mask[0]);
     float bar = own.bar[0];
 #pragma unroll
     for (int j = 1; j < 2 * MT; ++j)
-      if (i == j) count = own.count[j], bar = own.bar[j];
-    unsigned full = __ballot_sync(kFullWarp, count + fresh > a.lists.per_lane);
-    while (full) {
-      const int source = (__ffs(static_cast<int>(full)) - 1) & ~3;
-      full &= ~(15u << source);
-      // the list of the group's query: the same offset from its own first list for every lane of the group
-      const int64_t offset = query_offset<MT>(i) * a.lists.pitch;
-      Key* mine = own.list + offset;
+      if (i == j) count = own.count[j], more = __popc(mask[j]), bar = own.bar[j];
+    unsigned lists = __ballot_sync(kFullWarp, count + more > a.lists.per_lane);
+#pragma unroll 1
+    while (lists) {
+      const int source = (__ffs(static_cast<int>(lists)) - 1) & ~3;
+      lists &= ~(15u << source);
+      Key* mine = own.list + query_offset<MT>(i) * a.lists.pitch;
       Key* list = reinterpret_cast<Key*>(__shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(mine), source));
-      const float bar_there = __shfl_sync(kFullWarp, bar, source);
-      unsigned cut = ordered_bits(bar_there);
+      unsigned cut = ordered_bits(__shfl_sync(kFullWarp, bar, source));
       const unsigned before = cut;
-      const int left =
-          cut_list(list, count, source, a.lists.per_lane, a.lists.keep, 4 * (a.lists.per_lane - fresh) - 4, &cut);
+      const int left = cut_list(list, count, source, a.lists.per_lane, a.lists.keep, most, &cut);
       if ((lane & ~3) == source) {
         count = (left - (lane & 3) + 3) >> 2;
         bar = bar_of(cut);
@@ -183,35 +175,85 @@ __device__ __forceinline__ unsigned passing(const float (&acc)[MT][BN / 2], cons
   return bits;
 }
 
-template <int MODE, int MT, int BN>
-__device__ __forceinline__ void push(const float (&acc)[MT][BN / 2], const float* r0, const float* r1, uint32_t row0,
-                                     const ScreenArgs& a, Lane<MT>& own, unsigned hit) {
-  const int t = threadIdx.x & 3;
-#pragma unroll
-  for (int i = 0; i < 2 * MT; ++i) {
-    if (!__any_sync(kFullWarp, hit >> i & 1)) continue;
-    Key* to = own.list + query_offset<MT>(i) * a.lists.pitch + t;
-    int count = own.count[i];
-    const float bar = own.bar[i];
-#pragma unroll
-    for (int j = 0; j < BN / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * j + 2 * t + e;
-        const float v = MODE == kScreenPlain ? 0.0f : r1[column];
-        const float s = bounded_score<MODE>(acc[i >> 1][4 * j + 2 * (i & 1) + e], own.reach[i], r0[column], v);
-        const bool valid = (MODE == kScreenCosine ? v : r0[column]) != -__int_as_float(0x7f800000);
-        if (!(s <= bar) && valid) to[4 * count++] = make_key(s, row0 + column);
-      }
-    }
-    own.count[i] = count;
-  }
+// As bounded_score of the mode, to the bit: without shifts r1 is 0.
+__device__ __forceinline__ float any_score(bool cosine, float product, float reach, float r0, float r1) {
+  return cosine ? fmaf(product, r0, r1) : fmaf(reach, r0, product + r1);
 }
 
-// Takes the scores of a tile that begins at row `row0`. Bars as of some time ago are in own.bar.
+// Pushes what passes of a warp's scores; `hit`: the thread's queries that have some.
+template <int MT, int BN>
+__device__ __forceinline__ void push(const float (&acc)[MT][BN / 2], const float* r0, const float* r1, uint32_t row0,
+                                     const ScreenArgs& a, Lane<MT>& own, unsigned* bars, unsigned hit) {
+  const int t = threadIdx.x & 3;
+  const bool cosine = a.mode == kScreenCosine;
+  unsigned mask[2 * MT];  // bit 2 j + e: column 8 j + 2 t + e
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) {
+    mask[i] = 0;
+    if (__any_sync(kFullWarp, hit >> i & 1)) {
+#pragma unroll
+      for (int j = 0; j < BN / 8; ++j) {
+        const float2 w = *reinterpret_cast<const float2*>(r0 + 8 * j + 2 * t);
+        const float2 v = *reinterpret_cast<const float2*>(r1 + 8 * j + 2 * t);
+        const float s0 = any_score(cosine, acc[i >> 1][4 * j + 2 * (i & 1)], own.reach[i], w.x, v.x);
+        const float s1 = any_score(cosine, acc[i >> 1][4 * j + 2 * (i & 1) + 1], own.reach[i], w.y, v.y);
+        mask[i] |= s0 <= own.bar[i] ? 0 : 1u << (2 * j);
+        mask[i] |= s1 <= own.bar[i] ? 0 : 2u << (2 * j);
+      }
+    }
+  }
+  make_room<MT>(a, own, mask, bars);
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) {
+    Key* to = own.list + query_offset<MT>(i) * a.lists.pitch + t;
+    unsigned left = mask[i];
+    while (left) {
+      const int at = __ffs(static_cast<int>(left)) - 1, column = 4 * (at & ~1) + 2 * t + (at & 1);
+      left &= left - 1;
+      float product = 0;
+#pragma unroll
+      for (int j = 0; j < BN / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) product = at == 2 * j + e ? acc[i >> 1][4 * j + 2 * (i & 1) + e] : product;
+      const float w = r0[column], v = r1[column];
+      const float s = any_score(cosine, product, own.reach[i], w, v);
+      const bool valid = (cosine ? v : w) != -__int_as_float(0x7f800000);
+      if (!(s <= own.bar[i]) && valid) to[4 * own.count[i]++] = make_key(s, row0 + column);
+    }
+  }
+  __syncwarp();  // the next cut reads what other lanes wrote
+}
+
+// Of a sample of the tiles: only the largest score of each thread with each of its queries, for the first bars.
+template <int MT, int BN>
+__device__ __forceinline__ void largest(const float (&acc)[MT][BN / 2], const float* r0, const float* r1, float* to,
+                                        const ScreenArgs& a, const Lane<MT>& own) {
+  const int t = threadIdx.x & 3;
+  const bool cosine = a.mode == kScreenCosine;
+  float most[2 * MT];
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) most[i] = -__int_as_float(0x7f800000);
+#pragma unroll
+  for (int j = 0; j < BN / 8; ++j) {
+    const float2 w = *reinterpret_cast<const float2*>(r0 + 8 * j + 2 * t);
+    const float2 v = *reinterpret_cast<const float2*>(r1 + 8 * j + 2 * t);
+#pragma unroll
+    for (int i = 0; i < 2 * MT; ++i) {
+      most[i] = fmaxf(most[i], any_score(cosine, acc[i >> 1][4 * j + 2 * (i & 1)], own.reach[i], w.x, v.x));
+      most[i] = fmaxf(most[i], any_score(cosine, acc[i >> 1][4 * j + 2 * (i & 1) + 1], own.reach[i], w.y, v.y));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * MT; ++i) to[query_offset<MT>(i) * a.sample_pitch] = most[i];
+}
+
 template <int MT, int BN>
 __device__ __forceinline__ void select_tile(const float (&acc)[MT][BN / 2], const float* r0, const float* r1,
-                                            uint32_t row0, const ScreenArgs& a, Lane<MT>& own, unsigned* bars) {
+                                            int64_t tile, const ScreenArgs& a, Lane<MT>& own, int64_t query) {
+  if (a.sample) {
+    float* to = a.sample + query * a.sample_pitch + tile * 4 + (threadIdx.x & 3);
+    return largest<MT, BN>(acc, r0, r1, to, a, own);
+  }
   unsigned hit;
   if (a.mode == kScreenPlain)
     hit = passing<kScreenPlain, MT, BN>(acc, r0, r1, own);
@@ -219,13 +261,8 @@ __device__ __forceinline__ void select_tile(const float (&acc)[MT][BN / 2], cons
     hit = passing<kScreenShifted, MT, BN>(acc, r0, r1, own);
   else
     hit = passing<kScreenCosine, MT, BN>(acc, r0, r1, own);
-  if (!__any_sync(kFullWarp, hit != 0)) return;
-  make_room<MT>(a, own, bars, BN / 4);
-  if (a.mode == kScreenCosine)
-    push<kScreenCosine, MT, BN>(acc, r0, r1, row0, a, own, hit);
-  else
-    push<kScreenShifted, MT, BN>(acc, r0, r1, row0, a, own, hit);
-  __syncwarp();  // the next cut reads what other lanes wrote
+  if (__any_sync(kFullWarp, hit != 0))
+    push<MT, BN>(acc, r0, r1, static_cast<uint32_t>(tile * BN), a, own, a.lists.bars + query, hit);
 }
 
 // ---- rows of the collection: 8 values at a time
@@ -321,10 +358,10 @@ __device__ __forceinline__ void store_piece(const Piece<T>& p, unsigned char* hi
 
 // r0 and r1 of a row from its sum of squares (of d values; fp32, any order of summation).
 template <class T>
-__device__ __forceinline__ float2 row_terms(const ScreenArgs& a, int64_t row, int64_t end, float squares) {
+__device__ __forceinline__ float2 row_terms(const ScreenArgs& a, int64_t row, float squares) {
   const float infinity = __int_as_float(0x7f800000);
   const bool cosine = a.mode == kScreenCosine;
-  const bool valid = row < end && (!a.keep || (a.keep[row >> 3] >> (row & 7) & 1));
+  const bool valid = row < a.n && (!a.keep || (a.keep[row >> 3] >> (row & 7) & 1));
   if (!valid) return cosine ? make_float2(0, -infinity) : make_float2(-infinity, 0);
   const float slack = static_cast<float>(a.d + 16) * 0x1p-24f;
   if (!cosine) {

@@ -18,7 +18,6 @@ struct ScreenLists {
   Key* keys;       // [padded queries][parts][4 per_lane], 0 where there is none; then one merge
   unsigned* bars;  // [padded queries], ordered_bits; -infinity at first, +infinity for padding
   int parts;
-  int64_t tiles_per_part;
   int per_lane, keep;
   int64_t pitch;  // of queries: parts * 4 * per_lane
 };
@@ -37,6 +36,10 @@ struct ScreenArgs {
   bool l2;
   const float* bias;
   const uint8_t* keep;
+  int64_t tiles, tiles_per_part;  // of the collection, or of the sample
+  int tile_step;                  // 1, or every so many tiles are looked at
+  float* sample;                  // [padded][sample_pitch], 4 of each tile; null: lists are made
+  int64_t sample_pitch;
   ScreenLists lists;
 };
 
@@ -64,6 +67,15 @@ struct PanelArgs {
 };
 void make_panels(const PanelArgs& a, const Launch& l);
 inline int64_t panel_bytes(int64_t padded, int slabs, int terms) { return padded * slabs * 128 * terms; }
+
+// The first bars: each query's `rank`-th largest of its `count` samples (or a little less), never below -infinity.
+struct SeedArgs {
+  const float* sample;
+  int64_t nq, count;
+  int rank;
+  unsigned* bars;
+};
+void seed_bars(const SeedArgs& a, const Launch& l);
 
 // Terms of a row: 2 where bf16 does not hold the values.
 inline int row_terms_of(DType storage) { return storage == DType::f32 || storage == DType::f16 ? 2 : 1; }

@@ -19,7 +19,7 @@ constexpr int kMaxStages = 8;
 
 struct Plan90 {
   int stages, rings;
-  bool resident;
+  bool resident, turns;
 };
 
 template <int NWG, int MT, int BN, int QT, int RT>
@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
   }
   __syncthreads();
 
-  const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * a.lists.tiles_per_part * BN;
-  const int64_t row_stop = row_begin + a.lists.tiles_per_part * BN;
-  const int64_t row_end = row_stop < a.n ? row_stop : a.n;
+  const int64_t tile_begin = static_cast<int64_t>(blockIdx.y) * a.tiles_per_part;
+  const int64_t tile_end = tile_begin + a.tiles_per_part < a.tiles ? tile_begin + a.tiles_per_part : a.tiles;
+  const int64_t step = static_cast<int64_t>(BN) * a.tile_step;  // rows from tile to tile
   const int slabs = a.slabs;
 
   if (warpgroup == 0) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
     float squares[kPieces];
     const auto load = [&](int64_t row0, int slab) {
       const int column = slab * kSlab + piece * 8;
-      const int left = static_cast<int>(row_end - row0 < BN ? row_end - row0 : BN) - row;  // rows from this thread's on
+      const int left = static_cast<int>(a.n - row0 < BN ? a.n - row0 : BN) - row;  // rows from this thread's on
       const T* from = x + (row0 + row) * a.ldx + column;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
@@ -77,9 +77,10 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
     };
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) squares[i] = 0;
-    if (row_begin < row_end) load(row_begin, 0);
+    if (tile_begin < tile_end) load(tile_begin * step, 0);
     int stage = 0, phase = 1, ring = 0;  // waiting for phase 1 of a new barrier returns at once
-    for (int64_t row0 = row_begin; row0 < row_end; row0 += BN) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      const int64_t row0 = tile * step;
       for (int slab = 0; slab < slabs; ++slab) {
         Piece<T> now[kPieces];
 #pragma unroll
@@ -87,8 +88,8 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
         const bool last = slab == slabs - 1;
         if (!last)
           load(row0, slab + 1);
-        else if (row0 + BN < row_end)
-          load(row0 + BN, 0);
+        else if (tile + 1 < tile_end)
+          load(row0 + step, 0);
         barrier_wait(empty + stage, phase);
         unsigned char* to = stages + stage * stage_bytes;
         if (!plan.resident && threadIdx.x == 0) {  // the panels of this slab: [64 queries][term]
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
           }
           if (piece < kPieces) {
             const int r = row + 16 * piece;
-            const float2 terms = row_terms<T>(a, row0 + r, row_end, sum);
+            const float2 terms = row_terms<T>(a, row0 + r, sum);
             rings[ring * 2 * BN + r] = terms.x;
             rings[ring * 2 * BN + BN + r] = terms.y;
           }
@@ -143,12 +144,12 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
     float acc[MT][BN / 2];
     const uint32_t queries_at = shared_address(screen_shared), stages_at = shared_address(stages);
     int stage = 0, phase = 0, ring = 0;
-    if (NWG > 1 && group == NWG - 1) named_arrive(1, 256);  // the first warpgroup's turn
-    for (int64_t row0 = row_begin; row0 < row_end; row0 += BN) {
+    if (plan.turns && group == NWG - 1) named_arrive(1, 256);  // the first warpgroup's turn
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       unsigned heard[2 * MT];
 #pragma unroll
       for (int i = 0; i < 2 * MT; ++i) heard[i] = *static_cast<volatile unsigned*>(bars + query_offset<MT>(i));
-      if (NWG > 1) named_sync(1 + group, 256);
+      if (plan.turns) named_sync(1 + group, 256);
       int before = 0;
       for (int slab = 0; slab < slabs; ++slab) {
         barrier_wait(full + stage, phase);
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
         before = stage;
         if (++stage == plan.stages) stage = 0, phase ^= 1;
       }
-      if (NWG > 1) named_arrive(1 + (group + 1) % NWG, 256);
+      if (plan.turns) named_arrive(1 + (group + 1) % NWG, 256);
       wgmma_wait<0>();
 #pragma unroll
       for (int m = 0; m < MT; ++m) wgmma_hold(acc[m]);
@@ -192,15 +193,16 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
         for (int j = 0; j < BN / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int64_t r = row0 + 8 * j + 2 * (lane & 3) + e;
-            if (r < row_end)
+            const int64_t r = tile * step + 8 * j + 2 * (lane & 3) + e;
+            if (r < a.n)
               LUTRA_SCREEN_DUMP[(query + query_offset<MT>(i)) * a.n + r] = acc[i >> 1][4 * j + 2 * (i & 1) + e];
           }
 #endif
-      select_tile<MT, BN>(acc, r0, r0 + BN, static_cast<uint32_t>(row0), a, own, bars);
+      select_tile<MT, BN>(acc, r0, r0 + BN, tile, a, own, query);
       ring = ring == plan.rings - 1 ? 0 : ring + 1;
     }
-    if (NWG > 1 && group == 0) named_sync(1, 256);  // the last warpgroup's last arrival, or the first one's
+    if (plan.turns && group == 0) named_sync(1, 256);  // the last warpgroup's last arrival, or the first one's
+    if (a.sample) return;
 #pragma unroll
     for (int i = 0; i < 2 * MT; ++i) {
       Key* to = own.list + query_offset<MT>(i) * a.lists.pitch + (lane & 3);
@@ -223,7 +225,9 @@ void run(const ScreenArgs& a, const Launch& l) {
       const int64_t bytes = fixed + plan.stages * stage + plan.rings * 2 * BN * 4;
       if (bytes > room) continue;
       if (plan.stages < (resident ? 3 : 2)) break;
-      const dim3 grid(grid_x(div_up(a.padded, Tile::kQueries)), static_cast<unsigned>(a.lists.parts));
+      plan.turns = a.slabs <= plan.stages;  // a turn is a whole tile: its stages are free when all have had theirs
+      const dim3 grid(grid_x(div_up(a.padded, Tile::kQueries)),
+                      static_cast<unsigned>(div_up(a.tiles, a.tiles_per_part)));
       return launch("knn", screen90_kernel<T, QT, RT, NWG, MT, BN>, grid, Tile::kThreads, static_cast<size_t>(bytes), l,
                     a, plan);
     }

@@ -1,0 +1,239 @@
+"""Exact search on CUDA: storage types, the screen on tensor cores, filters."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+from gpu_arrays import close, rounded, same_bits
+
+import lutra
+from lutra.reference import scan as reference
+
+METRICS = ("ip", "l2", "cosine", "l1", "linf")
+STORAGE = ("float32", "float16", "bfloat16", "int8", "uint8")
+
+
+def values(rng, dtype, *shape):
+    """float32 values that the type holds."""
+    if dtype == "int8":
+        return rng.integers(-128, 128, shape).astype(np.float32)
+    if dtype == "uint8":
+        return rng.integers(0, 256, shape).astype(np.float32)
+    return rounded(rng.standard_normal(shape).astype(np.float32), dtype)
+
+
+def integers(rng, *shape):
+    """Small integers, which every type holds: every score is exact, and many are equal."""
+    return rng.integers(0, 5, shape).astype(np.float32)
+
+
+def by_eights(gpu, q, x, k, metric, **options):
+    """The same search without the screen: at most 8 queries at a time."""
+    parts = [lutra.scan.knn(q[i : i + 8], x, k, metric, **options) for i in range(0, len(q), 8)]
+    return [np.concatenate([gpu.get(p[i]) for p in parts]) for i in range(2)]
+
+
+def same_as_by_eights(gpu, q, x, k, metric, **options):
+    with contextlib.nullcontext() if options else gpu.no_sync():
+        scores, ids = lutra.scan.knn(q, x, k, metric, **options)
+    want_scores, want_ids = by_eights(gpu, q, x, k, metric, **options)
+    np.testing.assert_array_equal(gpu.get(ids), want_ids)
+    same_bits(gpu.get(scores), want_scores)
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("nq", [1, 2, 8, 9, 65, 128, 129, 257])
+def test_exact_values_and_ties(gpu, nq, dtype):
+    rng = np.random.default_rng(nq)
+    for n, d, k in ((1, 3, 2), (63, 16, 5), (130, 65, 30), (700, 8, 10), (1500, 33, 100), (513, 128, 1)):
+        q, x = integers(rng, nq, d), integers(rng, n, d)
+        a, b = gpu.put(q), gpu.put(x, dtype)
+        for metric in ("ip", "l2", "l1", "linf") if nq in (2, 65) else ("ip", "l2"):
+            scores, ids = lutra.scan.knn(a, b, k, metric)
+            want_scores, want_ids = reference.knn(q, x, k, metric)
+            np.testing.assert_array_equal(gpu.get(ids), want_ids)
+            np.testing.assert_array_equal(gpu.get(scores), want_scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_types_and_metrics(gpu, dtype, metric):
+    rng = np.random.default_rng()
+    for nq, n, d in ((1, 900, 20), (5, 333, 130), (40, 500, 64), (130, 300, 127)):
+        q, x = values(rng, dtype, nq, d), values(rng, dtype, n, d)
+        b = gpu.put(x, dtype)
+        for queries in (gpu.put(q), gpu.put(q, dtype)):
+            scores, ids = (gpu.get(a) for a in lutra.scan.knn(queries, b, 7, metric))
+            want_scores, want_ids = reference.knn(q, x, 7, metric)
+            close(scores, want_scores)
+            assert (ids == want_ids).mean() > 0.98  # rounding may swap near ties
+            exact, who = (gpu.get(a) for a in lutra.scan.rescore(queries, b, gpu.put(ids), 7, metric))
+            same_bits(exact, scores)
+            np.testing.assert_array_equal(who, ids)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
+def test_the_screen_finds_what_the_pass_finds(gpu, dtype, metric):
+    rng = np.random.default_rng()
+    for nq, n, d, k in ((9, 4000, 128, 10), (130, 5000, 96, 10), (300, 3000, 64, 1), (257, 2000, 40, 128)):
+        q, x = gpu.put(values(rng, "float32", nq, d)), gpu.put(values(rng, dtype, n, d), dtype)
+        same_as_by_eights(gpu, q, x, k, metric)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d", [1, 7, 8, 63, 64, 65, 100, 129, 256, 257, 320, 513, 700, 1100, 2050])
+def test_dimensions(gpu, d, dtype):
+    rng = np.random.default_rng(d)
+    x = gpu.put(values(rng, dtype, 600, d), dtype)
+    for nq in (20, 150):
+        q = gpu.put(values(rng, dtype, nq, d))
+        same_as_by_eights(gpu, q, x, 10, "ip")
+        same_as_by_eights(gpu, gpu.put(gpu.get(q), dtype), x, 10, "l2")
+
+
+def hard_cases(rng, n, d):
+    normal = rng.standard_normal((n, d)).astype(np.float32)
+    near = 1 + normal * 1e-6
+    scales = normal * np.exp(rng.uniform(-40, 30, (n, 1))).astype(np.float32)
+    tiny, huge = normal * np.float32(1e-23), normal * np.float32(1e17)
+    repeated = normal[rng.integers(0, 5, n)]
+    broken = normal.copy()
+    broken[rng.integers(0, n, 3)] = np.nan
+    broken[rng.integers(0, n, 9), 0] = np.inf
+    broken[rng.integers(0, n, 9), 1] = -np.inf
+    broken[rng.integers(0, n, 50)] = 0
+    offset = normal * 0.01 + 100
+    overflowing = normal * np.float32(1e20)
+    return {
+        "near": near, "scales": scales, "tiny": tiny, "huge": huge, "repeated": repeated, "broken": broken,
+        "all NaN": normal * np.nan, "zeros": normal * 0, "offset": offset, "overflowing": overflowing,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+def test_data_that_the_screen_cannot_order(gpu, metric):
+    rng = np.random.default_rng()
+    n, d = 1500, 36
+    for name, x in hard_cases(rng, n, d).items():
+        q = rng.standard_normal((33, d)).astype(np.float32)
+        q[:11] = x[:11]
+        q[11] = 0
+        q[12] *= 1e25
+        q[13, 3] = np.nan
+        q[14, 3] = np.inf
+        for dtype in ("float32", "bfloat16"):
+            with np.errstate(all="ignore"):
+                a, b = gpu.put(q), gpu.put(x, dtype if gpu.name == "torch" else "float32")
+            try:
+                same_as_by_eights(gpu, a, b, 10, metric)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {dtype}: {error}") from None
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+def test_sorted_rows(gpu, order):
+    """Rising scores pass every bar; equal ones are decided by their ids."""
+    n = 30_000
+    x = {"rising": np.arange(n), "falling": -np.arange(n), "equal": np.ones(n)}[order].astype(np.float32)
+    x = gpu.put(np.stack([x, x], 1))
+    for nq, k in ((1, 10), (7, 100), (40, 10), (300, 100)):
+        ids = lutra.scan.knn(gpu.put(np.ones((nq, 2), np.float32)), x, k).ids
+        want = np.arange(n)[::-1][:k] if order == "rising" else np.arange(k)
+        np.testing.assert_array_equal(gpu.get(ids), np.tile(want, (nq, 1)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_filter(gpu, metric):
+    rng = np.random.default_rng()
+    x = values(rng, "float32", 700, 24)
+    x[5] = np.nan
+    b = gpu.put(x)
+    for nq in (1, 8, 40, 140):
+        q = values(rng, "float32", nq, 24)
+        for mask in (rng.random(700) < 0.3, np.zeros(700, bool), np.arange(700) == 600):
+            mask[5] = False
+            keep = np.packbits(mask, bitorder="little")
+            scores, ids = (gpu.get(a) for a in lutra.scan.knn(gpu.put(q), b, 6, metric, filter=mask))
+            want_scores, want_ids = reference.knn(q, x, 6, metric, keep=keep)
+            close(scores, want_scores)
+            assert (ids == want_ids).mean() > 0.98
+            assert set(ids[ids >= 0]) <= set(np.flatnonzero(mask))
+
+
+def test_filter_forms(gpu):
+    rng = np.random.default_rng(0)
+    q, x = values(rng, "float32", 20, 8), values(rng, "float32", 50, 8)
+    mask = np.arange(50) % 3 == 0
+    want = reference.knn(q, x, 4, keep=np.packbits(mask, bitorder="little"))[1]
+    bits = np.packbits(mask, bitorder="little")
+    for filter in (
+        mask,
+        bits,
+        gpu.put(mask),
+        gpu.put(bits),
+        np.flatnonzero(mask).tolist(),
+        lambda i: i % 3 == 0,
+    ):
+        ids = lutra.scan.knn(gpu.put(q), gpu.put(x), 4, filter=filter).ids
+        np.testing.assert_array_equal(gpu.get(ids), want)
+
+
+def test_unaligned_input(gpu):
+    rng = np.random.default_rng(0)
+    for dtype in ("float32", "float16", "int8"):
+        for d in (16, 18, 21):
+            q, x = values(rng, dtype, 70, d), values(rng, dtype, 400, d)
+            flat = gpu.put(np.concatenate([[0], x.ravel()]).astype(np.float32), dtype)
+            for queries in (q, q[:3]):
+                scores = lutra.scan.knn(gpu.put(queries), flat[1:].reshape(400, d), 5, "l2").scores
+                close(gpu.get(scores), reference.knn(queries, x, 5, "l2")[0])
+
+
+def test_bias(gpu):
+    from lutra import _arrays
+    from lutra.scan._knn import _knn
+
+    rng = np.random.default_rng()
+    x, bias = values(rng, "float32", 900, 32), 5 * values(rng, "float32", 900)
+    for nq in (1, 6, 50):
+        q = values(rng, "float32", nq, 32)
+        a = gpu.put(q)
+        scores, ids = _knn(_arrays.kind_of(a, "q"), a, gpu.put(x), 8, "ip", None, gpu.put(bias))
+        want = np.sort(q @ x.T + bias, 1)[:, ::-1][:, :8]
+        close(gpu.get(scores), want)
+        close(np.take_along_axis(q @ x.T + bias, gpu.get(ids), 1), want)
+
+
+def test_in_a_graph(gpu_torch):
+    torch, rng = gpu_torch.torch, np.random.default_rng()
+    q, x = gpu_torch.put(values(rng, "float32", 100, 64)), gpu_torch.put(values(rng, "float32", 3000, 64))
+    lutra.scan.knn(q, x, 10)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores, ids = lutra.scan.knn(q, x, 10)
+    for data in (values(rng, "float32", 3000, 64), np.tile(values(rng, "float32", 1, 64), (3000, 1))):
+        x.copy_(gpu_torch.put(data))
+        graph.replay()
+        want_scores, want_ids = by_eights(gpu_torch, q, x, 10, "ip")
+        np.testing.assert_array_equal(gpu_torch.get(ids), want_ids)
+        same_bits(gpu_torch.get(scores), want_scores)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small(gpu_torch, dtype):
+    rng = np.random.default_rng(1)
+    q, x = integers(rng, 19, 33), integers(rng, 150, 33)
+    for part in (q, q[:3], q[:1]):
+        ids = lutra.scan.knn(gpu_torch.put(part), gpu_torch.put(x, dtype), 5, "l2").ids
+        np.testing.assert_array_equal(gpu_torch.get(ids), reference.knn(part, x, 5, "l2")[1])
+
+
+def test_poincare_is_refused(gpu):
+    a = gpu.put(np.zeros((2, 3), np.float32))
+    with pytest.raises(NotImplementedError, match="poincare"):
+        lutra.scan.knn(a, a, 1, "poincare")

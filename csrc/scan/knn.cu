@@ -25,6 +25,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kListBytes = int64_t{256} << 20;  // of the workspace, about
 constexpr int kScreenK = 128, kPassQueries = 8;
 
+bool g_sm90 = true;  // tests turn it off
+
 struct Plan {
   bool screened, sm90;
   int best, keep;
@@ -87,9 +89,9 @@ Plan plan_for(const KnnArgs& a, int device) {
   p.queries = a.nq > 0 ? a.nq : 1;
   const bool product = a.metric == Metric::ip || a.metric == Metric::l2 || a.metric == Metric::cosine;
 #ifdef LUTRA_CUDA_SM90A
-  p.sm90 = is_hopper(device);
+  p.sm90 = g_sm90 && is_hopper(device);
 #endif
-  p.screened = product && a.nq > kPassQueries && a.k <= kScreenK && a.n > 0 && a.d > 0 && a.d <= 65536 && p.sm90;
+  p.screened = product && a.nq > kPassQueries && a.k <= kScreenK && a.n > 0 && a.d > 0 && a.d <= 65536;
   const bool cosine = a.metric == Metric::cosine;
   const int64_t row = cosine ? a.d * 4 : 0;
   if (!p.screened) {
@@ -105,8 +107,9 @@ Plan plan_for(const KnnArgs& a, int device) {
   const int64_t panels = p.slabs * 128 * p.query_terms;
   if (p.queries > 32768) p.queries = 32768;
   for (;; p.queries = div_up(p.queries, 2)) {
+    p.shape = screen_shape(a.storage);
 #ifdef LUTRA_CUDA_SM90A
-    p.shape = screen_shape_sm90(p.queries, a.d, a.storage, p.query_terms);
+    if (p.sm90) p.shape = screen_shape_sm90(p.queries, a.d, a.storage, p.query_terms);
 #endif
     p.padded = round_up(p.queries, p.shape.queries);
     const int64_t tiles = div_up(a.n, p.shape.rows), groups = p.padded / p.shape.queries;
@@ -233,8 +236,9 @@ PassArgs pass_args(const KnnArgs& a, const Plan& p, const Workspace& w, const fl
 
 void run_screen(const ScreenArgs& s, const Plan& p, const Launch& l) {
 #ifdef LUTRA_CUDA_SM90A
-  screen_sm90(s, p.shape, l);
+  if (p.sm90) return screen_sm90(s, p.shape, l);
 #endif
+  screen(s, l);
 }
 
 void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const float* q, int64_t ldq,
@@ -284,6 +288,8 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
 }  // namespace
 
 int max_k() { return kMaxK; }
+
+void use_sm90(bool yes) { g_sm90 = yes; }
 
 int64_t knn_workspace(const KnnArgs& a, const Launch& l) {
   check_metric(a.metric);

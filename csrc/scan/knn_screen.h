@@ -51,8 +51,8 @@ struct ScreenShape {
 ScreenShape screen_shape_sm90(int64_t nq, int64_t d, DType storage, int query_terms);
 void screen_sm90(const ScreenArgs& a, const ScreenShape& shape, const Launch& l);
 #endif
-ScreenShape screen_shape(int64_t nq, int64_t d, DType storage, int query_terms);
-void screen(const ScreenArgs& a, const ScreenShape& shape, const Launch& l);
+ScreenShape screen_shape(DType storage);
+void screen(const ScreenArgs& a, const Launch& l);
 
 // Queries as panels, with their reach and first bars. `slope`: what a bound adds for each |q| |x|.
 struct PanelArgs {

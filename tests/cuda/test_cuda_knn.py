@@ -15,6 +15,14 @@ METRICS = ("ip", "l2", "cosine", "l1", "linf")
 STORAGE = ("float32", "float16", "bfloat16", "int8", "uint8")
 
 
+@pytest.fixture(params=["sm90", "plain"])
+def kernels(request):
+    """With and without the kernels for Hopper."""
+    lutra._backend.cuda.use_sm90(request.param == "sm90")
+    yield request.param
+    lutra._backend.cuda.use_sm90(True)
+
+
 def values(rng, dtype, *shape):
     """float32 values that the type holds."""
     if dtype == "int8":
@@ -45,16 +53,16 @@ def same_as_by_eights(gpu, q, x, k, metric, **options):
 
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize("nq", [1, 2, 8, 9, 65, 128, 129, 257])
-def test_exact_values_and_ties(gpu, nq, dtype):
+def test_exact_values_and_ties(gpu_torch, kernels, nq, dtype):
     rng = np.random.default_rng(nq)
     for n, d, k in ((1, 3, 2), (63, 16, 5), (130, 65, 30), (700, 8, 10), (1500, 33, 100), (513, 128, 1)):
         q, x = integers(rng, nq, d), integers(rng, n, d)
-        a, b = gpu.put(q), gpu.put(x, dtype)
+        a, b = gpu_torch.put(q), gpu_torch.put(x, dtype)
         for metric in ("ip", "l2", "l1", "linf") if nq in (2, 65) else ("ip", "l2"):
             scores, ids = lutra.scan.knn(a, b, k, metric)
             want_scores, want_ids = reference.knn(q, x, k, metric)
-            np.testing.assert_array_equal(gpu.get(ids), want_ids)
-            np.testing.assert_array_equal(gpu.get(scores), want_scores)
+            np.testing.assert_array_equal(gpu_torch.get(ids), want_ids)
+            np.testing.assert_array_equal(gpu_torch.get(scores), want_scores)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -76,22 +84,22 @@ def test_types_and_metrics(gpu, dtype, metric):
 
 @pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
-def test_the_screen_finds_what_the_pass_finds(gpu, dtype, metric):
+def test_the_screen_finds_what_the_pass_finds(gpu_torch, kernels, dtype, metric):
     rng = np.random.default_rng()
     for nq, n, d, k in ((9, 4000, 128, 10), (130, 5000, 96, 10), (300, 3000, 64, 1), (257, 2000, 40, 128)):
-        q, x = gpu.put(values(rng, "float32", nq, d)), gpu.put(values(rng, dtype, n, d), dtype)
-        same_as_by_eights(gpu, q, x, k, metric)
+        q, x = gpu_torch.put(values(rng, "float32", nq, d)), gpu_torch.put(values(rng, dtype, n, d), dtype)
+        same_as_by_eights(gpu_torch, q, x, k, metric)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("d", [1, 7, 8, 63, 64, 65, 100, 129, 256, 257, 320, 513, 700, 1100, 2050])
-def test_dimensions(gpu, d, dtype):
+def test_dimensions(gpu_torch, kernels, d, dtype):
     rng = np.random.default_rng(d)
-    x = gpu.put(values(rng, dtype, 600, d), dtype)
+    x = gpu_torch.put(values(rng, dtype, 600, d), dtype)
     for nq in (20, 150):
-        q = gpu.put(values(rng, dtype, nq, d))
-        same_as_by_eights(gpu, q, x, 10, "ip")
-        same_as_by_eights(gpu, gpu.put(gpu.get(q), dtype), x, 10, "l2")
+        q = gpu_torch.put(values(rng, dtype, nq, d))
+        same_as_by_eights(gpu_torch, q, x, 10, "ip")
+        same_as_by_eights(gpu, gpu_torch.put(gpu_torch.get(q), dtype), x, 10, "l2")
 
 
 def hard_cases(rng, n, d):
@@ -114,7 +122,7 @@ def hard_cases(rng, n, d):
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
-def test_data_that_the_screen_cannot_order(gpu, metric):
+def test_data_that_the_screen_cannot_order(gpu_torch, kernels, metric):
     rng = np.random.default_rng()
     n, d = 1500, 36
     for name, x in hard_cases(rng, n, d).items():
@@ -126,23 +134,23 @@ def test_data_that_the_screen_cannot_order(gpu, metric):
         q[14, 3] = np.inf
         for dtype in ("float32", "bfloat16"):
             with np.errstate(all="ignore"):
-                a, b = gpu.put(q), gpu.put(x, dtype if gpu.name == "torch" else "float32")
+                a, b = gpu_torch.put(q), gpu_torch.put(x, dtype if gpu_torch.name == "torch" else "float32")
             try:
-                same_as_by_eights(gpu, a, b, 10, metric)
+                same_as_by_eights(gpu_torch, a, b, 10, metric)
             except AssertionError as error:
                 raise AssertionError(f"{name}, {dtype}: {error}") from None
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])
-def test_sorted_rows(gpu, order):
+def test_sorted_rows(gpu_torch, kernels, order):
     """Rising scores pass every bar; equal ones are decided by their ids."""
     n = 30_000
     x = {"rising": np.arange(n), "falling": -np.arange(n), "equal": np.ones(n)}[order].astype(np.float32)
-    x = gpu.put(np.stack([x, x], 1))
+    x = gpu_torch.put(np.stack([x, x], 1))
     for nq, k in ((1, 10), (7, 100), (40, 10), (300, 100)):
-        ids = lutra.scan.knn(gpu.put(np.ones((nq, 2), np.float32)), x, k).ids
+        ids = lutra.scan.knn(gpu_torch.put(np.ones((nq, 2), np.float32)), x, k).ids
         want = np.arange(n)[::-1][:k] if order == "rising" else np.arange(k)
-        np.testing.assert_array_equal(gpu.get(ids), np.tile(want, (nq, 1)))
+        np.testing.assert_array_equal(gpu_torch.get(ids), np.tile(want, (nq, 1)))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -198,7 +198,7 @@ def check_k(kind, k):
 def search(kind, queries, database, k, metric, names, op, keep=None, bias=None):
     """knn under the argument names of its caller (`lutra.address.nearest` is the same kernel).
 
-    With ``bias`` (n,), float32, for metric 'ip' and where there are kernels, the scores are ``<q, x> + bias``.
+    With ``bias`` (n,), float32, for metric 'ip' and where there are kernels, scores are ``<q, x> + bias``.
     """
     k = check_k(kind, k)
     metric_code = exact_metric(kind, metric)

@@ -15,6 +15,7 @@
 
 #include "common/select.cuh"
 #include "scan/exact_pass.h"
+#include "scan/knn_nearest.h"
 #include "scan/knn_screen.h"
 
 namespace lutra {
@@ -25,7 +26,10 @@ constexpr int kThreads = 256;
 constexpr int64_t kListBytes = int64_t{256} << 20;  // of the workspace, about
 constexpr int kScreenK = 128, kPassQueries = 8;
 
-bool g_sm90 = true;  // tests turn it off
+// Below so many rows the exact pass is as fast as the screen.
+constexpr int64_t kScreenRows = 4096;
+bool g_sm90 = true;  // tests choose other ways
+int64_t g_screen_rows = kScreenRows;
 
 struct Plan {
   bool screened, sm90;
@@ -68,10 +72,10 @@ void plan_pass(const KnnArgs& a, int64_t queries, int device, Plan* p) {
   p->parts = static_cast<int>(div_up(tiles > 0 ? tiles * kPassWarps : 1, p->tiles_per_part));
 }
 
-// Every sample_step-th tile, 64 of them at least. About rank * sample_step rows lie above the bar that the rank-th
+// Every sample_step-th tile, 16 of them at least. About rank * sample_step rows lie above the bar that the rank-th
 // largest sample makes: `keep` of them are wanted, more than which there are but for a chance of some 1e-6.
 void take_sample(Plan* p) {
-  const int64_t step = p->tiles / 64;
+  const int64_t step = p->tiles / 16;
   p->sample_step = static_cast<int>(step < 64 ? step : 64);
   p->sampled = p->sample_step > 1 ? div_up(p->tiles, p->sample_step) : 0;
   const double expected = static_cast<double>(p->keep) / (p->sample_step > 1 ? p->sample_step : 1);
@@ -79,19 +83,28 @@ void take_sample(Plan* p) {
   if (p->rank > p->sampled * 2) p->sampled = 0;
 }
 
-Plan plan_for(const KnnArgs& a, int device) {
+void check_sizes(const KnnArgs& a) {
   if (a.k > kMaxK && a.n > kMaxK)
     throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
   if (a.n > kMaxRows || a.d > 0x7ffffff0)
     throw std::length_error("lutra: knn on CUDA takes fewer than 2^32 - 1 rows of fewer than 2^31 - 16 values");
+}
+
+bool hopper_kernels(int device) {
+#ifdef LUTRA_CUDA_SM90A
+  return g_sm90 && is_hopper(device);
+#else
+  return false;
+#endif
+}
+
+Plan plan_for(const KnnArgs& a, int device) {
   Plan p{};
   p.best = static_cast<int>(a.k < a.n ? a.k : a.n);
   p.queries = a.nq > 0 ? a.nq : 1;
   const bool product = a.metric == Metric::ip || a.metric == Metric::l2 || a.metric == Metric::cosine;
-#ifdef LUTRA_CUDA_SM90A
-  p.sm90 = g_sm90 && is_hopper(device);
-#endif
-  p.screened = product && a.nq > kPassQueries && a.k <= kScreenK && a.n > 0 && a.d > 0 && a.d <= 65536;
+  p.sm90 = hopper_kernels(device);
+  p.screened = product && a.nq > kPassQueries && a.k <= kScreenK && a.n >= g_screen_rows && a.d > 0 && a.d <= 65536;
   const bool cosine = a.metric == Metric::cosine;
   const int64_t row = cosine ? a.d * 4 : 0;
   if (!p.screened) {
@@ -289,17 +302,25 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
 
 int max_k() { return kMaxK; }
 
-void use_sm90(bool yes) { g_sm90 = yes; }
+void knn_paths(bool sm90, int64_t screen_rows) {
+  g_sm90 = sm90;
+  g_screen_rows = screen_rows > 0 ? screen_rows : kScreenRows;
+}
 
 int64_t knn_workspace(const KnnArgs& a, const Launch& l) {
   check_metric(a.metric);
   const DeviceGuard guard(l.device);
+  check_sizes(a);
+  const bool sm90 = hopper_kernels(l.device);
+  if (is_nearest(a, l.device)) return nearest_workspace(a, sm90, l.device);
   return lay_out(a, plan_for(a, l.device), l.device, nullptr).bytes;
 }
 
 void knn(const KnnArgs& a, const Launch& l) {
   check_metric(a.metric);
   const DeviceGuard guard(l.device);
+  check_sizes(a);
+  if (is_nearest(a, l.device)) return nearest(a, hopper_kernels(l.device), l);
   const Plan p = plan_for(a, l.device);
   const Workspace w = lay_out(a, p, l.device, l.workspace);
   const bool smaller = a.metric != Metric::ip && a.metric != Metric::cosine;

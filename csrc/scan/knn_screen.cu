@@ -17,7 +17,7 @@ struct Plan80 {
   bool resident;
 };
 
-template <class T, int QT, int RT, int BN>
+template <class T, int QT, int RT, int BN, bool NEAREST>
 __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a, const Plan80 plan) {
   constexpr int kRowSlab = BN * 128 * RT, kQuerySlab = kQueries * 128 * QT;
   extern __shared__ __align__(1024) unsigned char screen_shared[];
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
     }
     if (piece < kPieces) {
       const int r = row + 32 * piece;
-      const float2 terms = row_terms<T>(a, row0 + r, sum);
+      const float2 terms = row_terms<T, NEAREST>(a, row0 + r, sum);
       rings[ring * 2 * BN + r] = terms.x;
       rings[ring * 2 * BN + BN + r] = terms.y;
     }
@@ -85,8 +85,10 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
   Lane<1> own;
   own.list = a.lists.keys + query * a.lists.pitch + static_cast<int64_t>(blockIdx.y) * 4 * a.lists.per_lane;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) own.count[i] = 0, own.reach[i] = a.reach[query + query_offset<1>(i)];
+  for (int i = 0; i < 2; ++i) own.count[i] = 0, own.bar[i] = 0, own.reach[i] = a.reach[query + query_offset<1>(i)];
 
+  Best<1> best;
+  if (NEAREST) best.init();
   float acc[1][BN / 2];
   const uint32_t queries_at = shared_address(screen_shared), stages_at = shared_address(stages);
   // ldmatrix: this lane's row and 16-byte piece of a step of 16 columns, of the queries and of 16 rows
@@ -101,7 +103,8 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     unsigned heard[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) heard[i] = *static_cast<volatile unsigned*>(a.lists.bars + query + query_offset<1>(i));
+    for (int i = 0; i < 2 && !NEAREST; ++i)
+      heard[i] = *static_cast<volatile unsigned*>(a.lists.bars + query + query_offset<1>(i));
 #pragma unroll
     for (int j = 0; j < BN / 2; ++j) acc[0][j] = 0;
     for (int slab = 0; slab < slabs; ++slab) {
@@ -139,15 +142,19 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
       if (more) store(stage ^ 1, next_row, next_slab, last ? ring ^ 1 : ring);
       if (last) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) own.bar[i] = bar_of(heard[i]);
+        for (int i = 0; i < 2 && !NEAREST; ++i) own.bar[i] = bar_of(heard[i]);
         const float* r0 = rings + ring * 2 * BN;
-        select_tile<1, BN>(acc, r0, r0 + BN, tile, a, own, query);
+        if (NEAREST)
+          best_of_tile<1, BN>(acc, r0, r0 + BN, static_cast<int>(tile * BN), own, best);
+        else
+          select_tile<1, BN>(acc, r0, r0 + BN, tile, a, own, query);
       }
       __syncthreads();
       stage ^= 1;
     }
     ring ^= 1;
   }
+  if (NEAREST) return write_best<1>(a, best, query);
   if (a.sample) return;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -156,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
   }
 }
 
-template <class T, int QT, int RT>
+template <class T, int QT, int RT, bool NEAREST = false>
 void run(const ScreenArgs& a, const Launch& l) {
   constexpr int BN = RT == 2 ? 64 : 128;
   constexpr int64_t kRowSlab = BN * 128 * RT, kQuerySlab = kQueries * 128 * QT, kRings = 4 * BN * 4;
@@ -166,7 +173,7 @@ void run(const ScreenArgs& a, const Launch& l) {
   plan.resident = bytes <= room;
   if (!plan.resident) bytes = 2 * (kRowSlab + kQuerySlab) + kRings;
   const dim3 grid(grid_x(div_up(a.padded, kQueries)), static_cast<unsigned>(div_up(a.tiles, a.tiles_per_part)));
-  launch("knn", screen_kernel<T, QT, RT, BN>, grid, kThreads, static_cast<size_t>(bytes), l, a, plan);
+  launch("knn", screen_kernel<T, QT, RT, BN, NEAREST>, grid, kThreads, static_cast<size_t>(bytes), l, a, plan);
 }
 
 }  // namespace
@@ -184,6 +191,8 @@ void screen(const ScreenArgs& a, const Launch& l) {
       return run<__nv_bfloat16, 2, 1>(a, l);
   }
 }
+
+void nearest_rows(const ScreenArgs& a, const Launch& l) { run<float, 2, 2, true>(a, l); }
 
 }  // namespace cuda
 }  // namespace lutra

@@ -22,6 +22,15 @@ struct ScreenLists {
   int64_t pitch;  // of queries: parts * 4 * per_lane
 };
 
+// k = 1 and no lists: the two rows of the largest bounds and the third bound.
+constexpr float kPlainSquares = 1e30f;  // sums of squares below it: no bound overflows
+struct NearestLists {
+  int64_t queries;
+  int64_t* candidates;  // [queries][2]
+  float* bounds;        // [queries]
+  int* broken;          // becomes 1 where a row is NaN or too long
+};
+
 struct ScreenArgs {
   const void* x;
   int64_t n, ldx;
@@ -41,6 +50,7 @@ struct ScreenArgs {
   float* sample;                  // [padded][sample_pitch], 4 of each tile; null: lists are made
   int64_t sample_pitch;
   ScreenLists lists;
+  NearestLists nearest;
 };
 
 // The shape of a block: queries, and rows of the collection at a time.
@@ -50,9 +60,11 @@ struct ScreenShape {
 #ifdef LUTRA_CUDA_SM90A
 ScreenShape screen_shape_sm90(int64_t nq, int64_t d, DType storage, int query_terms);
 void screen_sm90(const ScreenArgs& a, const ScreenShape& shape, const Launch& l);
+void nearest_sm90(const ScreenArgs& a, const ScreenShape& shape, const Launch& l);  // of fp32 rows
 #endif
 ScreenShape screen_shape(DType storage);
 void screen(const ScreenArgs& a, const Launch& l);
+void nearest_rows(const ScreenArgs& a, const Launch& l);  // of fp32 rows
 
 // Queries as panels, with their reach and first bars. `slope`: what a bound adds for each |q| |x|.
 struct PanelArgs {

@@ -30,7 +30,7 @@ struct Tile90 {
   static constexpr int kThreads = 128 * (NWG + 1);
 };
 
-template <class T, int QT, int RT, int NWG, int MT, int BN>
+template <class T, int QT, int RT, int NWG, int MT, int BN, bool NEAREST>
 __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const ScreenArgs a, const Plan90 plan) {
   using Tile = Tile90<NWG, MT, BN, QT, RT>;
   extern __shared__ __align__(1024) unsigned char screen_shared[];
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
           }
           if (piece < kPieces) {
             const int r = row + 16 * piece;
-            const float2 terms = row_terms<T>(a, row0 + r, sum);
+            const float2 terms = row_terms<T, NEAREST>(a, row0 + r, sum);
             rings[ring * 2 * BN + r] = terms.x;
             rings[ring * 2 * BN + BN + r] = terms.y;
           }
@@ -139,8 +139,11 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
     Lane<MT> own;
     own.list = a.lists.keys + query * a.lists.pitch + static_cast<int64_t>(blockIdx.y) * 4 * a.lists.per_lane;
 #pragma unroll
-    for (int i = 0; i < 2 * MT; ++i) own.count[i] = 0, own.reach[i] = a.reach[query + query_offset<MT>(i)];
+    for (int i = 0; i < 2 * MT; ++i)
+      own.count[i] = 0, own.bar[i] = 0, own.reach[i] = a.reach[query + query_offset<MT>(i)];
 
+    Best<MT> best;
+    if (NEAREST) best.init();
     float acc[MT][BN / 2];
     const uint32_t queries_at = shared_address(screen_shared), stages_at = shared_address(stages);
     int stage = 0, phase = 0, ring = 0;
@@ -148,7 +151,8 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       unsigned heard[2 * MT];
 #pragma unroll
-      for (int i = 0; i < 2 * MT; ++i) heard[i] = *static_cast<volatile unsigned*>(bars + query_offset<MT>(i));
+      for (int i = 0; i < 2 * MT && !NEAREST; ++i)
+        heard[i] = *static_cast<volatile unsigned*>(bars + query_offset<MT>(i));
       if (plan.turns) named_sync(1 + group, 256);
       int before = 0;
       for (int slab = 0; slab < slabs; ++slab) {
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
       for (int m = 0; m < MT; ++m) wgmma_hold(acc[m]);
       if (lane == 0) barrier_arrive(empty + before);
 #pragma unroll
-      for (int i = 0; i < 2 * MT; ++i) own.bar[i] = bar_of(heard[i]);
+      for (int i = 0; i < 2 * MT && !NEAREST; ++i) own.bar[i] = bar_of(heard[i]);
       const float* r0 = rings + ring * 2 * BN;
 #ifdef LUTRA_SCREEN_DUMP
 #pragma unroll
@@ -198,10 +202,14 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
               LUTRA_SCREEN_DUMP[(query + query_offset<MT>(i)) * a.n + r] = acc[i >> 1][4 * j + 2 * (i & 1) + e];
           }
 #endif
-      select_tile<MT, BN>(acc, r0, r0 + BN, tile, a, own, query);
+      if (NEAREST)
+        best_of_tile<MT, BN>(acc, r0, r0 + BN, static_cast<int>(tile * BN), own, best);
+      else
+        select_tile<MT, BN>(acc, r0, r0 + BN, tile, a, own, query);
       ring = ring == plan.rings - 1 ? 0 : ring + 1;
     }
     if (plan.turns && group == 0) named_sync(1, 256);  // the last warpgroup's last arrival, or the first one's
+    if (NEAREST) return write_best<MT>(a, best, query);
     if (a.sample) return;
 #pragma unroll
     for (int i = 0; i < 2 * MT; ++i) {
@@ -211,7 +219,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
   }
 }
 
-template <class T, int QT, int RT, int NWG, int MT, int BN>
+template <class T, int QT, int RT, int NWG, int MT, int BN, bool NEAREST = false>
 void run(const ScreenArgs& a, const Launch& l) {
   using Tile = Tile90<NWG, MT, BN, QT, RT>;
   const int64_t room = shared_limit(l.device) - 1024;  // the barriers are static
@@ -228,8 +236,8 @@ void run(const ScreenArgs& a, const Launch& l) {
       plan.turns = a.slabs <= plan.stages;  // a turn is a whole tile: its stages are free when all have had theirs
       const dim3 grid(grid_x(div_up(a.padded, Tile::kQueries)),
                       static_cast<unsigned>(div_up(a.tiles, a.tiles_per_part)));
-      return launch("knn", screen90_kernel<T, QT, RT, NWG, MT, BN>, grid, Tile::kThreads, static_cast<size_t>(bytes), l,
-                    a, plan);
+      return launch("knn", screen90_kernel<T, QT, RT, NWG, MT, BN, NEAREST>, grid, Tile::kThreads,
+                    static_cast<size_t>(bytes), l, a, plan);
     }
   }
   throw std::runtime_error("lutra: knn: a multiprocessor has too little shared memory");
@@ -261,6 +269,11 @@ void screen_sm90(const ScreenArgs& a, const ScreenShape& shape, const Launch& l)
       if (a.query_terms == 1) return run_shape<__nv_bfloat16, 1, 1>(a, shape, l);
       return run_shape<__nv_bfloat16, 2, 1>(a, shape, l);
   }
+}
+
+void nearest_sm90(const ScreenArgs& a, const ScreenShape& shape, const Launch& l) {
+  if (shape.queries == 256) return run<float, 2, 2, 2, 2, 64, true>(a, l);
+  run<float, 2, 2, 2, 1, 64, true>(a, l);
 }
 
 }  // namespace cuda

@@ -17,10 +17,10 @@ STORAGE = ("float32", "float16", "bfloat16", "int8", "uint8")
 
 @pytest.fixture(params=["sm90", "plain"])
 def kernels(request):
-    """With and without the kernels for Hopper."""
-    lutra._backend.cuda.use_sm90(request.param == "sm90")
+    """With and without the kernels for Hopper; the screen also for small collections."""
+    lutra._backend.cuda.knn_paths(request.param == "sm90", 1)
     yield request.param
-    lutra._backend.cuda.use_sm90(True)
+    lutra._backend.cuda.knn_paths(True, 0)
 
 
 def values(rng, dtype, *shape):
@@ -67,7 +67,7 @@ def test_exact_values_and_ties(gpu_torch, kernels, nq, dtype):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_types_and_metrics(gpu, dtype, metric):
+def test_types_and_metrics(gpu, kernels, dtype, metric):
     rng = np.random.default_rng()
     for nq, n, d in ((1, 900, 20), (5, 333, 130), (40, 500, 64), (130, 300, 127)):
         q, x = values(rng, dtype, nq, d), values(rng, dtype, n, d)
@@ -99,7 +99,7 @@ def test_dimensions(gpu_torch, kernels, d, dtype):
     for nq in (20, 150):
         q = gpu_torch.put(values(rng, dtype, nq, d))
         same_as_by_eights(gpu_torch, q, x, 10, "ip")
-        same_as_by_eights(gpu, gpu_torch.put(gpu_torch.get(q), dtype), x, 10, "l2")
+        same_as_by_eights(gpu_torch, gpu_torch.put(gpu_torch.get(q), dtype), x, 10, "l2")
 
 
 def hard_cases(rng, n, d):
@@ -154,7 +154,7 @@ def test_sorted_rows(gpu_torch, kernels, order):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_filter(gpu, metric):
+def test_filter(gpu, kernels, metric):
     rng = np.random.default_rng()
     x = values(rng, "float32", 700, 24)
     x[5] = np.nan
@@ -171,7 +171,7 @@ def test_filter(gpu, metric):
             assert set(ids[ids >= 0]) <= set(np.flatnonzero(mask))
 
 
-def test_filter_forms(gpu):
+def test_filter_forms(gpu, kernels):
     rng = np.random.default_rng(0)
     q, x = values(rng, "float32", 20, 8), values(rng, "float32", 50, 8)
     mask = np.arange(50) % 3 == 0
@@ -189,7 +189,7 @@ def test_filter_forms(gpu):
         np.testing.assert_array_equal(gpu.get(ids), want)
 
 
-def test_unaligned_input(gpu):
+def test_unaligned_input(gpu, kernels):
     rng = np.random.default_rng(0)
     for dtype in ("float32", "float16", "int8"):
         for d in (16, 18, 21):
@@ -200,7 +200,7 @@ def test_unaligned_input(gpu):
                 close(gpu.get(scores), reference.knn(queries, x, 5, "l2")[0])
 
 
-def test_bias(gpu):
+def test_bias(gpu, kernels):
     from lutra import _arrays
     from lutra.scan._knn import _knn
 
@@ -215,7 +215,7 @@ def test_bias(gpu):
         close(np.take_along_axis(q @ x.T + bias, gpu.get(ids), 1), want)
 
 
-def test_in_a_graph(gpu_torch):
+def test_in_a_graph(gpu_torch, kernels):
     torch, rng = gpu_torch.torch, np.random.default_rng()
     q, x = gpu_torch.put(values(rng, "float32", 100, 64)), gpu_torch.put(values(rng, "float32", 3000, 64))
     lutra.scan.knn(q, x, 10)
@@ -233,7 +233,7 @@ def test_in_a_graph(gpu_torch):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_small(gpu_torch, dtype):
+def test_small(gpu_torch, kernels, dtype):
     rng = np.random.default_rng(1)
     q, x = integers(rng, 19, 33), integers(rng, 150, 33)
     for part in (q, q[:3], q[:1]):
@@ -245,3 +245,36 @@ def test_poincare_is_refused(gpu):
     a = gpu.put(np.zeros((2, 3), np.float32))
     with pytest.raises(NotImplementedError, match="poincare"):
         lutra.scan.knn(a, a, 1, "poincare")
+
+
+# ---------------------------------------------------------------- the nearest of many
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("d", [1, 3, 32, 65, 128, 200, 513])
+def test_nearest(gpu_torch, kernels, d, metric):
+    rng = np.random.default_rng()
+    for n, c in ((1024, 1), (1025, 2), (1500, 63), (2000, 65), (1100, 300)):
+        x, centroids = values(rng, "float32", n, d), values(rng, "float32", c, d)
+        centroids[c // 2] = centroids[0]  # a tie
+        a, b = gpu_torch.put(x), gpu_torch.put(centroids)
+        with gpu_torch.no_sync():
+            scores, ids = lutra.address.nearest(a, b, 1, metric)
+        want_scores, want_ids = by_eights(gpu_torch, a[:64], b, 1, metric)
+        np.testing.assert_array_equal(gpu_torch.get(ids)[:64], want_ids)
+        same_bits(gpu_torch.get(scores)[:64], want_scores)
+        close(gpu_torch.get(scores), reference.knn(x, centroids, 1, metric)[0])
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_nearest_of_hard_cases(gpu_torch, kernels, metric):
+    rng = np.random.default_rng()
+    for name, centroids in hard_cases(rng, 150, 20).items():
+        x = rng.standard_normal((1040, 20)).astype(np.float32)
+        x[:11] = centroids[:11]
+        x[12] *= 1e25
+        x[13, 3] = np.nan
+        x[14, 3] = np.inf
+        a, b = gpu_torch.put(x), gpu_torch.put(centroids)
+        scores, ids = lutra.address.nearest(a, b, 1, metric)
+        want_scores, want_ids = by_eights(gpu_torch, a[:40], b, 1, metric)
+        np.testing.assert_array_equal(gpu_torch.get(ids)[:40], want_ids, err_msg=name)
+        same_bits(gpu_torch.get(scores)[:40], want_scores)

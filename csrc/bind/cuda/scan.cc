@@ -6,7 +6,7 @@ namespace lutra {
 
 void register_scan(py::module_& m) {
   m.attr("max_k") = cuda::max_k();
-  m.def("use_sm90", &cuda::use_sm90);
+  m.def("knn_paths", &cuda::knn_paths);
   m.def("knn_workspace", [](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, bool bf16_queries,
                             int device, Address stream) {
     KnnArgs a{nullptr, nullptr, nq, n, d, d, d, k, static_cast<Metric>(metric), nullptr, nullptr, nullptr};

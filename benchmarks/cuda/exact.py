@@ -10,47 +10,82 @@ from harness import INPUTS, Case, near, same_neighbours
 
 import lutra
 
+DIMS = 128
+
+
+def torch_knn(q, x, k, metric):
+    """Products and topk of so many queries at a time that a matrix of scores has 2 GB."""
+    parts = []
+    for part in q.split(max(1, (1 << 31) // (len(x) * x.element_size()))):
+        if metric == "l2":
+            s = -torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+        else:
+            s = (F.normalize(part) @ F.normalize(x).T) if metric == "cosine" else part @ x.T
+        parts.append(s.topk(k))
+    scores, ids = (torch.cat(a) for a in zip(*parts))
+    return (-scores if metric == "l2" else scores).float(), ids
+
+
+def same_scores(ours, theirs):
+    """bf16 products are rounded to 8 bits by torch."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=1e-2)
+
+
+def search(n, dtype, nq, k, metric):
+    def build():
+        x = torch.randn(n, DIMS, device="cuda").to(dtype)
+        q = [(torch.randn(nq, DIMS, device="cuda").to(dtype),) for _ in range(2)]
+        return (
+            lambda q: lutra.scan.knn(q, x, k, metric),
+            q,
+            lambda q: torch_knn(q, x, k, metric),
+        )
+
+    name = str(dtype).removeprefix("torch.")
+    return Case(
+        f"knn {n}x{DIMS} {name} {metric}, batch {nq}, k {k}",
+        None,
+        [],
+        check=same_scores if dtype == torch.bfloat16 else same_neighbours,
+        bytes=n * DIMS * dtype.itemsize,
+        flops=2 * nq * n * DIMS,
+        rate="bf16" if dtype == torch.bfloat16 else "fp32",
+        build=build,
+    )
+
 
 def cases(scale: int) -> Iterator[Case]:
-    for centroids in (256, 4096):
-        x, c = torch.randn(1_000_000 // scale, 128, device="cuda"), torch.randn(centroids, 128, device="cuda")
+    for centroids in (256, 4096, 65536):
+        x = torch.randn(1_000_000 // scale, DIMS, device="cuda")
+        c = torch.randn(centroids, DIMS, device="cuda")
 
         def torch_nearest(x, c):
-            ids = [torch.cdist(part, c).argmin(1) for part in x.split(65536)]
+            ids = [torch.cdist(part, c).argmin(1) for part in x.split(65536 * 4096 // max(4096, len(c)))]
             return torch.cat(ids)[:, None]
 
         def same(ours, theirs):
             assert (ours.ids == theirs).float().mean() > 0.999
 
         yield Case(
-            f"nearest {len(x)}x128, {centroids} centroids",
+            f"nearest {len(x)}x{DIMS}, {centroids} centroids",
             lutra.address.nearest,
             [(x, c)],
             torch_nearest,
             same,
             bytes=x.numel() * 4,
-            flops=3 * len(x) * centroids * 128,
+            flops=3 * 2 * len(x) * centroids * DIMS,  # three products of bf16 terms
+            rate="bf16",
         )
+        del x, c
 
-    n, d = 1_000_000 // scale, 128
-    x = torch.randn(n, d, device="cuda")
-    unit = F.normalize(x)
-
-    def torch_knn(q, k, metric):
-        parts = []
-        for part in q.split(256):
-            if metric == "l2":
-                s = -torch.cdist(part, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-            else:
-                s = (F.normalize(part) @ unit.T) if metric == "cosine" else part @ x.T
-            parts.append(s.topk(k))
-        scores, ids = (torch.cat(a) for a in zip(*parts))
-        return (-scores if metric == "l2" else scores), ids
-
+    n = 10_000_000 // scale
+    for dtype in (torch.bfloat16, torch.float32):
+        for nq, k in ((1, 10), (8, 10), (128, 10), (1024, 10)):
+            yield search(n, dtype, nq, k, "ip")
+    n = 1_000_000 // scale
     for nq, k, metric in (
         (1, 10, "ip"),
         (16, 10, "ip"),
-        (128, 10, "ip"),
         (1024, 10, "ip"),
         (1, 10, "l2"),
         (1024, 10, "l2"),
@@ -59,28 +94,21 @@ def cases(scale: int) -> Iterator[Case]:
         (1024, 100, "ip"),
         (64, 1000, "ip"),
     ):
-        q = [(torch.randn(nq, d, device="cuda"),) for _ in range(INPUTS)]
-        yield Case(
-            f"knn {n}x{d} {metric}, batch {nq}, k {k}",
-            lambda q, k=k, metric=metric: lutra.scan.knn(q, x, k, metric),
-            q,
-            lambda q, k=k, metric=metric: torch_knn(q, k, metric),
-            same_neighbours,
-            bytes=n * d * 4,
-            flops=(3 if metric == "l2" else 2) * nq * n * d,
-        )
-    candidates = torch.randint(0, n, (1024, 100), device="cuda")
-    q = torch.randn(1024, d, device="cuda")
+        yield search(n, torch.float32, nq, k, metric)
 
-    def torch_rescore():
+    x = torch.randn(n, DIMS, device="cuda")
+    candidates = torch.randint(0, n, (1024, 100), device="cuda")
+    q = [(torch.randn(1024, DIMS, device="cuda"),) for _ in range(INPUTS)]
+
+    def torch_rescore(q):
         s, at = torch.einsum("qd,qcd->qc", q, x[candidates]).topk(10)
         return s, candidates.gather(1, at)
 
     yield Case(
         "rescore 1024 queries, 100 candidates",
-        lambda: lutra.scan.rescore(q, x, candidates, 10),
-        [()],
+        lambda q: lutra.scan.rescore(q, x, candidates, 10),
+        q,
         torch_rescore,
         lambda a, b: near(1e-3, 1e-3)(a.scores[:, 0], b[0][:, 0]),
-        bytes=candidates.numel() * (d * 4 + 8),
+        bytes=candidates.numel() * (DIMS * 4 + 8),
     )

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
     int stage = 0;
     for (int64_t tile = tile_begin; tile < tile_end; tile += kPassWarps) {
       Key heard = 0;  // lane j: the bar of query j, some time ago
-      if (lane < live) heard = *static_cast<volatile Key*>(a.bars + first + lane);
+      if (lane < live && a.bars) heard = *static_cast<volatile Key*>(a.bars + first + lane);
       float sum[NQ], squares = 0;
 #pragma unroll
       for (int j = 0; j < NQ; ++j) sum[j] = 0;
@@ -179,6 +179,20 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
           const T* row = x + id * a.ldx;
           key = make_key(ranked_score<T>(a.metric, sum[j], squares, row, a.d, a.bias, id), static_cast<uint32_t>(id));
         }
+        if (a.all) {
+          if (id < a.n) a.all[(first + j) * a.n + id] = key;
+          continue;
+        }
+        if (a.found) {
+          const bool hit = key && !(key_score(key) < a.radius);
+          const unsigned votes = __ballot_sync(kFullWarp, hit);
+          if (!votes) continue;
+          unsigned long long place = 0;
+          if (lane == 0) place = atomicAdd(a.found + first + j, static_cast<unsigned long long>(__popc(votes)));
+          place = __shfl_sync(kFullWarp, place, 0);
+          if (a.hits && hit) a.hits[a.offsets[first + j] + place + __popc(votes & ((1u << lane) - 1))] = key;
+          continue;
+        }
         Key bar = __shfl_sync(kFullWarp, heard, j);
         if (least[j] > bar) bar = least[j];
         bool pass = key > bar;
@@ -207,7 +221,7 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
     // warp's own.
     const bool together = a.best <= kTogether;
     __syncthreads();
-    for (int j = together ? warp : 0; j < live; j += together ? kPassWarps : 1) {
+    for (int j = together ? warp : 0; j < live && a.best > 0; j += together ? kPassWarps : 1) {
       Key* all =
           together ? a.scratch + (static_cast<int64_t>(blockIdx.x) * NQ + j) * list_pitch : lists + j * list_pitch;
       int total = counts[(together ? 0 : warp * NQ) + j];

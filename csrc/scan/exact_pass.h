@@ -27,6 +27,12 @@ struct PassArgs {
   Key* bars;               // [nq], 0 at first
   Key* scratch;            // the warps' lists: pass_scratch()
   Key* lists;              // [nq][parts][pass_lists()][best], 0 where there is none
+  // Instead of lists of the best (best = 0):
+  Key* all = nullptr;                   // [nq][n], every row's key, 0 where it may not be found
+  unsigned long long* found = nullptr;  // [nq], 0 at first: how many scores reach the radius
+  float radius = 0;                     // as scores are ranked: distances negated
+  Key* hits = nullptr;                  // with it they are written, a query's from offsets[i] on, in no order
+  const int64_t* offsets = nullptr;
 };
 
 constexpr int kTogether = 128;
@@ -53,6 +59,11 @@ struct CandidateArgs {
   Key* keys;
 };
 void score_candidates(const CandidateArgs& a, const Launch& l);
+
+// Lists of any length, sorted by CUB: the best first.
+int64_t sort_bytes(int64_t keys, int64_t lists);  // of temporary memory
+void sort_keys(const Key* from, Key* to, int64_t keys, int64_t lists, const int64_t* offsets, void* temporary,
+               int64_t bytes, const Launch& l);
 
 void normalize_queries(const float* q, int64_t nq, int64_t ldq, int64_t d, float* to, const Launch& l);
 

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kListBytes = int64_t{256} << 20;  // of the workspace, about
-constexpr int kScreenK = 128, kPassQueries = 8;
+constexpr int kSampleStep = 32, kScreenK = 128, kPassQueries = 8;
 
 // Below so many rows the exact pass is as fast as the screen.
 constexpr int64_t kScreenRows = 4096;
@@ -73,13 +73,14 @@ void plan_pass(const KnnArgs& a, int64_t queries, int device, Plan* p) {
 }
 
 // Every sample_step-th tile, 16 of them at least. About rank * sample_step rows lie above the bar that the rank-th
-// largest sample makes: `keep` of them are wanted, more than which there are but for a chance of some 1e-6.
-void take_sample(Plan* p) {
+// largest sample makes. That there are fewer than k, whose query then goes through the exact pass, has a chance of some
+// 1e-6.
+void take_sample(int64_t k, Plan* p) {
   const int64_t step = p->tiles / 16;
-  p->sample_step = static_cast<int>(step < 64 ? step : 64);
+  p->sample_step = static_cast<int>(step < kSampleStep ? step : kSampleStep);
   p->sampled = p->sample_step > 1 ? div_up(p->tiles, p->sample_step) : 0;
-  const double expected = static_cast<double>(p->keep) / (p->sample_step > 1 ? p->sample_step : 1);
-  p->rank = static_cast<int>(expected + 6 * sqrt(expected) + 6.5);
+  const double expected = static_cast<double>(k) / (p->sample_step > 1 ? p->sample_step : 1);
+  p->rank = static_cast<int>(expected + 3.5 * sqrt(expected) + 5);
   if (p->rank > p->sampled * 2) p->sampled = 0;
 }
 
@@ -134,7 +135,7 @@ Plan plan_for(const KnnArgs& a, int device) {
     p.screen_tiles_per_part = div_up(tiles, parts);
     s.parts = static_cast<int>(div_up(tiles, p.screen_tiles_per_part));
     s.pitch = static_cast<int64_t>(s.parts) * 4 * s.per_lane;
-    take_sample(&p);
+    take_sample(a.k, &p);
     const int64_t bytes = p.padded * (s.pitch * static_cast<int64_t>(sizeof(Key)) + p.sampled * 4 * 4 + panels + row);
     if (bytes <= 2 * kListBytes || p.queries <= p.shape.queries) break;
   }

@@ -43,10 +43,13 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
     const int column = slab * kSlab + piece * 8;
     const int left = static_cast<int>(a.n - row0 < BN ? a.n - row0 : BN) - row;
     const T* from = static_cast<const T*>(a.x) + (row0 + row) * a.ldx + column;
+    if (a.vectors && column + 8 <= a.d) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      fresh[i] = load_piece<T>(from, 32 * i < left ? a.d - column : 0, a.vectors);
-      from += 32 * a.ldx;
+      for (int i = 0; i < kPieces; ++i) fresh[i] = load_vector<T>(from + 32 * i * a.ldx, 32 * i < left);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        fresh[i] = load_values<T>(from + 32 * i * a.ldx, 32 * i < left ? a.d - column : 0);
     }
   };
   // Writes what was loaded to a stage; with the last slab of a tile also its r0 and r1.

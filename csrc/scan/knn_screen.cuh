@@ -363,38 +363,44 @@ struct Piece {
   uint32_t word[kWords];
 };
 
-// `columns` of the 8 values are there, the rest is 0; `vectors`: the address is aligned to 16 bytes (8 for 8-bit
-// values).
+// 8 values at an address aligned to 16 bytes (8-bit values: 8), or zeros.
 template <class T>
-__device__ __forceinline__ Piece<T> load_piece(const T* from, int columns, bool vectors) {
+__device__ __forceinline__ Piece<T> load_vector(const T* from, bool here) {
   Piece<T> p;
 #pragma unroll
   for (int i = 0; i < Piece<T>::kWords; ++i) p.word[i] = 0;
-  if (columns >= 8 && vectors) {
-    if constexpr (sizeof(T) == 1) {
-      const uint2 v = *reinterpret_cast<const uint2*>(from);
-      p.word[0] = v.x, p.word[1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < Piece<T>::kWords; i += 4) {
-        const uint4 v = *reinterpret_cast<const uint4*>(from + i * 4 / sizeof(T));
-        p.word[i] = v.x, p.word[i + 1] = v.y, p.word[i + 2] = v.z, p.word[i + 3] = v.w;
-      }
-    }
+  if (!here) return p;
+  if constexpr (sizeof(T) == 1) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    p.word[0] = v.x, p.word[1] = v.y;
   } else {
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      if (c < columns) {
-        uint32_t bits;
-        if constexpr (sizeof(T) == 4) {
-          bits = reinterpret_cast<const uint32_t*>(from)[c];
-        } else if constexpr (sizeof(T) == 2) {
-          bits = reinterpret_cast<const uint16_t*>(from)[c];
-        } else {
-          bits = reinterpret_cast<const uint8_t*>(from)[c];
-        }
-        p.word[c * sizeof(T) / 4] |= bits << (c * sizeof(T) % 4 * 8);
+    for (int i = 0; i < Piece<T>::kWords; i += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from + i * 4 / sizeof(T));
+      p.word[i] = v.x, p.word[i + 1] = v.y, p.word[i + 2] = v.z, p.word[i + 3] = v.w;
+    }
+  }
+  return p;
+}
+
+// The first `columns` of 8 values, the rest 0; any address.
+template <class T>
+__device__ __forceinline__ Piece<T> load_values(const T* from, int columns) {
+  Piece<T> p;
+#pragma unroll
+  for (int i = 0; i < Piece<T>::kWords; ++i) p.word[i] = 0;
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    if (c < columns) {
+      uint32_t bits;
+      if constexpr (sizeof(T) == 4) {
+        bits = reinterpret_cast<const uint32_t*>(from)[c];
+      } else if constexpr (sizeof(T) == 2) {
+        bits = reinterpret_cast<const uint16_t*>(from)[c];
+      } else {
+        bits = reinterpret_cast<const uint8_t*>(from)[c];
       }
+      p.word[c * sizeof(T) / 4] |= bits << (c * sizeof(T) % 4 * 8);
     }
   }
   return p;

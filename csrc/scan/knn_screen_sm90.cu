@@ -58,79 +58,84 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
   const int slabs = a.slabs;
 
   if (warpgroup == 0) {
-    fewer_registers<sizeof(T) == 1 ? 104 : 120>();
+    fewer_registers<120>();
     // 16-byte piece c of the bf16 tile: row c / 8. A thread's pieces: the same columns of rows 16 apart.
     constexpr int kPieces = BN / 16;
     const int row = threadIdx.x >> 3, piece = threadIdx.x & 7;
     const T* x = static_cast<const T*>(a.x);
-    Piece<T> fresh[kPieces];
+    Piece<T> even[kPieces], odd[kPieces];  // one is on its way while the other is written; no copies, which would wait
     float squares[kPieces];
-    const auto load = [&](int64_t row0, int slab) {
+    const auto load = [&](Piece<T>(&to)[kPieces], int64_t row0, int slab) {
       const int column = slab * kSlab + piece * 8;
       const int left = static_cast<int>(a.n - row0 < BN ? a.n - row0 : BN) - row;  // rows from this thread's on
       const T* from = x + (row0 + row) * a.ldx + column;
+      if (a.vectors && column + 8 <= a.d) {
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        fresh[i] = load_piece<T>(from, 16 * i < left ? a.d - column : 0, a.vectors);
-        from += 16 * a.ldx;
+        for (int i = 0; i < kPieces; ++i) to[i] = load_vector<T>(from + 16 * i * a.ldx, 16 * i < left);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i)
+          to[i] = load_values<T>(from + 16 * i * a.ldx, 16 * i < left ? a.d - column : 0);
       }
     };
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) squares[i] = 0;
-    if (tile_begin < tile_end) load(tile_begin * step, 0);
+    int64_t tile = tile_begin;
+    int slab = 0;
+    if (tile < tile_end) load(even, tile * step, 0);
     int stage = 0, phase = 1, ring = 0;  // waiting for phase 1 of a new barrier returns at once
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      const int64_t row0 = tile * step;
-      for (int slab = 0; slab < slabs; ++slab) {
-        Piece<T> now[kPieces];
+    const auto one_slab = [&](const Piece<T>(&now)[kPieces], Piece<T>(&next)[kPieces]) {
+      const bool last = slab == slabs - 1;
+      const int64_t row0 = tile * step, next_tile = last ? tile + 1 : tile;
+      const int next_slab = last ? 0 : slab + 1;
+      if (next_tile < tile_end) load(next, next_tile * step, next_slab);
+      barrier_wait(empty + stage, phase);
+      unsigned char* to = stages + stage * stage_bytes;
+      if (!plan.resident && threadIdx.x == 0) {  // the panels of this slab: [64 queries][term]
+        barrier_expect(full + stage, Tile::kQuerySlab);
+        for (int p = 0; p < NWG * MT * QT; ++p)
+          copy_bulk(to + Tile::kRowSlab + p * kPanelBytes,
+                    panels + (static_cast<int64_t>(p) * slabs + slab) * kPanelBytes, kPanelBytes, full + stage);
+      }
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) now[i] = fresh[i];
-        const bool last = slab == slabs - 1;
-        if (!last)
-          load(row0, slab + 1);
-        else if (tile + 1 < tile_end)
-          load(row0 + step, 0);
-        barrier_wait(empty + stage, phase);
-        unsigned char* to = stages + stage * stage_bytes;
-        if (!plan.resident && threadIdx.x == 0) {  // the panels of this slab: [64 queries][term]
-          barrier_expect(full + stage, Tile::kQuerySlab);
-          for (int p = 0; p < NWG * MT * QT; ++p)
-            copy_bulk(to + Tile::kRowSlab + p * kPanelBytes,
-                      panels + (static_cast<int64_t>(p) * slabs + slab) * kPanelBytes, kPanelBytes, full + stage);
-        }
+      for (int i = 0; i < kPieces; ++i) {
+        const int at = swizzled(row + 16 * i, piece);
+        store_piece<T, RT>(now[i], to + at, to + BN * 128 + at, &squares[i]);
+      }
+      if (last) {
+        // after three steps all 8 lanes of a row have its sum; lane i of them finishes the i-th of their rows
+        float sum = 0;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-          const int at = swizzled(row + 16 * i, piece);
-          store_piece<T, RT>(now[i], to + at, to + BN * 128 + at, &squares[i]);
+          float s = squares[i];
+          s += __shfl_xor_sync(kFullWarp, s, 1);
+          s += __shfl_xor_sync(kFullWarp, s, 2);
+          s += __shfl_xor_sync(kFullWarp, s, 4);
+          if (piece == i) sum = s;
+          squares[i] = 0;
         }
-        if (last) {
-          // after three steps all 8 lanes of a row have its sum; lane i of them finishes the i-th of their rows
-          float sum = 0;
-#pragma unroll
-          for (int i = 0; i < kPieces; ++i) {
-            float s = squares[i];
-            s += __shfl_xor_sync(kFullWarp, s, 1);
-            s += __shfl_xor_sync(kFullWarp, s, 2);
-            s += __shfl_xor_sync(kFullWarp, s, 4);
-            if (piece == i) sum = s;
-            squares[i] = 0;
-          }
-          if (piece < kPieces) {
-            const int r = row + 16 * piece;
-            const float2 terms = row_terms<T, NEAREST>(a, row0 + r, sum);
-            rings[ring * 2 * BN + r] = terms.x;
-            rings[ring * 2 * BN + BN + r] = terms.y;
-          }
-          ring = ring == plan.rings - 1 ? 0 : ring + 1;
+        if (piece < kPieces) {
+          const int r = row + 16 * piece;
+          const float2 terms = row_terms<T, NEAREST>(a, row0 + r, sum);
+          rings[ring * 2 * BN + r] = terms.x;
+          rings[ring * 2 * BN + BN + r] = terms.y;
         }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(full + stage);
-        if (++stage == plan.stages) stage = 0, phase ^= 1;
+        ring = ring == plan.rings - 1 ? 0 : ring + 1;
       }
+      fence_async();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(full + stage);
+      if (++stage == plan.stages) stage = 0, phase ^= 1;
+      tile = next_tile, slab = next_slab;
+    };
+#pragma unroll 1
+    while (tile < tile_end) {
+      one_slab(even, odd);
+      if (tile >= tile_end) break;
+      one_slab(odd, even);
     }
   } else {
-    constexpr int kRegisters = NWG == 3 ? 128 : sizeof(T) == 1 ? 200 : 192;
+    constexpr int kRegisters = NWG == 3 ? 128 : 192;
     more_registers<kRegisters>();
     const int group = warpgroup - 1;
     const int first = group * MT * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);

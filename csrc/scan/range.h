@@ -31,4 +31,13 @@ struct RangeArgs {
 
 #ifndef LUTRA_CUDA_ENTRIES
 LUTRA_KERNEL(range, ::lutra::RangeArgs)
+#else
+// On CUDA the caller asks how much there is (offsets (nq + 1), on the device), and then for it, sorted.
+namespace lutra {
+namespace cuda {
+int64_t range_workspace(const RangeArgs&, int64_t total, const Launch&);  // total 0: for range_count
+void range_count(const RangeArgs&, int64_t* offsets, const Launch&);
+void range_write(const RangeArgs&, int64_t total, const int64_t* offsets, float* scores, int64_t* ids, const Launch&);
+}  // namespace cuda
+}  // namespace lutra
 #endif

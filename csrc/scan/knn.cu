@@ -346,7 +346,7 @@ void knn(const KnnArgs& a, const Launch& l) {
       exact_pass(pass, l);
     }
     merge_lists(Merge{w.pass_lists, part.nq, p.best > 0 ? lists : 0, p.best, p.best, false, p.best,
-                      static_cast<int>(a.k), smaller, part.scores, part.ids, pass.which, pass.count},
+                      static_cast<int>(a.k), smaller, part.scores, part.ids, nullptr, pass.which, pass.count},
                 "knn", l);
   }
 }

@@ -179,8 +179,8 @@ void nearest(const KnnArgs& a, bool sm90, const Launch& l) {
                         w.scratch,
                         w.pass_lists},
                l);
-    merge_lists(Merge{w.pass_lists, count, p.parts, 1, 1, false, 1, 1, l2, scores, ids, w.failed, w.flags}, "nearest",
-                l);
+    merge_lists(Merge{w.pass_lists, count, p.parts, 1, 1, false, 1, 1, l2, scores, ids, nullptr, w.failed, w.flags},
+                "nearest", l);
   }
 }
 

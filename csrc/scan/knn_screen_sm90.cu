@@ -251,7 +251,9 @@ void run(const ScreenArgs& a, const Launch& l) {
 template <class T, int QT, int RT>
 void run_shape(const ScreenArgs& a, const ScreenShape& shape, const Launch& l) {
   constexpr int BN = RT == 2 ? 64 : 128;
-  if (shape.queries == 256) return run<T, QT, RT, 2, 2, BN>(a, l);
+  if constexpr (sizeof(T) > 1) {  // converting 8-bit values takes the registers of the larger shape
+    if (shape.queries == 256) return run<T, QT, RT, 2, 2, BN>(a, l);
+  }
   run<T, QT, RT, 2, 1, BN>(a, l);
 }
 
@@ -261,7 +263,8 @@ ScreenShape screen_shape_sm90(int64_t nq, int64_t d, DType storage, int query_te
   const int64_t slabs = div_up(d, kSlab) * query_terms;
   // 256 queries where their panels take 128 KB at most; twice as many slabs still fit with 128; else they are streamed
   const bool large = nq > 128 && (slabs <= 4 || slabs > 8);
-  return {large ? 256 : 128, row_terms_of(storage) == 2 ? 64 : 128};
+  const bool bytes = storage == DType::i8 || storage == DType::u8;
+  return {large && !bytes ? 256 : 128, row_terms_of(storage) == 2 ? 64 : 128};
 }
 
 void screen_sm90(const ScreenArgs& a, const ScreenShape& shape, const Launch& l) {

@@ -278,3 +278,33 @@ def test_nearest_of_hard_cases(gpu_torch, kernels, metric):
         want_scores, want_ids = by_eights(gpu_torch, a[:40], b, 1, metric)
         np.testing.assert_array_equal(gpu_torch.get(ids)[:40], want_ids, err_msg=name)
         same_bits(gpu_torch.get(scores)[:40], want_scores)
+
+
+# ---------------------------------------------------------------- range search
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_range_search(gpu, dtype, metric):
+    rng = np.random.default_rng()
+    for nq, n, d in ((1, 700, 5), (9, 300, 33), (20, 1000, 16), (3, 40, 8)):
+        q, x = integers(rng, nq, d), integers(rng, n, d)
+        x[n // 2] = q[0]
+        a, b = gpu.put(q), gpu.put(x, dtype)
+        middle = np.sort(reference.pairwise(q[:1], x, metric)[0])[n // 3]
+        mask = rng.random(n) < 0.5
+        for radius in (float(middle) + 1e-4, np.inf, -np.inf):
+            for filter in (None, mask):
+                keep = None if filter is None else np.packbits(mask, bitorder="little")
+                got = lutra.scan.range_search(a, b, radius, metric, filter=filter)
+                want = reference.range_search(q, x, radius, metric, keep)
+                assert all(gpu.owns(part) for part in got)
+                np.testing.assert_array_equal(gpu.get(got[0]), want[0])
+                close(gpu.get(got[1]), want[1])
+                if metric != "cosine":
+                    np.testing.assert_array_equal(gpu.get(got[2]), want[2])
+
+
+def test_range_search_of_nothing(gpu):
+    a = gpu.put(np.zeros((3, 4), np.float32))
+    for q, x in ((a[:0], a), (a, a[:0])):
+        offsets, scores, ids = (gpu.get(part) for part in lutra.scan.range_search(q, x, 1.0))
+        assert offsets.tolist() == [0] * (len(q) + 1) and len(scores) == len(ids) == 0

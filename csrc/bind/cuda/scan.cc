@@ -1,6 +1,7 @@
 #include "bind/cuda/intake.h"
 #include "scan/knn.h"
 #include "scan/pq.h"
+#include "scan/range.h"
 
 namespace lutra {
 
@@ -49,6 +50,31 @@ void register_scan(py::module_& m) {
     a.storage = static_cast<DType>(storage);
     cuda::rescore(a, Launch{device, stream.p, workspace.p});
     return -1;
+  });
+  const auto range_args = [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d,
+                             double radius, int metric, int storage, Address keep) {
+    RangeArgs a{};
+    a.q = q.as<float>(), a.x = x.p, a.nq = nq, a.n = n, a.d = d, a.ldq = ldq, a.ldx = ldx;
+    a.metric = static_cast<Metric>(metric), a.storage = static_cast<DType>(storage);
+    a.keep = keep.as<uint8_t>(), a.radius = static_cast<float>(radius);
+    return a;
+  };
+  m.def("range_workspace", [](int64_t nq, int64_t d, int metric, int64_t total, int device, Address stream) {
+    RangeArgs a{};
+    a.nq = nq, a.d = d, a.metric = static_cast<Metric>(metric);
+    return cuda::range_workspace(a, total, Launch{device, stream.p});
+  });
+  m.def("range_count",
+        [=](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d, double radius, int metric,
+            int storage, Address keep, Address offsets, Address workspace, int device, Address stream) {
+          cuda::range_count(range_args(q, ldq, x, ldx, nq, n, d, radius, metric, storage, keep), offsets.as<int64_t>(),
+                            Launch{device, stream.p, workspace.p});
+        });
+  m.def("range_write", [=](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d,
+                           double radius, int metric, int storage, Address keep, int64_t total, Address offsets,
+                           Address scores, Address ids, Address workspace, int device, Address stream) {
+    cuda::range_write(range_args(q, ldq, x, ldx, nq, n, d, radius, metric, storage, keep), total, offsets.as<int64_t>(),
+                      scores.as<float>(), ids.as<int64_t>(), Launch{device, stream.p, workspace.p});
   });
   m.def("pq_workspace", [](int64_t nq, int64_t n, int64_t m_, int64_t ksub, int64_t k, int device, Address stream) {
     return cuda::pq_workspace(nq, n, m_, ksub, k, Launch{device, stream.p});

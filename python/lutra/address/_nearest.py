@@ -50,7 +50,9 @@ def nearest(x: Any, centroids: Any, k: int = 1, metric: str = "l2") -> Neighbors
     fast with AVX-512 VNNI) bound every score, and the few centroids that the bounds leave are scored in
     float32: the result is exact, and does not depend on the batch. With fewer centroids, k = 1 and 200 or
     more vectors, sums are taken in another order than by `lutra.scan.knn`: the last bits of a score, and the
-    choice between centroids that are equally near but for those, may differ from those of a smaller call.
+    choice between centroids that are equally near but for those, may differ from those of a smaller call. On
+    CUDA scores have the bits of `lutra.scan.knn`: tensor cores bound them by products of bfloat16 terms, and
+    the few that the bounds leave are computed exactly.
 
     Cost: 2 n c d flops. Gradient (torch): of the scores, to x and centroids.
 

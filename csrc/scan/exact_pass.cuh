@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
           key = make_key(ranked_score<T>(a.metric, sum[j], squares, row, a.d, a.bias, id), static_cast<uint32_t>(id));
         }
         if (a.all) {
-          if (id < a.n) a.all[(first + j) * a.n + id] = key;
+          if (id < a.n) a.all[(first + j) * a.n + id] = static_cast<uint32_t>(key >> 32);
           continue;
         }
         if (a.found) {

@@ -28,7 +28,7 @@ struct PassArgs {
   Key* scratch;            // the warps' lists: pass_scratch()
   Key* lists;              // [nq][parts][pass_lists()][best], 0 where there is none
   // Instead of lists of the best (best = 0):
-  Key* all = nullptr;                   // [nq][n], every row's key, 0 where it may not be found
+  uint32_t* all = nullptr;              // [nq][n], ordered_bits() of every score, 0 where a row may not be found
   unsigned long long* found = nullptr;  // [nq], 0 at first: how many scores reach the radius
   float radius = 0;                     // as scores are ranked: distances negated
   Key* hits = nullptr;                  // with it they are written, a query's from offsets[i] on, in no order

@@ -1,7 +1,5 @@
-// Sorting of keys, and what is made of it: range search, and the k best of any k.
-//
-// Range search counts what reaches the radius (a pass), tells the host how much that is, writes it (a second pass) and
-// sorts each query's. For k > 2048 a pass writes all keys of some queries, which are sorted.
+// Range search: a pass counts what reaches the radius, the host learns how much that is, a second pass writes it, and
+// each query's is sorted.
 #include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "scan/exact_pass.h"

@@ -7,13 +7,15 @@
 // That is decided on the device: the launches of the exact pass return at once where no query needs them. So scores
 // have the same bits whatever the way (exact_score.cuh), and the result is exact whatever the data.
 //
-// k <= 2048. A NaN score comes first, as in torch.topk. Overflow: row offsets are 64-bit, ids have 32 bits
+// k > 512: the exact pass writes all scores of some queries, which are selected by radix (any_k.cuh). A NaN score comes
+// first, as in torch.topk. Overflow: row offsets are 64-bit, ids have 32 bits
 // (n < 2^32 - 1, checked); a score that overflows fp32 becomes infinite, as in the reference.
 #include "scan/knn.h"
 
 #include <cmath>
 
 #include "common/select.cuh"
+#include "scan/any_k.cuh"
 #include "scan/exact_pass.h"
 #include "scan/knn_nearest.h"
 #include "scan/knn_screen.h"
@@ -24,7 +26,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kListBytes = int64_t{256} << 20;  // of the workspace, about
-constexpr int kSampleStep = 32, kScreenK = 128, kPassQueries = 8;
+constexpr int kSampleStep = 32, kScreenK = 128, kListK = 512, kPassQueries = 8;
 
 // Below so many rows the exact pass is as fast as the screen.
 constexpr int64_t kScreenRows = 4096;
@@ -33,6 +35,7 @@ int64_t g_screen_rows = kScreenRows;
 
 struct Plan {
   bool screened, sm90;
+  bool whole;  // long lists: all scores are written, and selected from
   int best, keep;
   int64_t queries, padded;  // per launch
   int slabs, query_terms;
@@ -85,8 +88,6 @@ void take_sample(int64_t k, Plan* p) {
 }
 
 void check_sizes(const KnnArgs& a) {
-  if (a.k > kMaxK && a.n > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
   if (a.n > kMaxRows || a.d > 0x7ffffff0)
     throw std::length_error("lutra: knn on CUDA takes fewer than 2^32 - 1 rows of fewer than 2^31 - 16 values");
 }
@@ -101,13 +102,19 @@ bool hopper_kernels(int device) {
 
 Plan plan_for(const KnnArgs& a, int device) {
   Plan p{};
-  p.best = static_cast<int>(a.k < a.n ? a.k : a.n);
+  p.whole = a.k > kListK && a.n > kListK;
+  p.best = p.whole ? 0 : static_cast<int>(a.k < a.n ? a.k : a.n);
   p.queries = a.nq > 0 ? a.nq : 1;
   const bool product = a.metric == Metric::ip || a.metric == Metric::l2 || a.metric == Metric::cosine;
   p.sm90 = hopper_kernels(device);
   p.screened = product && a.nq > kPassQueries && a.k <= kScreenK && a.n >= g_screen_rows && a.d > 0 && a.d <= 65536;
   const bool cosine = a.metric == Metric::cosine;
   const int64_t row = cosine ? a.d * 4 : 0;
+  if (p.whole) {
+    p.queries = any_k_queries(p.queries, a.n);
+    plan_pass(a, p.queries, device, &p);
+    return p;
+  }
   if (!p.screened) {
     const int64_t lists = static_cast<int64_t>(p.best > 0 ? p.best : 1) * pass_lists(p.best) * sizeof(Key);
     int64_t fit = kListBytes / (lists + row) / kPassQueries * kPassQueries;
@@ -159,6 +166,7 @@ struct Workspace {
   Key* pass_bars;
   Key* scratch;
   Key* pass_lists;
+  void* whole;
   int64_t bytes;
 };
 
@@ -178,6 +186,11 @@ Workspace lay_out(const KnnArgs& a, const Plan& p, int device, void* base) {
     w.exact = carve.take<Key>(p.queries * p.keep);
     w.failed = carve.take<int>(p.queries);
     w.failures = carve.take<int>(1);
+  }
+  if (p.whole) {
+    w.whole = carve.take<unsigned char>(any_k_bytes(p.queries, a.n, a.k));
+    w.bytes = carve.used();
+    return w;
   }
   w.pass_bars = carve.take<Key>(p.queries);
   w.scratch = carve.take<Key>(pass_scratch(p.queries, p.best, device));
@@ -336,6 +349,13 @@ void knn(const KnnArgs& a, const Launch& l) {
       q = w.normalized, ldq = a.d;
     }
     PassArgs pass = pass_args(part, p, w, q, ldq, part.nq);
+    if (p.whole) {
+      const AnyK all = any_k_arrays(p.queries, a.n, a.k, w.whole);
+      pass.all = all.scores;
+      exact_pass(pass, l);
+      any_k(all, part.nq, smaller, part.scores, part.ids, "knn", l);
+      continue;
+    }
     if (p.screened) {
       search_screened(part, p, w, q, ldq, l);
       pass.which = w.failed, pass.count = w.failures;

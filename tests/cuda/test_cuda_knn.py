@@ -308,3 +308,15 @@ def test_range_search_of_nothing(gpu):
     for q, x in ((a[:0], a), (a, a[:0])):
         offsets, scores, ids = (gpu.get(part) for part in lutra.scan.range_search(q, x, 1.0))
         assert offsets.tolist() == [0] * (len(q) + 1) and len(scores) == len(ids) == 0
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_any_k(gpu, metric):
+    rng = np.random.default_rng()
+    x = integers(rng, 20_000, 6)
+    for nq, k in ((1, 513), (3, 2049), (11, 9000), (2, 20_001)):
+        q = integers(rng, nq, 6)
+        scores, ids = lutra.scan.knn(gpu.put(q), gpu.put(x), k, metric)
+        want_scores, want_ids = reference.knn(q, x, k, metric)
+        np.testing.assert_array_equal(gpu.get(ids), want_ids)
+        np.testing.assert_array_equal(gpu.get(scores), want_scores)

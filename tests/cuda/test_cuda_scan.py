@@ -157,7 +157,7 @@ def test_a_query_has_the_same_scores_in_any_batch(gpu):
 def test_the_limit_of_k_is_named(gpu):
     x = gpu.put(np.ones((3, 4), np.float32))
     with pytest.raises(ValueError, match="k must be at most 2048 on CUDA, got 2049"):
-        lutra.scan.knn(x, x, 2049)
+        lutra.scan.rescore(x, x, gpu.put(np.zeros((3, 1), np.int64)), 2049)
 
 
 # ---------------------------------------------------------------- rescore

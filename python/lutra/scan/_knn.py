@@ -56,7 +56,7 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip", *, filter:
     ValueError
         Shapes that do not fit, k < 1, an unknown metric, a NaN score (its row is named; for 'poincare' also a
         row or query of norm >= 1). CUDA kernels raise nothing that would need the device to be waited for:
-        there a NaN score comes first in its query's results, and k is at most 2048.
+        there a NaN score comes first in its query's results, and k of `rescore` is at most 2048.
     IndexError
         A row number in ``filter`` outside [0, n).
     NotImplementedError
@@ -205,7 +205,7 @@ def search(kind, queries, database, k, metric, names, op, keep=None, bias=None):
 
     With ``bias`` (n,), float32, for metric 'ip' and where there are kernels, scores are ``<q, x> + bias``.
     """
-    k = check_k(kind, k)
+    k = k if type(k) is int and k > 0 else _checks.integer("k", k, 1)
     metric_code = exact_metric(kind, metric)
     of_queries = kind.code(queries)
     queries, code = pair(kind, queries, database, names)

@@ -14,7 +14,7 @@ namespace lutra {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kRows = 2, kBlocks = 2;
 
 // ---- tables: a block a query
 struct Rounding {
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(256) round_kernel(Rounding a) {
 }
 
 // ---- the scan
-template <int W, int VEC>
+template <int W, int VEC, int R>
 struct PackedPolicy {
-  static constexpr int kThreads = cuda::kThreads, kRows = 2, kQueries = 2 * W, kLanes = 1;
+  static constexpr int kThreads = cuda::kThreads, kRows = R, kQueries = 2 * W, kLanes = 1;
   static constexpr bool kRowTerms = false;
   using Piece = Codes16;
   using Sum = uint32_t;
@@ -89,7 +89,9 @@ struct PackedPolicy {
   const rotated::Lane lane;
 
   __device__ __forceinline__ void fetch(uint32_t row, int piece, Piece& to) const {
-    fetch_codes<VEC>(a.codes + static_cast<uint64_t>(row) * a.m, 16 * piece, a.m, to.v);
+    int m = a.m;
+    asm volatile("" : "+r"(m));  // addresses are made here: there are no registers to keep them in
+    fetch_codes<VEC>(a.codes + static_cast<uint64_t>(row) * m, 16 * piece, m, to.v);
   }
   __device__ __forceinline__ void add(int piece, const Piece (&row)[kRows], Sum (&sum)[kRows][kQueries],
                                       RowSum (&)[kRows]) const {
@@ -118,8 +120,8 @@ struct PackedPolicy {
   __device__ __forceinline__ bool wanted(uint32_t) const { return true; }
 };
 
-template <int W, int VEC>
-__global__ void __launch_bounds__(kThreads, 2) packed_kernel(PqScan a, const float2* all_terms) {
+template <int W, int VEC, int R>
+__global__ void __launch_bounds__(kThreads, R == 1 ? 3 : 2) packed_kernel(PqScan a, const float2* all_terms) {
   constexpr int Q = 2 * W;
   char* const tables = dynamic_shared<char>();
   const int sixteens = (a.m + 15) / 16;
@@ -133,22 +135,22 @@ __global__ void __launch_bounds__(kThreads, 2) packed_kernel(PqScan a, const flo
   rotated::fill<W, 256, kThreads>(a.tables + static_cast<int64_t>(blockIdx.x) * sixteens * 4096 * W, sixteens, tables);
   if (threadIdx.x < Q) terms[threadIdx.x] = all_terms[q0 + threadIdx.x];
   __syncthreads();
-  constexpr int64_t kTile = kThreads * PackedPolicy<W, VEC>::kRows;
+  constexpr int64_t kTile = kThreads * PackedPolicy<W, VEC, R>::kRows;
   const int64_t begin = blockIdx.y * a.lists.tiles_per_part * kTile;
   const int64_t stop = begin + a.lists.tiles_per_part * kTile, end = stop < a.n ? stop : a.n;
-  scan_codes(PackedPolicy<W, VEC>{a, tables, terms, rotated::lane_of<W>()}, select, static_cast<uint32_t>(begin),
+  scan_codes(PackedPolicy<W, VEC, R>{a, tables, terms, rotated::lane_of<W>()}, select, static_cast<uint32_t>(begin),
              static_cast<uint32_t>(end), sixteens, queries);
   select.finish(keys, pitch, queries);
 }
 
-template <int W>
+template <int W, int R>
 void scan_of(const PqScan& s, const RotatedPlan& p, const float2* terms, const Launch& l) {
   const dim3 grid(grid_x(div_up(s.nq, 2 * W)), static_cast<unsigned>(p.lists.parts));
-  auto kernel = packed_kernel<W, 1>;
+  auto kernel = packed_kernel<W, 1, R>;
   if (s.m % 16 == 0 && aligned(s.codes, 16))
-    kernel = packed_kernel<W, 16>;
+    kernel = packed_kernel<W, 16, R>;
   else if (s.m % 4 == 0 && aligned(s.codes, 4))
-    kernel = packed_kernel<W, 4>;
+    kernel = packed_kernel<W, 4, R>;
   launch("pq", kernel, grid, kThreads, p.shared, l, s, terms);
 }
 
@@ -172,8 +174,8 @@ RotatedPlan packed_plan(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksu
   }
   if (p.width == 0) return p;
   const int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024);
-  const int64_t slots = (at_once < 1 ? 1 : at_once > 2 ? 2 : at_once) * multiprocessors(device);
-  p.lists = cut_lists(nq, p.width, n, p.kept, kThreads * 2, slots, int64_t{1} << 60);
+  const int64_t slots = (at_once < 1 ? 1 : at_once > kBlocks ? kBlocks : at_once) * multiprocessors(device);
+  p.lists = cut_lists(nq, p.width, n, p.kept, kThreads * kRows, slots, int64_t{1} << 60);
   return p;
 }
 
@@ -185,7 +187,7 @@ void packed_tables(const float* tables, int width, int64_t nq, int m, bool l2, c
 }
 
 void packed_scan(const PqScan& s, const RotatedPlan& p, const float2* terms, const Launch& l) {
-  p.width == 8 ? scan_of<4>(s, p, terms, l) : scan_of<2>(s, p, terms, l);
+  p.width == 8 ? scan_of<4, kRows>(s, p, terms, l) : scan_of<2, kRows>(s, p, terms, l);
 }
 
 }  // namespace cuda

@@ -55,6 +55,32 @@ def rng():
 
 
 # ---------------------------------------------------------------- pq: collections that take the fast scan
+@pytest.mark.parametrize(("m", "metric"), [(16, "l2"), (16, "ip"), (15, "l2"), (40, "ip")])
+def test_pq_larger_still_for_one_query(gpu_torch, rng, m, metric):
+    n = (24 << 20) // m + int(rng.integers(1, 3000))
+    codes = rng.integers(0, 256, (n, m)).astype(np.uint8)
+    books = rng.integers(-300, 300, (m, 256, 1)).astype(np.float32)  # sums are exact, and many are equal
+    q = rng.integers(-3, 3, (2, m)).astype(np.float32)
+    tables = tables_of(q, books, metric).astype(np.float32)
+    b, c = gpu_torch.put(codes), gpu_torch.put(books)
+    exact = [np.zeros(n, np.float32) for _ in range(2)]
+    for j in range(m):
+        column = np.ascontiguousarray(codes[:, j])
+        for i in range(2):
+            exact[i] += tables[i, j][column]
+    for nq in (1, 2):
+        a = gpu_torch.put(q[:nq])
+        for k in (1, 10, 40):
+            scores, ids = lutra.scan.pq(a, b, c, k, metric)
+            for i in range(nq):
+                signed = exact[i] if metric == "l2" else -exact[i]
+                bound = np.partition(signed, k - 1)[k - 1]
+                near = np.flatnonzero(signed <= bound)
+                best = near[np.lexsort((near, signed[near]))][:k]
+                np.testing.assert_array_equal(gpu_torch.get(ids)[i], best)
+                np.testing.assert_array_equal(gpu_torch.get(scores)[i], exact[i][best])
+
+
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 @pytest.mark.parametrize("m", [1, 8, 12, 15, 16, 17, 24, 32, 33, 48, 64, 96, 100])
 def test_pq_large(gpu, rng, m, metric):
@@ -138,6 +164,19 @@ def test_pq_large_unaligned(gpu, rng):
     same_bits(gpu.get(got.ids), gpu.get(want.ids))
 
 
+@pytest.mark.sanitize
+def test_pq_small_cases(gpu_torch, rng):
+    """Every kernel, on as little as makes it run."""
+    codes = rng.integers(0, 256, (9000, 128)).astype(np.uint8)
+    for m in (16, 20, 128):
+        books = rng.standard_normal((m, 256, 1)).astype(np.float32)
+        q = rng.standard_normal((6, m)).astype(np.float32)
+        for nq in (1, 4, 6):
+            for k in (3, 30, 2100):
+                part = codes[: (1 << 20) // m + 5, :m]
+                check_pq(gpu_torch, q[:nq], part, books, k, "l2", (nq,))
+
+
 # ---------------------------------------------------------------- packed bits
 METRICS = ("hamming", "jaccard")
 
@@ -188,6 +227,16 @@ def test_binary_filters_of_every_kind(gpu, rng):
         got = lutra.scan.binary(gpu.put(q), gpu.put(x), 5, filter=filter)
         np.testing.assert_array_equal(gpu.get(got.ids), want[1])
         np.testing.assert_array_equal(gpu.get(got.scores), want[0])
+
+
+@pytest.mark.sanitize
+def test_binary_small_cases(gpu_torch, rng):
+    for b in (3, 12, 16, 80, 128):
+        x, q = (rng.integers(0, 256, (n, b)).astype(np.uint8) for n in (2100, 33))
+        for nq in (1, 3, 33):
+            for k in (5, 50, 2080):
+                for metric in METRICS:
+                    check_binary(gpu_torch, q[:nq], x, k, metric, rng.random(2100) < 0.995)
 
 
 def test_binary_padding_and_empty(gpu, rng):
@@ -294,6 +343,16 @@ def test_fast_scan_every_k_ties_and_filter(gpu, rng, k):
             check_fast_scan(gpu, tables[:nq], entries, k, metric)
             check_fast_scan(gpu, tables[:nq], entries, k, metric, filter=rng.random(n) < 0.3)
         check_fast_scan(gpu, tables[:nq], entries, k, add=add)
+
+
+@pytest.mark.sanitize
+def test_fast_scan_small_cases(gpu_torch, rng):
+    entries = rng.integers(0, 16, (2100, 100)).astype(np.uint8)
+    tables = rng.standard_normal((4, 100, 16)).astype(np.float32)
+    for m in (5, 40, 100):
+        for nq in (1, 2, 4):
+            for k in (3, 30, 2080):
+                check_fast_scan(gpu_torch, tables[:nq, :m], np.ascontiguousarray(entries[:, :m]), k)
 
 
 def test_fast_scan_padding_empty_and_tables_that_are_not_finite(gpu, rng):

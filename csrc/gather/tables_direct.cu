@@ -7,7 +7,8 @@
 // warp, the warps' in order, so a result depends on the sizes alone. Blocks run over the tokens first and over the
 // columns last: those that run together read the same columns, which lie in L2 once they have been read.
 //
-// A code outside [0, entries) makes its token's output NaN. Row offsets are 64-bit.
+// A code outside [0, entries) makes its token's output NaN. Rows are numbered in 32 bits (checked), their offsets have
+// 64.
 #include "address/sign_hash.cuh"
 #include "gather/tables.cuh"
 
@@ -16,6 +17,7 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxWarps = 16;
+constexpr uint32_t kNoRow = 0xffffffffu;
 
 template <class X, int WIDE>
 __device__ __forceinline__ ChunkHash hash_at(const InlineHash& h, int64_t token, int64_t k) {
@@ -45,22 +47,23 @@ __device__ __forceinline__ Pack<T, VEC> load_row(const T* p) {  // read once: no
 }
 
 template <class T, int VEC, int LANES>
-__global__ void __launch_bounds__(kMaxWarps * 32, LANES < 8 ? 2 : 1)
-    direct_kernel(TablesArgs a, InlineHash h, int log_share) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 2) direct_kernel(TablesArgs a, InlineHash h, int log_share) {
   constexpr int kGroups = 32 / LANES, kColumns = LANES * VEC;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, share = 1 << log_share, part = warp & (share - 1);
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x >> (5 + log_share)) + (warp >> log_share);
   const int64_t column0 = static_cast<int64_t>(blockIdx.y) * kColumns, column = column0 + lane % LANES * VEC;
   const bool inside = column < a.dim;
   const T* tables = static_cast<const T*>(a.tables) + column;
+  const uint32_t dim = static_cast<uint32_t>(a.dim);
   float sum[VEC], low = 0;
 #pragma unroll
   for (int j = 0; j < VEC; ++j) sum[j] = 0;
   if (token < a.tokens) {
     for (int64_t k0 = part * 32; k0 < a.n_tables; k0 += share * 32) {
       const int64_t k = k0 + lane, at = token * a.n_tables + k;
-      int code = -1;  // no row is read, and zeros are added
+      uint32_t own = kNoRow;  // no row is read, and zeros are added
       float weight = 0;
+      int code = -1;
       if (k < a.n_tables) {
         if (h.x) {
           const ChunkHash hash = hash_of(h, token, k);
@@ -82,13 +85,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, LANES < 8 ? 2 : 1)
           }
         }
       }
+      if (code >= 0) own = static_cast<uint32_t>(k * a.entries + code);
       Pack<T, VEC> row[LANES];
 #pragma unroll
       for (int i = 0; i < LANES; ++i) {
-        const int source = i * kGroups + lane / LANES;
-        const int c = __shfl_sync(kFullWarp, code, source);
+        const uint32_t r = __shfl_sync(kFullWarp, own, i * kGroups + lane / LANES);
         row[i].word = {};
-        if (c >= 0 && inside) row[i] = load_row<T, VEC>(tables + ((k0 + source) * a.entries + c) * a.dim);
+        if (r != kNoRow && inside) row[i] = load_row<T, VEC>(tables + static_cast<uint64_t>(r) * dim);
       }
 #pragma unroll
       for (int i = 0; i < LANES; ++i) {
@@ -148,6 +151,8 @@ template <class T, int VEC, int LANES>
 void run(const TablesArgs& a, const InlineHash& h, const Launch& l) {
   const int64_t tiles = div_up(a.dim, static_cast<int64_t>(LANES) * VEC);
   if (tiles > 65535) throw std::length_error("lutra: tables on CUDA takes rows of at most 65535 tiles of columns");
+  if (a.n_tables > 0 && a.entries >= static_cast<int64_t>(kNoRow) / a.n_tables)
+    throw std::length_error("lutra: tables on CUDA takes fewer than 2^32 - 1 rows");
   // A token is shared by warps until the machine is full; each has a stretch of 32 tables at least.
   const int64_t enough = static_cast<int64_t>(multiprocessors(l.device)) * 32;
   int log_share = 0;
@@ -162,9 +167,13 @@ void run(const TablesArgs& a, const InlineHash& h, const Launch& l) {
 template <class T, int WIDE>
 void by_width(const TablesArgs& a, const InlineHash& h, const Launch& l) {
   if (a.dim % WIDE != 0 || !aligned(a.tables, 16)) return run<T, 1, 8>(a, h, l);
-  // Tiles of 128 bytes are read from memory at a better rate, those of 64 occupy more of the machine.
+  // Tiles of 128 bytes are read from memory at a better rate, those of 64 occupy more of the machine: wide ones where
+  // there is work enough, or where all warps are at work at once with them alone.
   constexpr int kNarrow = sizeof(T) == 1 ? 2 : 4;
-  if (a.tokens * div_up(a.dim, kNarrow * WIDE) >= 2048) return run<T, WIDE, 2 * kNarrow>(a, h, l);
+  const int64_t tiles = a.tokens * div_up(a.dim, kNarrow * WIDE), warps = tiles * div_up(a.n_tables, 32);
+  const int64_t at_once = static_cast<int64_t>(multiprocessors(l.device)) * 32;
+  if (tiles >= 2048 || (warps > at_once && warps <= 2 * at_once && a.n_tables <= 512))
+    return run<T, WIDE, 2 * kNarrow>(a, h, l);
   run<T, WIDE, kNarrow>(a, h, l);
 }
 

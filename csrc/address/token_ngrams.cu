@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = 0; e < kEach; ++e) {
     const int64_t at = begin + e * kThreads + threadIdx.x;
     if (at >= a.n_ids) return;
+    if (a.starts && at < a.texts) a.starts[at] = at * static_cast<int64_t>(per_text.n);
     int64_t first, size = length, place;
     if (length < 0) {
       const int64_t text = last_before(a.out_offsets, low, high, at);

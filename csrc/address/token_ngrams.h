@@ -27,6 +27,7 @@ struct TokenNgramsArgs {
   int64_t total = 0, n_ids = 0;   // lengths of tokens and of ids
   int64_t length = -1;            // of every text, or -1: offsets and out_offsets say it
   DType token_type = DType::i64;  // or i32
+  int64_t* starts = nullptr;      // (texts,) where texts of one length have their ids, written; or null
 };
 
 // Number of ids that a text of `length` tokens gives.

@@ -226,7 +226,7 @@ MaxsimPlan maxsim_plan(const MaxsimArgs& a, int warps, int64_t first, int64_t co
   p.per_query = power_of_two(div_up(tokens, kChunk), warps);
   p.team = a.cand ? p.per_query : power_of_two(p.per_query * count, warps);
   p.groups = div_up(count, p.team / p.per_query);
-  p.rows = p.team == 1 && a.x_type != DType::i8 ? 16 : 32;
+  p.rows = p.team > 2 ? 64 : p.team == 2 || a.x_type == DType::i8 ? 32 : 16;
   // Four rounds of blocks, so that the last one leaves little of the machine idle.
   const int64_t wanted = div_up(int64_t{4} * multiprocessors(device) * (warps / p.team), p.groups);
   p.per_stretch = div_up(p.columns, wanted < p.columns ? wanted : p.columns);

@@ -140,7 +140,8 @@ struct Ring {  // of one team, in shared memory
   }
 };
 
-template <class Op, int G, int D>
+// N: rows that are multiplied at a time, over 8; a granule has them once at least.
+template <class Op, int G, int D, int N>
 __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, const MaxsimPlan p) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
   const int team = warp / p.team, member = warp % p.team;
@@ -168,9 +169,12 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
   const char* const own = static_cast<const char*>(a.x) + own_row * pitch + own_chunk * 16;
   const int own_bytes = bytes_left(row_bytes, own_chunk * 16);
   const bool even = p.whole && row_bytes == G * 64;
-  uint8_t seen = 1;  // the mask's byte of this lane's row of the next granule
+  uint8_t seen[2] = {1, 1};  // the mask's bytes of this lane's rows of the next granule, lane and lane + 32
   const auto look = [&] {
-    if (a.x_mask && member == 0 && !stream.over() && lane < stream.count()) seen = a.x_mask[stream.row + lane];
+    if (!a.x_mask || member != 0 || stream.over()) return;
+#pragma unroll
+    for (int w = 0; w < 2; ++w)
+      if (lane + 32 * w < stream.count()) seen[w] = a.x_mask[stream.row + lane + 32 * w];
   };
   look();
   const auto fill = [&](int slot) {  // copies the next granule
@@ -197,8 +201,11 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
       }
     }
     if (member == 0) {
-      if (a.x_scale && lane < count) copy_async_4(ring.scale + slot * rows + lane, a.x_scale + stream.row + lane, true);
-      const uint32_t live = __ballot_sync(kFullWarp, lane < count && seen);
+      if (a.x_scale)
+        for (int r = lane; r < count; r += 32)
+          copy_async_4(ring.scale + slot * rows + r, a.x_scale + stream.row + r, true);
+      uint64_t live = __ballot_sync(kFullWarp, lane < count && seen[0]);
+      if (rows > 32) live |= static_cast<uint64_t>(__ballot_sync(kFullWarp, lane + 32 < count && seen[1])) << 32;
       if (lane == 0)
         ring.about[slot] = Granule{stream.row, stream.column, stream.document, live, 0, stream.flags(), stream.pass};
     }
@@ -213,7 +220,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
 
   Maxima best;
   float total = 0;
-  const uint32_t all = rows == 32 ? 0xffffffffu : (1u << rows) - 1;
+  const uint64_t all = all_rows(rows);
   for (int slot = 0;; slot = slot + 1 == kStages ? 0 : slot + 1) {
     copy_wait<kStages - 2>();
     team_sync(team, p.team);
@@ -221,32 +228,32 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
     copy_commit();
     const Granule& now = ring.about[slot];
     const int flags = now.flags;
-    const uint32_t live = now.live;
+    const uint64_t live = now.live;
     if (flags & kEnd) break;
     if (flags & kFirst) {
       best.clear();
       if (passes > 1) query.load(a, q.chunk(a, p, now.pass, member), q.t1);
     }
     const char* granule = ring.bytes + slot * rows * G * 64;
-    for (int r0 = 0; r0 < rows; r0 += 16) {
+    for (int r0 = 0; r0 < rows; r0 += 8 * N) {
       if (!(live >> r0)) break;
-      typename Op::Sum sum[D][2][2][4] = {};  // [digit][half of the tokens][8 rows]
+      typename Op::Sum sum[D][2][N][4] = {};  // [digit][half of the tokens][8 rows]
 #pragma unroll
       for (int grp = 0; grp < G; ++grp) {
-        uint4 b[2];
+        uint4 b[N];
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+        for (int n = 0; n < N; ++n)
           b[n] = *reinterpret_cast<const uint4*>(granule + Ring<Op, G>::place(r0 + n * 8 + g, grp * 4 + t));
 #pragma unroll
         for (int i = 0; i < D; ++i)  // neighbouring products go to different sums
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
+          for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int m = 0; m < 2; ++m) Op::mma(sum[i][m][n], query.words[i][m][grp][0], b[n].x, b[n].y);
 #pragma unroll
         for (int i = 0; i < D; ++i)
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
+          for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int m = 0; m < 2; ++m) Op::mma(sum[i][m][n], query.words[i][m][grp][1], b[n].z, b[n].w);
       }
@@ -259,7 +266,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
       const float* scale = ring.scale + slot * rows + r0 + 2 * t;
       if (live == all && !a.argmax) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < N; ++n) {
           const float2 factor = a.x_scale ? *reinterpret_cast<const float2*>(scale + n * 8) : make_float2(1.0f, 1.0f);
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
@@ -269,7 +276,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
         }
       } else {
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+        for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int r = r0 + n * 8 + 2 * t + e;
@@ -293,7 +300,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_mma_kernel(const MaxsimArgs a, 
   }
 }
 
-template <class Op, int G, int D>
+template <class Op, int G, int D, bool Wide>
 bool run(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Launch& l) {
   for (int warps = 8; warps >= 2; warps /= 2) {
     MaxsimPlan p = maxsim_plan(a, warps, first, count, keys, l.device);
@@ -302,7 +309,9 @@ bool run(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Lau
     const size_t shared = Ring<Op, G>::size(p.rows, p.team) * static_cast<size_t>(teams);
     if (shared > static_cast<size_t>(shared_limit(l.device))) continue;
     const int64_t blocks = div_up(p.groups * p.stretches, teams);
-    launch("maxsim", maxsim_mma_kernel<Op, G, D>, dim3(grid_x(blocks)), p.warps * 32, shared, l, a, p);
+    const auto kernel = Wide && p.rows >= 32 ? maxsim_mma_kernel < Op, G, D,
+               Wide ? 4 : 2 >                : maxsim_mma_kernel<Op, G, D, 2>;
+    launch("maxsim", kernel, dim3(grid_x(blocks)), p.warps * 32, shared, l, a, p);
     if (D == 2) maxsim_again(a, p, l);
     return true;
   }
@@ -312,12 +321,12 @@ bool run(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Lau
 template <class Op, int D>
 bool by_width(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Launch& l) {
   const int64_t groups = div_up(a.d * Op::kSize, 64);
-  if (groups <= 1) return run<Op, 1, D>(a, first, count, keys, l);
-  if (groups <= 2) return run<Op, 2, D>(a, first, count, keys, l);
+  if (groups <= 1) return run<Op, 1, D, Op::kSize == 1>(a, first, count, keys, l);
+  if (groups <= 2) return run<Op, 2, D, true>(a, first, count, keys, l);
   if constexpr (D == 1) {
-    if (groups <= 4) return run<Op, 4, D>(a, first, count, keys, l);
+    if (groups <= 4) return run<Op, 4, D, Op::kSize == 2>(a, first, count, keys, l);
     if constexpr (Op::kSize == 2)
-      if (groups <= 8) return run<Op, 8, D>(a, first, count, keys, l);
+      if (groups <= 8) return run<Op, 8, D, false>(a, first, count, keys, l);
   }
   return false;
 }

@@ -3,7 +3,7 @@
 //
 // A warp holds 32 query tokens (a chunk) as the A operand of mma.sync and takes document rows as the B operand, so that
 // a thread's sums are of 4 query tokens and the maxima over rows stay in 4 registers. `team` warps share a stream of
-// rows: granules of 16 or 32 rows of one document, copied by cp.async into a ring that the team alone uses; teams of a
+// rows: granules of 16 to 64 rows of one document, copied by cp.async into a ring that the team alone uses; teams of a
 // block never wait for each other. `per_query` warps of a team have chunks of the same query, the others other queries;
 // a query with more chunks than that takes several passes over each document.
 //
@@ -25,16 +25,20 @@ struct MaxsimPlan {
   int64_t stretches, per_stretch;  // of columns
   int64_t first, count;            // queries [first, first + count)
   int64_t columns;
-  Key* keys;   // (count, columns) in place of scores, or null
-  bool whole;  // rows of x begin at multiples of 16 bytes
+  Key* keys;       // (count, columns) in place of scores, or null
+  bool one_query;  // every warp of every block has the same chunk of it
+  bool whole;      // rows of x begin at multiples of 16 bytes
 };
+
+// Rows [0, rows) of a granule.
+__device__ __forceinline__ uint64_t all_rows(int rows) { return rows == 64 ? ~uint64_t{0} : (uint64_t{1} << rows) - 1; }
 
 // A document as the streams see it: -1 in cand has none, offsets or ids out of range are bad.
 enum GranuleFlag : int { kFirst = 1, kLast = 2, kEnd = 4, kNone = 8, kBad = 16 };
 
 struct alignas(16) Granule {
   int64_t row, column, document;
-  uint32_t live, odd;  // rows that count; rows with a centroid out of range
+  uint64_t live, odd;  // rows that count; rows with a centroid out of range
   int flags, pass;
 };
 

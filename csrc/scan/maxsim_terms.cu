@@ -3,10 +3,10 @@
 // fp32 (what is left out is below 2^-25 of |q||x|, half a rounding of a product in fp32). For float32 documents or
 // queries, mixed types, and residual codes.
 //
-// Query tokens lie in shared memory as terms, in the layout of the A operand, a warp's own; rows come into the ring as
-// they are in memory and are split when they are read. A centroid is copied into the ring in place of a row of floats,
-// its code beside it; the norm is summed from the same registers. Where a value is infinite or overflows in bfloat16
-// its terms are NaN: pairs with a NaN score are done again by the plain kernel.
+// Query tokens lie in shared memory as terms, in the layout of the A operand, each warp's own or one query's for all;
+// rows come into the ring as they are in memory and are split when they are read. A centroid is copied into the ring in
+// place of a row of floats, its code beside it; the norm is summed from the same registers. Where a value is infinite
+// or overflows in bfloat16 its terms are NaN: pairs with a NaN score are done again by the plain kernel.
 //
 // Limits: a sixth of the rate of mma.sync, about 1.5 times that of fp32 multiply-adds; one query: bandwidth.
 #include "scan/maxsim_stream.cuh"
@@ -69,11 +69,12 @@ struct Layout {
   }
 };
 
-// The terms of a chunk's tokens, [step][half of the tokens][term][lane] x 16 bytes.
+// The terms of a chunk's tokens, [step][half of the tokens][term][lane] x 16 bytes; every `by`-th step from s0 on.
 template <From F>
-__device__ void load_query(const MaxsimArgs& a, const Layout<F>& f, int64_t first, int64_t end, uint4* words) {
+__device__ void load_query(const MaxsimArgs& a, const Layout<F>& f, int64_t first, int64_t end, uint4* words, int s0,
+                           int by) {
   const int lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
-  for (int s = 0; s < f.steps; ++s)
+  for (int s = s0; s < f.steps; s += by)
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       float v[2][4];
@@ -106,16 +107,23 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
     for (int i = threadIdx.x; i < 1 << a.bits; i += blockDim.x) table[i] = a.values[i];
     __syncthreads();
   }
+  const Layout<F> f(a, p.rows);
+  uint4* const words = reinterpret_cast<uint4*>(dynamic_shared<char>() + (p.one_query ? 0 : warp * f.query_bytes()));
+  if (p.one_query) {  // for all warps
+    ChunkOfQuery q;
+    q.init(a, p, 0, 0);
+    load_query<F>(a, f, q.t0, q.t1, words, warp, p.warps);
+    __syncthreads();
+  }
   const int team = warp / p.team, member = warp % p.team;
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * (p.warps / p.team) + team;
   const int64_t group = mine % p.groups, stretch = mine / p.groups;
   if (stretch >= p.stretches) return;  // the whole team
   const int64_t first = stretch * p.per_stretch;
   const int64_t last = first + p.per_stretch < p.columns ? first + p.per_stretch : p.columns;
-  const Layout<F> f(a, p.rows);
   const int rows = p.rows;
-  uint4* words = reinterpret_cast<uint4*>(dynamic_shared<char>() + warp * f.query_bytes());
-  char* const ring = dynamic_shared<char>() + p.warps * f.query_bytes() + team * f.ring_bytes(p.team);
+  char* const ring =
+      dynamic_shared<char>() + (p.one_query ? 1 : p.warps) * f.query_bytes() + team * f.ring_bytes(p.team);
   Granule* const about = reinterpret_cast<Granule*>(ring + kStages * rows * f.pitch);
   char* const codes = reinterpret_cast<char*>(about + kStages);
   float* const part = reinterpret_cast<float*>(codes + kStages * rows * f.code_pitch);
@@ -123,7 +131,8 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
   ChunkOfQuery q;
   q.init(a, p, group, member);
   const int passes = passes_of(a, p, group);
-  load_query<F>(a, f, q.chunk(a, p, 0, member), q.t1, words);
+  const int64_t first_token = q.chunk(a, p, 0, member);
+  if (!p.one_query) load_query<F>(a, f, first_token, q.t1, words, 0, 1);
   __syncwarp();
 
   Stream stream;
@@ -139,6 +148,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
   };
   look();
   const bool even = p.whole && a.d * Layout<F>::kSize == f.pitch;
+  const int64_t pitch = a.ldx * Layout<F>::kSize;
   // 16 bytes of a row of memory to the ring.
   const auto put = [&](void* there, const char* from, int bytes, bool whole, int size) {
     if (whole)
@@ -154,23 +164,30 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
     const int count = stream.count(), chunks = f.pitch / 16;
     const bool good = centroid >= 0 && centroid < a.centroid_count;
     char* to = ring + slot * rows * f.pitch;
+    if (F != From::codes && even && count == rows) {
+      const char* from = x + (stream.row + member) * pitch + lane * 16;
+#pragma unroll 4
+      for (int r = member; r < rows; r += p.team, from += p.team * pitch)
+        for (int c = lane; c < chunks; c += 32) copy_16(to + f.place(r, c), from + (c - lane) * 16);
+    } else {
 #pragma unroll 1
-    for (int r = member; r < rows; r += p.team) {
-      int64_t source = stream.row + r;
-      bool there = r < count;
-      if constexpr (F == From::codes) {
-        source = __shfl_sync(kFullWarp, centroid, r);
-        there = there && source >= 0 && source < a.centroid_count;
-      }
-      const char* from = F == From::codes ? reinterpret_cast<const char*>(a.centroids + source * a.d)
-                                          : x + source * a.ldx * Layout<F>::kSize;
-      if (there && even) {
-        for (int c = lane; c < chunks; c += 32) copy_16(to + f.place(r, c), from + c * 16);
-        continue;
-      }
-      for (int c = lane; c < chunks; c += 32) {
-        const int bytes = there ? bytes_left(a.d * Layout<F>::kSize, c * 16) : 0;
-        put(to + f.place(r, c), bytes ? from + c * 16 : x, bytes, p.whole, Layout<F>::kSize);
+      for (int r = member; r < rows; r += p.team) {
+        int64_t source = stream.row + r;
+        bool there = r < count;
+        if constexpr (F == From::codes) {
+          source = __shfl_sync(kFullWarp, centroid, r);
+          there = there && source >= 0 && source < a.centroid_count;
+        }
+        const char* from =
+            F == From::codes ? reinterpret_cast<const char*>(a.centroids + source * a.d) : x + source * pitch;
+        if (there && even) {
+          for (int c = lane; c < chunks; c += 32) copy_16(to + f.place(r, c), from + c * 16);
+          continue;
+        }
+        for (int c = lane; c < chunks; c += 32) {
+          const int bytes = there ? bytes_left(a.d * Layout<F>::kSize, c * 16) : 0;
+          put(to + f.place(r, c), bytes ? from + c * 16 : x, bytes, p.whole, Layout<F>::kSize);
+        }
       }
     }
     if constexpr (F == From::codes) {
@@ -200,7 +217,7 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
 
   Maxima best;
   float total = 0;
-  const uint32_t all = rows == 32 ? 0xffffffffu : (1u << rows) - 1;
+  const uint64_t all = all_rows(rows);
   for (int slot = 0;; slot = slot + 1 == kStages ? 0 : slot + 1) {
     copy_wait<kStages - 2>();
     team_sync(team, p.team);
@@ -208,13 +225,13 @@ __global__ void __launch_bounds__(256, 1) maxsim_terms_kernel(const MaxsimArgs a
     copy_commit();
     const Granule& now = about[slot];
     const int flags = now.flags;
-    const uint32_t live = now.live;
+    const uint64_t live = now.live;
     if (flags & kEnd) break;
     if (flags & kFirst) {
       best.clear();
       if (passes > 1) {
         __syncwarp();
-        load_query<F>(a, f, q.chunk(a, p, now.pass, member), q.t1, words);
+        load_query<F>(a, f, q.chunk(a, p, now.pass, member), q.t1, words, 0, 1);
         __syncwarp();
       }
     }
@@ -340,9 +357,11 @@ bool run(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, bool whol
   for (int warps = 8; warps >= 1; warps /= 2) {
     MaxsimPlan p = maxsim_plan(a, warps, first, count, keys, l.device);
     p.whole = whole;
+    if (p.rows > 32) p.rows = 32;
+    p.one_query = count == 1 && a.q_rows <= kChunk;  // and one chunk
     const Layout<F> f(a, p.rows);
     const int teams = p.warps / p.team;
-    const size_t shared = f.query_bytes() * p.warps + f.ring_bytes(p.team) * teams;
+    const size_t shared = f.query_bytes() * (p.one_query ? 1 : p.warps) + f.ring_bytes(p.team) * teams;
     if (shared + 1024 > static_cast<size_t>(shared_limit(l.device))) continue;
     const int64_t blocks = div_up(p.groups * p.stretches, teams);
     launch("maxsim", maxsim_terms_kernel<F>, dim3(grid_x(blocks)), p.warps * 32, shared, l, a, p);

@@ -58,7 +58,8 @@ void register_address(py::module_& m) {
                       total,
                       n_ids,
                       length,
-                      static_cast<DType>(token_type)};
+                      static_cast<DType>(token_type),
+                      length < 0 ? nullptr : out_offsets.as<int64_t>()};
     cuda::token_ngrams(a, Launch{device, stream.p});
   });
   m.def("xor_ngrams", [](Address tokens, int token_type, int64_t rows, int64_t length,

@@ -312,7 +312,8 @@ def _token_ngrams(kind, tokens, offsets, order, buckets, first_bucket=0, unigram
         count = _count(length, order, unigrams)
         n_ids = texts * count
         if kind.cuda:
-            starts, out_starts = None, _steps(kind, texts, count, tokens)
+            starts = None
+            out_starts = kind.empty((texts,), I64, tokens) if n_ids else _steps(kind, texts, 0, tokens)
         else:  # the binding writes them
             starts, out_starts = None, kind.empty((texts + 1,), I64, tokens)
     else:

@@ -78,27 +78,20 @@ struct Value<WordOut> {
   using type = int32_t;
 };
 
-// Four values to to[0..4), of which `room` are there.
+// Four values to to[0..4).
 template <class T>
-__device__ __forceinline__ void put4(T* to, const float* v, int64_t room, bool whole) {
-  if (whole && room >= 4) {
-    store_pack<T, 4>(to, v);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < room) to[i] = from_float<T>(v[i]);
+__device__ __forceinline__ void put4(T* to, const float* v) {
+  store_pack<T, 4>(to, v);
 }
-__device__ __forceinline__ void put4(int32_t* to, const float* v, int64_t room, bool whole) {
-  if (whole && room >= 4) {
-    *reinterpret_cast<int4*>(to) =
-        make_int4(__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3]));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < room) to[i] = __float_as_int(v[i]);
+__device__ __forceinline__ void put4(int32_t* to, const float* v) {
+  *reinterpret_cast<int4*>(to) =
+      make_int4(__float_as_int(v[0]), __float_as_int(v[1]), __float_as_int(v[2]), __float_as_int(v[3]));
 }
+template <class T>
+__device__ __forceinline__ void put1(T* to, float v) {
+  *to = from_float<T>(v);
+}
+__device__ __forceinline__ void put1(int32_t* to, float v) { *to = __float_as_int(v); }
 
 // whole: every row begins where four values can be written at once.
 template <class T>
@@ -107,33 +100,38 @@ __global__ void __launch_bounds__(kThreads) random_rows_kernel(RandomRowsArgs a,
   constexpr bool kNormal = !std::is_same<T, WordOut>::value;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= units) return;
-  const int64_t row = at / quads;
+  const int64_t row = units <= 0xffffffff ? static_cast<uint32_t>(at) / static_cast<uint32_t>(quads) : at / quads;
   const int quad = static_cast<int>(at - row * quads);
   const int64_t token =
       a.id_type == DType::i32 ? static_cast<const int32_t*>(a.ids)[row] : static_cast<const int64_t*>(a.ids)[row];
   const uint64_t sequence = a.sequences ? static_cast<uint64_t>(a.sequences[row / a.per_sequence]) : 0;
   const bool good = static_cast<uint64_t>(token) >> 32 == 0;
+  const float scale = good ? a.scale : quiet_nan();
   float v[4][4];  // [word][block]
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const Words4 w = philox(static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32),
                             static_cast<uint32_t>(quad * 4 + i), static_cast<uint32_t>(token), sequence);
     if constexpr (kNormal) {
-      normals(w.w[0], w.w[1], a.scale, &v[0][i], &v[1][i]);
-      normals(w.w[2], w.w[3], a.scale, &v[2][i], &v[3][i]);
+      normals(w.w[0], w.w[1], scale, &v[0][i], &v[1][i]);
+      normals(w.w[2], w.w[3], scale, &v[2][i], &v[3][i]);
     } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) v[j][i] = __uint_as_float(w.w[j]);
-    }
-    if (!good) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[j][i] = kNormal ? quiet_nan() : __uint_as_float(0xffffffffu);
+      for (int j = 0; j < 4; ++j) v[j][i] = __uint_as_float(good ? w.w[j] : 0xffffffffu);
     }
   }
   const int64_t d = static_cast<int64_t>(quad / 4) * 64 + quad % 4 * 4;  // of word 0
   Out* to = static_cast<Out*>(a.out) + row * a.dim + d;
+  if (whole && a.dim - d >= 52) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) put4(to + j * 16, v[j], a.dim - d - j * 16, whole);
+    for (int j = 0; j < 4; ++j) put4(to + j * 16, v[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (d + j * 16 + i < a.dim) put1(to + j * 16 + i, v[j][i]);
+  }
 }
 
 template <class T>

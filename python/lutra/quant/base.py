@@ -125,6 +125,12 @@ class Quantizer(Trained):
             ``x`` is no array or has another dtype.
         ValueError
             A shape that does not fit, NaN or infinities (the row is named), or no training yet.
+
+        Notes
+        -----
+        Vectors on a GPU are coded there by `PQ`, `OPQ` (without the anisotropic loss) and `RQ` of 2, 4 or 8
+        bits, else by the host. Sums are in another order: centroids that are equally near up to rounding may
+        be exchanged.
         """
         self._need_training()
         native = vectors(x, "x", self.d)

@@ -1,9 +1,9 @@
 // Partitions on CUDA; the formula is in simhash.h.
 //
 // A block takes a tile of 128 rows through shared memory, 32 dimensions at a time, transposed; a warp takes one
-// repetition, a thread four rows. So a plane's value is one read for a warp, and serves 128 products. Products are summed
-// in the order of the dimensions by fused multiply-adds: the bits of the CPU's levels with AVX2 and AVX-512.
-// NaN in a row gives zero bits (nothing can be reported from here).
+// repetition, a thread four rows. So a plane's value is one read for a warp, and serves 128 products. Products are
+// summed in the order of the dimensions by fused multiply-adds: the bits of the CPU's levels with AVX2 and AVX-512. NaN
+// in a row gives zero bits (nothing can be reported from here).
 #include "address/simhash.h"
 
 #include "address/simhash.cuh"

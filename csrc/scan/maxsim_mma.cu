@@ -309,8 +309,9 @@ bool run(const MaxsimArgs& a, int64_t first, int64_t count, Key* keys, const Lau
     const size_t shared = Ring<Op, G>::size(p.rows, p.team) * static_cast<size_t>(teams);
     if (shared > static_cast<size_t>(shared_limit(l.device))) continue;
     const int64_t blocks = div_up(p.groups * p.stretches, teams);
-    const auto kernel = Wide && p.rows >= 32 ? maxsim_mma_kernel < Op, G, D,
-               Wide ? 4 : 2 >                : maxsim_mma_kernel<Op, G, D, 2>;
+    auto kernel = maxsim_mma_kernel<Op, G, D, 2>;
+    if constexpr (Wide)
+      if (p.rows >= 32) kernel = maxsim_mma_kernel<Op, G, D, 4>;
     launch("maxsim", kernel, dim3(grid_x(blocks)), p.warps * 32, shared, l, a, p);
     if (D == 2) maxsim_again(a, p, l);
     return true;

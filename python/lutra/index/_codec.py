@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from .. import address
-from .._arrays import F32, U8
+from .._arrays import F32, I64, U8
 from ..quant import _bits
 from ..reference.lists import scalar_codes, scalar_rows
 from ..scan import _lists
@@ -179,23 +179,37 @@ class Codec:
         if self.quantizer is None:
             rows = to_rows_on_gpu(home, x, CODES[self.dtype.name], first, self.name)
             return {"vectors_in_lists": rows[:, :, None]}
-        quantizer, kind = self.quantizer, home.kind
-        center = None if centroids is None else HOST.bring(centroids)
+        quantizer = self.quantizer
         if type(quantizer).__name__ != "PQ" or quantizer._uses_directions:
+            center = None if centroids is None else HOST.bring(centroids)
             values = self.encode(HOST.bring(x), center, first)
         else:
-            part = x - centroids if self.residual else x
-            entries = home.empty((len(x), quantizer.m), U8)
-            for j in range(quantizer.m):
-                book = home.bring(np.ascontiguousarray(quantizer._books[j]))
-                columns = kind.dense(part[:, j * quantizer.dsub : (j + 1) * quantizer.dsub])
-                entries[:, j] = kind.cast(address.nearest(columns, book, 1, "l2").ids[:, 0], U8)
-            codes = _bits.pack(HOST.bring(entries), quantizer.bits)
-            values = {"codes": self._packed(codes)}
-            for name, term in zip(("add", "mul"), self._terms(codes, center)):
-                if term is not None:
-                    values[name] = term[:, None, None]
+            return self._product_codes(home, x - centroids if self.residual else x, centroids)
         return {name: home.bring(np.ascontiguousarray(value)) for name, value in values.items()}
+
+    def _product_codes(self, home: Home, x: Any, centroids: Any) -> dict[str, Any]:
+        """Values of the arrays for (residuals of) vectors on a GPU, by a `PQ`."""
+        quantizer, kind = self.quantizer, home.kind
+        n, m, books = len(x), quantizer.m, home.bring(np.ascontiguousarray(quantizer._books))
+        entries = home.empty((n, m), U8)
+        for j in range(m):
+            columns = kind.dense(x[:, j * quantizer.dsub : (j + 1) * quantizer.dsub])
+            entries[:, j] = kind.cast(address.nearest(columns, books[j], 1, "l2").ids[:, 0], U8)
+        if self.form == "lut4":
+            groups = home.full((n, (m + 7) // 8, 2, 4), 0, U8)
+            groups.reshape(n, -1)[:, :m] = entries
+            values = {"codes": groups[:, :, 0] | groups[:, :, 1] << 4}
+        elif quantizer.bits == 8:
+            values = {"codes": entries[:, None]}
+        else:
+            values = {"codes": home.bring(_bits.pack(HOST.bring(entries), quantizer.bits))[:, None]}
+        if "add" in self.fields:  # the norms, as in `_terms`
+            decoded = books[home.arange(m), kind.cast(entries, I64)].reshape(n, -1)
+            norm = (decoded * decoded).sum(1)
+            if self.residual:
+                norm = norm + 2 * (centroids * decoded).sum(1)
+            values["add"] = norm[:, None, None]
+        return values
 
     def _packed(self, codes: np.ndarray) -> np.ndarray:
         """Codes as the values (n, a, b) of their array."""

@@ -20,6 +20,7 @@ from ._rows import Rows
 
 _METRICS = {"ip": 0, "l2": 1, "cosine": 2}
 _PART = 1 << 24  # bytes of float32 vectors that are converted or encoded at a time
+_GPU_PART = 1 << 28  # and on a GPU
 
 #: The classes that `load` knows, by their names.
 KINDS: dict[str, type[Index]] = {}
@@ -197,7 +198,7 @@ class Index:
         count = native.shape[0]
         new = self._ids.check_new(ids, count)
         home = self._settle(native)
-        step = max(1, _PART // (4 * self.d))
+        step = max(1, (_PART if home is HOST else _GPU_PART) // (4 * self.d))
         room = {name: rows.room(count) for name, rows in self._rows.items()}
         self._begin(count)
         for i in range(0, count, step):

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kListThreads, R == 1 ? 4 : 3) lut_kernel(ListS
   const int entries = BITS == 4 ? 16 : BITS == 8 ? 256 : 1 << r.bits;
   const float* tables = r.lut + query * r.m * r.ksub;
   float* near = dynamic_shared<float>();
-  ListSelection<1> selection;
+  ListSelection<1, kListThreads> selection;
   selection.start(near + (FAR ? 0 : static_cast<int64_t>(r.m) * entries), a, w);
   if (!FAR && w.begin < w.end) {
     if (r.ksub == entries && (reinterpret_cast<uintptr_t>(tables) & 15) == 0) {
@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kListThreads, R == 1 ? 4 : 3) lut_kernel(ListS
         score[0][v] *= a.sign;
       }
     }
-    offer_list_rows<1, R, kListThreads>(a, w, selection, score, first_row, pending, tile == w.begin);
+    offer_list_rows<1, R, kListThreads, kListThreads>(a, w, selection, score, first_row, pending, tile == w.begin);
   }
-  finish_list_selection<1>(a, w, selection);
+  finish_list_selection<1, kListThreads>(a, w, selection);
 }
 
 struct LutPlan {
@@ -141,14 +141,14 @@ LutPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t m, int64_t 
   const size_t limit = static_cast<size_t>(shared_limit(device));
   const size_t tables = (static_cast<size_t>(m) * 4) << bits;
   const int best = static_cast<int>(a.k < a.npositions ? a.k : a.npositions);
-  const size_t selection = list_select_bytes(1, best, list_capacity(best < 1 ? 1 : best));
+  const size_t selection = list_select_bytes(1, kListThreads, best, list_capacity(best < 1 ? 1 : best));
   p.far = tables + selection > limit;
   // Several rows a thread where there is enough work: their loads and look-ups overlap.
   const double tiles = static_cast<double>(a.nq) * static_cast<double>(a.nprobe) * static_cast<double>(sizes.typical) /
                        (4 * kListThreads);
   p.rows = !p.far && (bits == 4 || bits == 8) && tiles >= 8.0 * multiprocessors(device) ? 4 : 1;
-  p.lists = plan_list_scan(a, sizes, ListScanShape{kListThreads * p.rows, false, p.far ? 0 : tables}, device);
-  p.shared = (p.far ? 0 : tables) + list_select_bytes(1, p.lists.best, p.lists.capacity);
+  p.lists = plan_list_scan(a, sizes, ListScanShape{kListThreads * p.rows, 0, p.far ? 0 : tables}, device);
+  p.shared = (p.far ? 0 : tables) + list_select_bytes(1, kListThreads, p.lists.best, p.lists.capacity);
   return p;
 }
 

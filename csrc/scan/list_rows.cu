@@ -33,21 +33,28 @@ __device__ __forceinline__ void to_floats(const Pack<int8_t, 4>& pack, float (&t
   for (int v = 0; v < 4; ++v) to[v] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + v)) - 8388736.0f;
 }
 
+template <int Q>
+constexpr int threads_for() {
+  return Q == 1 ? kListThreads : kGroupThreads;
+}
+
 template <class T, int Q, int V, bool L2>
-__global__ void __launch_bounds__(kListThreads, Q == 1 ? 3 : 2) rows_kernel(ListScan a, RowsScan r) {
-  constexpr int kAhead = Q == 1 ? 32 : 4;  // loads in flight: alone, a thread waits for little else
+__global__ void __launch_bounds__(threads_for<Q>(), 3) rows_kernel(ListScan a, RowsScan r) {
+  constexpr int kThreads = threads_for<Q>();
+  // Loads in flight. Alone, a thread waits for little else; in a group the next ones run while these are multiplied.
+  constexpr int kAhead = Q == 1 ? 32 : 4;
   const ListWork w = list_work<Q>(a);
   if (w.probes == 0) return;  // the whole block
   float* queries = dynamic_shared<float>();
-  ListSelection<Q> selection;
+  ListSelection<Q, kThreads> selection;
   selection.start(queries + Q * r.pitch, a, w);
 #pragma unroll 1
   for (int i = 0; i < Q; ++i) {
     const float* from = i < w.probes ? r.q + list_probe<Q>(a, w, i) / a.lists.nprobe * r.ldq : nullptr;
-    for (int j = threadIdx.x; j < r.pitch; j += kListThreads) queries[i * r.pitch + j] = from && j < r.d ? from[j] : 0;
+    for (int j = threadIdx.x; j < r.pitch; j += kThreads) queries[i * r.pitch + j] = from && j < r.d ? from[j] : 0;
   }
   __syncthreads();
-  for (int64_t tile = w.begin; tile < w.end; tile += kListThreads * V) {
+  for (int64_t tile = w.begin; tile < w.end; tile += kThreads * V) {
     const int64_t row = tile + threadIdx.x * V;
     float sum[Q][V];
 #pragma unroll
@@ -65,11 +72,20 @@ __global__ void __launch_bounds__(kListThreads, Q == 1 ? 3 : 2) rows_kernel(List
         }
       };
       int j = 0;
+      Pack<T, V> next[kAhead];
+      const auto fetch = [&] {
+#pragma unroll
+        for (int c = 0; c < kAhead; ++c) next[c] = load_pack<T, V>(x + c * 16);
+      };
+      if (Q > 1 && kAhead <= r.d) fetch();
 #pragma unroll 1
-      for (; j + kAhead <= r.d; j += kAhead, x += kAhead * 16) {
+      for (; j + kAhead <= r.d; j += kAhead) {
+        if (Q == 1) fetch();
         Pack<T, V> packs[kAhead];
 #pragma unroll
-        for (int c = 0; c < kAhead; ++c) packs[c] = load_pack<T, V>(x + c * 16);
+        for (int c = 0; c < kAhead; ++c) packs[c] = next[c];
+        x += kAhead * 16;
+        if (Q > 1 && j + 2 * kAhead <= r.d) fetch();
 #pragma unroll
         for (int c = 0; c < kAhead; c += 4) {
           float value[4][V];
@@ -94,9 +110,9 @@ __global__ void __launch_bounds__(kListThreads, Q == 1 ? 3 : 2) rows_kernel(List
 #pragma unroll
         for (int v = 0; v < V; ++v) pending |= static_cast<unsigned>(i < w.probes && row + v < w.end) << (i * V + v);
     }
-    offer_list_rows<Q, V, 1>(a, w, selection, sum, row, pending, tile == w.begin);
+    offer_list_rows<Q, V, 1, kThreads>(a, w, selection, sum, row, pending, tile == w.begin);
   }
-  finish_list_selection<Q>(a, w, selection);
+  finish_list_selection<Q, kThreads>(a, w, selection);
 }
 
 constexpr int64_t kGroupedDims = 1024;  // from there on a group's queries would take the room of other blocks
@@ -106,9 +122,10 @@ int64_t tile_of(DType t) { return kListThreads * (t == DType::i8 ? 4 : t == DTyp
 size_t query_bytes(int64_t d, int probes) { return static_cast<size_t>(round_up(d, 4)) * 4 * probes; }
 
 ListScanPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t d, DType t, int device) {
-  const ListScanShape shape{tile_of(t), d <= kGroupedDims, query_bytes(d, 1)};
+  const ListScanShape shape{tile_of(t), d <= kGroupedDims ? kGroupThreads * 4 : 0, query_bytes(d, 1)};
   const ListScanPlan p = plan_list_scan(a, sizes, shape, device);
-  if (query_bytes(d, 1) + list_select_bytes(1, p.best, p.capacity) > static_cast<size_t>(shared_limit(device)))
+  if (query_bytes(d, 1) + list_select_bytes(1, kListThreads, p.best, p.capacity) >
+      static_cast<size_t>(shared_limit(device)))
     throw std::length_error("lutra: vectors of " + std::to_string(d) + " values are too long for lists on CUDA");
   return p;
 }
@@ -116,10 +133,10 @@ ListScanPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t d, DTy
 template <class T, bool L2>
 void scan_type(const ListScan& s, const RowsScan& r, bool grouped, dim3 grid, const Launch& l) {
   constexpr int V = 4 / sizeof(T);
-  const int probes = grouped ? kGroup : 1;
-  const size_t shared = query_bytes(r.d, probes) + list_select_bytes(probes, s.best, s.capacity);
-  launch("list_rows", grouped ? rows_kernel<T, kGroup, 4, L2> : rows_kernel<T, 1, V, L2>, grid, kListThreads, shared, l,
-         s, r);
+  const int probes = grouped ? kGroup : 1, threads = grouped ? kGroupThreads : kListThreads;
+  const size_t shared = query_bytes(r.d, probes) + list_select_bytes(probes, threads, s.best, s.capacity);
+  launch("list_rows", grouped ? rows_kernel<T, kGroup, 4, L2> : rows_kernel<T, 1, V, L2>, grid, threads, shared, l, s,
+         r);
 }
 
 template <bool L2>

@@ -28,27 +28,33 @@ __device__ __forceinline__ void bytes_to_floats(uint32_t word, float (&to)[V]) {
   for (int v = 0; v < V; ++v) to[v] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + v)) - 8388608.0f;
 }
 
+template <int Q>
+constexpr int threads_for() {
+  return Q == 1 ? kListThreads : kGroupThreads;
+}
+
 template <int BITS, int Q, bool L2>
-__global__ void __launch_bounds__(kListThreads, Q == 1 ? 3 : 2) scalar_kernel(ListScan a, ScalarScan r) {
+__global__ void __launch_bounds__(threads_for<Q>(), Q == 1 ? 3 : 4) scalar_kernel(ListScan a, ScalarScan r) {
+  constexpr int kThreads = threads_for<Q>();
   const ListWork w = list_work<Q>(a);
   if (w.probes == 0) return;  // the whole block
   float* queries = dynamic_shared<float>();
   float *step = queries + Q * r.pitch, *offset = step + r.pitch;
-  ListSelection<Q> selection;
+  ListSelection<Q, kThreads> selection;
   selection.start(offset + r.pitch, a, w);
 #pragma unroll 1
   for (int i = 0; i < Q; ++i) {
     const float* from = i < w.probes ? r.q + list_probe<Q>(a, w, i) / a.lists.nprobe * r.ldq : nullptr;
-    for (int j = threadIdx.x; j < r.pitch; j += kListThreads) queries[i * r.pitch + j] = from && j < r.d ? from[j] : 0;
+    for (int j = threadIdx.x; j < r.pitch; j += kThreads) queries[i * r.pitch + j] = from && j < r.d ? from[j] : 0;
   }
-  for (int j = threadIdx.x; j < r.pitch; j += kListThreads) {
+  for (int j = threadIdx.x; j < r.pitch; j += kThreads) {
     step[j] = j < r.d ? r.step[j] : 0;
     float shift = j < r.d ? r.offset[j] : 0;
     if (r.centroids && j < r.d && w.list >= 0) shift += r.centroids[w.list * r.d + j];
     offset[j] = shift;
   }
   __syncthreads();
-  for (int64_t tile = w.begin; tile < w.end; tile += kListThreads * V) {
+  for (int64_t tile = w.begin; tile < w.end; tile += kThreads * V) {
     const int64_t row = tile + threadIdx.x * V;
     float sum[Q][V];
 #pragma unroll
@@ -108,9 +114,9 @@ __global__ void __launch_bounds__(kListThreads, Q == 1 ? 3 : 2) scalar_kernel(Li
 #pragma unroll
         for (int v = 0; v < V; ++v) pending |= static_cast<unsigned>(i < w.probes && row + v < w.end) << (i * V + v);
     }
-    offer_list_rows<Q, V, 1>(a, w, selection, sum, row, pending, tile == w.begin);
+    offer_list_rows<Q, V, 1, kThreads>(a, w, selection, sum, row, pending, tile == w.begin);
   }
-  finish_list_selection<Q>(a, w, selection);
+  finish_list_selection<Q, kThreads>(a, w, selection);
 }
 
 constexpr int64_t kGroupedDims = 1024;
@@ -118,19 +124,20 @@ constexpr int64_t kGroupedDims = 1024;
 size_t near_bytes(int64_t d, int probes) { return static_cast<size_t>(round_up(d, 4)) * 4 * (probes + 2); }
 
 ListScanPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t d, int device) {
-  const ListScanShape shape{kListThreads * V, d <= kGroupedDims, near_bytes(d, 1)};
+  const ListScanShape shape{kListThreads * V, d <= kGroupedDims ? kGroupThreads * V : 0, near_bytes(d, 1)};
   const ListScanPlan p = plan_list_scan(a, sizes, shape, device);
-  if (near_bytes(d, 1) + list_select_bytes(1, p.best, p.capacity) > static_cast<size_t>(shared_limit(device)))
+  if (near_bytes(d, 1) + list_select_bytes(1, kListThreads, p.best, p.capacity) >
+      static_cast<size_t>(shared_limit(device)))
     throw std::length_error("lutra: vectors of " + std::to_string(d) + " values are too long for lists on CUDA");
   return p;
 }
 
 template <int BITS, bool L2>
 void scan_of(const ListScan& s, const ScalarScan& r, bool grouped, dim3 grid, const Launch& l) {
-  const int probes = grouped ? kGroup : 1;
-  const size_t shared = near_bytes(r.d, probes) + list_select_bytes(probes, s.best, s.capacity);
-  launch("list_scalar", grouped ? scalar_kernel<BITS, kGroup, L2> : scalar_kernel<BITS, 1, L2>, grid, kListThreads,
-         shared, l, s, r);
+  const int probes = grouped ? kGroup : 1, threads = grouped ? kGroupThreads : kListThreads;
+  const size_t shared = near_bytes(r.d, probes) + list_select_bytes(probes, threads, s.best, s.capacity);
+  launch("list_scalar", grouped ? scalar_kernel<BITS, kGroup, L2> : scalar_kernel<BITS, 1, L2>, grid, threads, shared,
+         l, s, r);
 }
 
 }  // namespace

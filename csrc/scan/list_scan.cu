@@ -73,6 +73,47 @@ __global__ void __launch_bounds__(256)
   first[l] = low;
 }
 
+// merge_lists for lists of up to 16 keys, all different: a block per query, whose warps keep the best 16 of what they
+// read in lanes 0 to 15 and sort only where something better has come, then merge two by two.
+constexpr int kMergeWarps = 8, kMergeAhead = 4;
+
+__global__ void __launch_bounds__(kMergeWarps * 32) merge_short_kernel(Merge m) {
+  __shared__ Key best[kMergeWarps][16];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int64_t query = blockIdx.x, total = static_cast<int64_t>(m.parts) * m.per_part;
+  const Key* keys = m.lists + query * total;
+  Key key = 0;
+  for (int64_t from = warp * 16; from < total; from += kMergeWarps * 16 * kMergeAhead) {
+    Key fresh[kMergeAhead];
+#pragma unroll
+    for (int u = 0; u < kMergeAhead; ++u) {
+      const int64_t at = from + u * kMergeWarps * 16 + lane - 16;
+      fresh[u] = lane >= 16 && at < total ? keys[at] : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kMergeAhead; ++u) {
+      const Key worst = __shfl_sync(kFullWarp, key, 15);
+      if (__any_sync(kFullWarp, fresh[u] > worst)) key = warp_sort(lane < 16 ? key : fresh[u]);
+    }
+  }
+  if (lane < 16) best[warp][lane] = key;
+  for (int half = kMergeWarps / 2; half > 0; half >>= 1) {
+    __syncthreads();
+    if (warp >= half) continue;
+    key = warp_sort(lane < 16 ? key : best[warp + half][lane - 16]);
+    if (lane < 16) best[warp][lane] = key;
+  }
+  if (warp != 0) return;
+  const float infinity = __int_as_float(0x7f800000);
+  for (int i = lane; i < m.k; i += 32) {
+    const Key k = i < m.best ? key : 0;  // m.best <= 16: of the first round alone
+    float score = m.smaller_better ? infinity : -infinity;
+    if (k) score = m.smaller_better ? 0.0f - key_score(k) : key_score(k);
+    m.scores[query * m.k + i] = score;
+    m.ids[query * m.k + i] = k ? key_id(k) : -1;
+  }
+}
+
 }  // namespace
 
 ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const ListScanShape& shape, int device) {
@@ -85,29 +126,32 @@ ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const Li
   p.capacity = list_capacity(p.best);
   const int64_t nq = a.nq > 0 ? a.nq : 1, nprobe = a.nprobe > 0 ? a.nprobe : 1, nlist = a.nlist > 0 ? a.nlist : 1;
   const double each = static_cast<double>(nq) * static_cast<double>(nprobe) / static_cast<double>(nlist);
-  p.grouped = shape.can_group && each >= kShare && p.best <= kMostGroupedK;
+  p.grouped = shape.group_tile > 0 && each >= kShare && p.best <= kMostGroupedK;
+  const int64_t tile = p.grouped ? shape.group_tile : shape.tile;
   p.repeated = sizes.repeated;
   const int64_t longest = sizes.longest > 0 ? sizes.longest : 1;
   const int64_t typical = sizes.typical > 0 && sizes.typical < longest ? sizes.typical : longest;
 
   // As many stretches of a list as fill the machine four times over, each of a tile at least.
-  const size_t shared = shape.shared_alone + list_select_bytes(p.grouped ? kGroup : 1, p.best, p.capacity);
+  const size_t shared =
+      shape.shared_alone +
+      list_select_bytes(p.grouped ? kGroup : 1, p.grouped ? kGroupThreads : kListThreads, p.best, p.capacity);
   int64_t on_one = static_cast<int64_t>(shared_limit(device)) / static_cast<int64_t>(shared + 1024);
   on_one = on_one < 1 ? 1 : on_one > 6 ? 6 : on_one;
   const int64_t slots = on_one * multiprocessors(device);
   int64_t blocks = nq * nprobe;
   if (p.grouped) blocks = static_cast<int64_t>(static_cast<double>(blocks) / (each < kGroup ? each : kGroup)) + 1;
-  const int64_t tiles = div_up(typical, shape.tile);
+  const int64_t tiles = div_up(typical, tile);
   int64_t wanted = div_up(4 * slots, blocks);
   wanted = wanted < 1 ? 1 : wanted > tiles ? tiles : wanted;
-  p.stretch = div_up(tiles, wanted) * shape.tile;
+  p.stretch = div_up(tiles, wanted) * tile;
   // Their places in the workspace are not free, though.
   const int64_t place = nprobe * (p.best > 0 ? p.best : 1) * static_cast<int64_t>(sizeof(Key));
   int64_t most = 4 * wanted > 64 ? 4 * wanted : 64;
   if (most > kKeyBytes / place) most = kKeyBytes / place;
   if (most > 65535) most = 65535;
   if (most < 1) most = 1;
-  if (div_up(longest, p.stretch) > most) p.stretch = round_up(div_up(longest, most), shape.tile);
+  if (div_up(longest, p.stretch) > most) p.stretch = round_up(div_up(longest, most), tile);
   p.stretches = static_cast<int>(div_up(longest, p.stretch));
   p.barred = blocks * div_up(typical, p.stretch) > 2 * slots && nprobe * p.stretches > 1;
 
@@ -164,9 +208,21 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
       call.scan(call.context, s, q0, dim3(static_cast<unsigned>(n), static_cast<unsigned>(p.stretches)));
     }
     const int parts = p.best > 0 ? static_cast<int>(a.nprobe) * p.stretches : 0;
-    merge_lists(Merge{keys, s.lists.nq, parts, p.best, p.best, p.repeated, p.best, static_cast<int>(a.k),
-                      a.metric == Metric::l2, a.scores + q0 * a.k, a.ids + q0 * a.k},
-                what, l);
+    const Merge m{keys,
+                  s.lists.nq,
+                  parts,
+                  p.best,
+                  p.best,
+                  p.repeated,
+                  p.best,
+                  static_cast<int>(a.k),
+                  a.metric == Metric::l2,
+                  a.scores + q0 * a.k,
+                  a.ids + q0 * a.k};
+    if (p.best <= 16 && !p.repeated && static_cast<int64_t>(parts) * p.best > 32)
+      launch(what, merge_short_kernel, grid_x(s.lists.nq), kMergeWarps * 32, 0, l, m);
+    else
+      merge_lists(m, what, l);
   }
 }
 

@@ -20,9 +20,10 @@
 namespace lutra {
 namespace cuda {
 
-constexpr int kListThreads = 256, kListWarps = kListThreads / 32;
-constexpr int kGroup = 8;    // probes of a list that a block serves
-constexpr int kSeedK = 128;  // with a larger k a block begins without a threshold
+constexpr int kListThreads = 256;   // of a block that serves one probe
+constexpr int kGroupThreads = 128;  // of one that serves a group: smaller tiles, for lists are short
+constexpr int kGroup = 8;           // probes of a list that a block serves
+constexpr int kSeedK = 128;         // with a larger k a block begins without a threshold
 
 struct ListScan {   // what a kernel gets
   ListsArgs lists;  // of the queries of this launch; scores, ids and bad are not used
@@ -47,14 +48,14 @@ struct ListScanPlan {
 
 struct ListScanShape {
   int64_t tile;         // rows that a block scans at a time
-  bool can_group;       // whether the kernel has a form for kGroup probes
+  int64_t group_tile;   // and one that serves a group; 0: the kernel has no such form
   size_t shared_alone;  // shared memory besides the selection, for one probe
 };
 
-inline size_t list_select_bytes(int probes, int best, int capacity) {
-  return Selector::bytes(probes, best, kListWarps) +
+inline size_t list_select_bytes(int probes, int threads, int best, int capacity) {
+  return Selector::bytes(probes, best, threads / 32) +
          (best <= kShortK ? 0 : static_cast<size_t>(probes) * capacity * sizeof(Key)) +
-         (best <= kSeedK ? static_cast<size_t>(probes) * kListThreads * sizeof(uint32_t) : 0);
+         (best <= kSeedK ? static_cast<size_t>(probes) * threads * sizeof(uint32_t) : 0);
 }
 
 ListScanPlan plan_list_scan(const ListsArgs&, const ListSizes&, const ListScanShape&, int device);
@@ -117,18 +118,18 @@ __device__ __forceinline__ int64_t list_probe(const ListScan& a, const ListWork&
   return Q == 1 ? w.head : a.sorted_probes[w.head + i];
 }
 
-// A block's candidates and thresholds.
-template <int Q>
+// A block's candidates and thresholds; THREADS are in the block.
+template <int Q, int THREADS>
 struct ListSelection {
   Selector select;
-  uint32_t* best_of_threads;  // [Q][kListThreads] where best <= kSeedK
+  uint32_t* best_of_threads;  // [Q][THREADS] where best <= kSeedK
 
   // Lays them out from `shared` on; the caller's barrier follows.
   __device__ __forceinline__ void start(void* shared, const ListScan& a, const ListWork& w) {
     auto* near = static_cast<Key*>(shared);
     void* own = a.best <= kShortK ? near : near + static_cast<int64_t>(Q) * a.capacity;
     select.init(own, near, a.capacity, Q, a.capacity, a.best);
-    best_of_threads = reinterpret_cast<uint32_t*>(static_cast<char*>(own) + Selector::bytes(Q, a.best, kListWarps));
+    best_of_threads = reinterpret_cast<uint32_t*>(static_cast<char*>(own) + Selector::bytes(Q, a.best, THREADS / 32));
     if (a.bars && threadIdx.x < w.probes) {  // the thread that has cleared them
       const int q = threadIdx.x;
       const Key bar = *static_cast<const volatile Key*>(a.bars + list_probe<Q>(a, w, q) / a.lists.nprobe);
@@ -145,8 +146,8 @@ __device__ __forceinline__ int64_t list_position(const ListScan& a, int64_t row)
 }
 
 // The first thresholds, from the scores of the first tile. Arguments as below.
-template <int Q, int V, int STEP>
-__device__ __forceinline__ void seed_thresholds(const ListScan& a, const ListWork& w, ListSelection<Q>& s,
+template <int Q, int V, int STEP, int THREADS>
+__device__ __forceinline__ void seed_thresholds(const ListScan& a, const ListWork& w, ListSelection<Q, THREADS>& s,
                                                 const float (&scores)[Q][V], int64_t row, unsigned pending) {
   bool open = false;
 #pragma unroll
@@ -164,21 +165,21 @@ __device__ __forceinline__ void seed_thresholds(const ListScan& a, const ListWor
       const uint32_t bits = counts >> v & 1 ? ordered_bits(scores[q][v]) : 0;
       best = bits > best ? bits : best;
     }
-    s.best_of_threads[q * kListThreads + threadIdx.x] = best;
+    s.best_of_threads[q * THREADS + threadIdx.x] = best;
   }
   __syncthreads();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  for (int q = warp; q < w.probes; q += kListWarps) {
-    uint32_t value[kListThreads / 32];
+  for (int q = warp; q < w.probes; q += THREADS / 32) {
+    uint32_t value[THREADS / 32];
 #pragma unroll
-    for (int i = 0; i < kListThreads / 32; ++i) value[i] = s.best_of_threads[q * kListThreads + i * 32 + lane];
+    for (int i = 0; i < THREADS / 32; ++i) value[i] = s.best_of_threads[q * THREADS + i * 32 + lane];
     uint32_t bar = 0;  // the largest that `best` threads reach, but for its last digits
 #pragma unroll 1
     for (int bit = 31; bit >= 10; --bit) {
       const uint32_t trial = bar | 1u << bit;
       unsigned count = 0;
 #pragma unroll
-      for (int i = 0; i < kListThreads / 32; ++i) count += value[i] >= trial;
+      for (int i = 0; i < THREADS / 32; ++i) count += value[i] >= trial;
       if (static_cast<int>(__reduce_add_sync(kFullWarp, count)) >= a.best) bar = trial;
     }
     const Key key = static_cast<Key>(bar) << 32;  // below every candidate of this score
@@ -190,13 +191,13 @@ __device__ __forceinline__ void seed_thresholds(const ListScan& a, const ListWor
 // Offers the scores of V rows for Q probes; scores[q][v] of row `row` + v STEP, where bit q * V + v of `pending` is
 // set. All threads of the block call it, and the block's threads wait for one another. `first`: of the block's first
 // tile.
-template <int Q, int V, int STEP>
-__device__ __forceinline__ void offer_list_rows(const ListScan& a, const ListWork& w, ListSelection<Q>& s,
+template <int Q, int V, int STEP, int THREADS>
+__device__ __forceinline__ void offer_list_rows(const ListScan& a, const ListWork& w, ListSelection<Q, THREADS>& s,
                                                 const float (&scores)[Q][V], int64_t row, unsigned pending,
                                                 bool first) {
   static_assert(Q * V <= 32, "one bit for each score");
   Selector& select = s.select;
-  if (first && a.best <= kSeedK) seed_thresholds<Q, V, STEP>(a, w, s, scores, row, pending);
+  if (first && a.best <= kSeedK) seed_thresholds<Q, V, STEP, THREADS>(a, w, s, scores, row, pending);
   for (;;) {
     unsigned refused = 0;
 #pragma unroll
@@ -218,14 +219,15 @@ __device__ __forceinline__ void offer_list_rows(const ListScan& a, const ListWor
 }
 
 // The end of the block: each probe's best to its place, the rest of the place 0.
-template <int Q>
-__device__ __forceinline__ void finish_list_selection(const ListScan& a, const ListWork& w, ListSelection<Q>& s) {
+template <int Q, int THREADS>
+__device__ __forceinline__ void finish_list_selection(const ListScan& a, const ListWork& w,
+                                                      ListSelection<Q, THREADS>& s) {
   Selector& select = s.select;
   __syncthreads();
   select.compact(true);
   __syncthreads();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  for (int q = warp; q < w.probes; q += kListWarps) {
+  for (int q = warp; q < w.probes; q += THREADS / 32) {
     const int64_t probe = list_probe<Q>(a, w, q);
     Key* to = a.keys + (probe * a.stretches + blockIdx.y) * a.best;
     const Key* from = select.lists + q * select.pitch;

@@ -12,7 +12,7 @@ from .. import _backend, _checks, scan
 from .._arrays import BF16, F16, F32, I8, I32, I64
 from .._checks import METRICS
 from ..scan._knn import CUDA_MAX_K
-from ..scan._lists import Lists, query_tables
+from ..scan._lists import Lists, list_rows, query_tables
 from . import _files
 from ._arena import BLOCK, Arena, Field
 from ._codec import ROWS, Codec, merge, to_rows, to_rows_on_gpu
@@ -25,6 +25,7 @@ from ._rows import Rows
 from .base import Index
 
 _KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
+_FEW = 32  # queries whose lists a GPU finds by a scan of the centroids as rows
 _BATCH, _PROBES = 4096, 1 << 20  # queries of a part, and the lists that they look into
 # How codes lie in files: 2 as they are scanned; in 1 scalar codes lay row by row, and entries of 5 to 7 bits
 # took a byte.
@@ -491,6 +492,13 @@ class _There:
         self.columns = None  # centroids side by side, (1, d, nlist)
         if self.centers is not None:
             self.columns = home.kind.dense(self.centers.T)[None]
+        coarse = index._coarse()
+        # The centroids as one list of rows, as the CPU scans them: for few queries that is the quicker way.
+        self.rows = None if coarse is None else home.bring(coarse)
+        self.whole = Lists(
+            home.full((1,), 0, I64), home.full((1,), self.nlist, I64), None, self.nlist, None, None,
+            self.nlist, self.nlist,
+        )  # fmt: skip
         every = home.arange(self.nlist)[None]
         self.every = every
         self.lists = Lists(
@@ -507,6 +515,9 @@ class _There:
                 raise ValueError(
                     f"nprobe must be at most {CUDA_MAX_K} on CUDA, or all {self.nlist} lists, got {nprobe}"
                 )
+            if self.rows is not None and len(q) <= _FEW:
+                lists = self.whole._replace(probes=self.home.full((len(q), 1), 0, I64))
+                return list_rows(self.home.kind.dense(q), self.rows, lists, nprobe, self.inner)
             return scan.knn(q, self.centers, nprobe, self.inner)
         base = query_tables(q, self.columns, distances=self.inner == "l2")[:, 0]
         probes = self.home.empty((len(q), self.nlist), I64)

@@ -25,7 +25,7 @@ from ._rows import Rows
 from .base import Index
 
 _KEPT = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
-_FEW = 32  # queries whose lists a GPU finds by a scan of the centroids as rows
+_FEW = 8192, 256  # lists, and of them probes, that a GPU finds by a scan of the centroids as rows
 _BATCH, _PROBES = 4096, 1 << 20  # queries of a part, and the lists that they look into
 # How codes lie in files: 2 as they are scanned; in 1 scalar codes lay row by row, and entries of 5 to 7 bits
 # took a byte.
@@ -493,8 +493,8 @@ class _There:
         if self.centers is not None:
             self.columns = home.kind.dense(self.centers.T)[None]
         coarse = index._coarse()
-        # The centroids as one list of rows, as the CPU scans them: for few queries that is the quicker way.
-        self.rows = None if coarse is None else home.bring(coarse)
+        # The centroids as one list of rows, as the CPU scans them: the quicker way where they are not many.
+        self.rows = home.bring(coarse) if coarse is not None and self.nlist <= _FEW[0] else None
         self.whole = Lists(
             home.full((1,), 0, I64), home.full((1,), self.nlist, I64), None, self.nlist, None, None,
             self.nlist, self.nlist,
@@ -515,7 +515,7 @@ class _There:
                 raise ValueError(
                     f"nprobe must be at most {CUDA_MAX_K} on CUDA, or all {self.nlist} lists, got {nprobe}"
                 )
-            if self.rows is not None and len(q) <= _FEW:
+            if self.rows is not None and nprobe <= _FEW[1]:  # whatever the batch: its size changes no bit
                 lists = self.whole._replace(probes=self.home.full((len(q), 1), 0, I64))
                 return list_rows(self.home.kind.dense(q), self.rows, lists, nprobe, self.inner)
             return scan.knn(q, self.centers, nprobe, self.inner)

@@ -122,7 +122,7 @@ int64_t tile_of(DType t) { return kListThreads * (t == DType::i8 ? 4 : t == DTyp
 size_t query_bytes(int64_t d, int probes) { return static_cast<size_t>(round_up(d, 4)) * 4 * probes; }
 
 ListScanPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t d, DType t, int device) {
-  const ListScanShape shape{tile_of(t), d <= kGroupedDims ? kGroupThreads * 4 : 0, query_bytes(d, 1)};
+  const ListScanShape shape{tile_of(t), d <= kGroupedDims ? kGroupThreads * 4 : 0, query_bytes(d, 1), 1};
   const ListScanPlan p = plan_list_scan(a, sizes, shape, device);
   if (query_bytes(d, 1) + list_select_bytes(1, kListThreads, p.best, p.capacity) >
       static_cast<size_t>(shared_limit(device)))

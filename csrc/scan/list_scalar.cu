@@ -124,7 +124,7 @@ constexpr int64_t kGroupedDims = 1024;
 size_t near_bytes(int64_t d, int probes) { return static_cast<size_t>(round_up(d, 4)) * 4 * (probes + 2); }
 
 ListScanPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t d, int device) {
-  const ListScanShape shape{kListThreads * V, d <= kGroupedDims ? kGroupThreads * V : 0, near_bytes(d, 1)};
+  const ListScanShape shape{kListThreads * V, d <= kGroupedDims ? kGroupThreads * V : 0, near_bytes(d, 1), 1};
   const ListScanPlan p = plan_list_scan(a, sizes, shape, device);
   if (near_bytes(d, 1) + list_select_bytes(1, kListThreads, p.best, p.capacity) >
       static_cast<size_t>(shared_limit(device)))

@@ -42,9 +42,7 @@ SortedProbes sorted_probes(const ListScanPlan& p, const ListsArgs& a, Carve* c) 
   return s;
 }
 
-Key* list_keys(const ListScanPlan& p, const ListsArgs& a, Carve* c) {
-  return c->take<Key>(p.queries * a.nprobe * p.stretches * p.best);
-}
+Key* list_keys(const ListScanPlan& p, Carve* c) { return c->take<Key>(p.queries * p.runs * p.stretches * p.best); }
 
 Key* list_bars(const ListScanPlan& p, Carve* c) { return p.barred ? c->take<Key>(p.queries) : nullptr; }
 
@@ -139,21 +137,26 @@ ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const Li
   int64_t on_one = static_cast<int64_t>(shared_limit(device)) / static_cast<int64_t>(shared + 1024);
   on_one = on_one < 1 ? 1 : on_one > 6 ? 6 : on_one;
   const int64_t slots = on_one * multiprocessors(device);
-  int64_t blocks = nq * nprobe;
+  // Several probes a block where there are enough of them: it has the query's tables and threshold already.
+  // A position that is in two lists must not come twice into one block's candidates.
+  const int64_t spare = sizes.repeated ? 1 : nq * nprobe / (4 * slots);
+  p.run = static_cast<int>(spare < 1 ? 1 : spare > shape.most_run ? shape.most_run : spare);
+  p.runs = div_up(nprobe, p.run);
+  int64_t blocks = nq * p.runs;
   if (p.grouped) blocks = static_cast<int64_t>(static_cast<double>(blocks) / (each < kGroup ? each : kGroup)) + 1;
   const int64_t tiles = div_up(typical, tile);
   int64_t wanted = div_up(4 * slots, blocks);
   wanted = wanted < 1 ? 1 : wanted > tiles ? tiles : wanted;
   p.stretch = div_up(tiles, wanted) * tile;
   // Their places in the workspace are not free, though.
-  const int64_t place = nprobe * (p.best > 0 ? p.best : 1) * static_cast<int64_t>(sizeof(Key));
+  const int64_t place = p.runs * (p.best > 0 ? p.best : 1) * static_cast<int64_t>(sizeof(Key));
   int64_t most = 4 * wanted > 64 ? 4 * wanted : 64;
   if (most > kKeyBytes / place) most = kKeyBytes / place;
   if (most > 65535) most = 65535;
   if (most < 1) most = 1;
   if (div_up(longest, p.stretch) > most) p.stretch = round_up(div_up(longest, most), tile);
   p.stretches = static_cast<int>(div_up(longest, p.stretch));
-  p.barred = blocks * div_up(typical, p.stretch) > 2 * slots && nprobe * p.stretches > 1;
+  p.barred = blocks * div_up(typical, p.stretch) > 2 * slots && p.runs * p.stretches > 1;
 
   int64_t fit = kKeyBytes / (place * p.stretches);
   if (fit > kMostProbes / nprobe) fit = kMostProbes / nprobe;
@@ -166,7 +169,7 @@ ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const Li
 int64_t list_scan_bytes(const ListScanPlan& p, const ListsArgs& a) {
   Carve c(nullptr);
   sorted_probes(p, a, &c);
-  list_keys(p, a, &c);
+  list_keys(p, &c);
   list_bars(p, &c);
   return c.used();
 }
@@ -175,7 +178,7 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
                    const ListScanCall& call) {
   Carve c(l.workspace);
   const SortedProbes w = sorted_probes(p, a, &c);
-  Key* keys = list_keys(p, a, &c);
+  Key* keys = list_keys(p, &c);
   Key* bars = list_bars(p, &c);
   for (int64_t q0 = 0; q0 < a.nq; q0 += p.queries) {
     ListScan s{};
@@ -184,6 +187,8 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
     s.lists.probes = a.probes + q0 * a.nprobe;
     s.stretches = p.stretches;
     s.stretch = p.stretch;
+    s.run = p.run;
+    s.runs = p.runs;
     s.best = p.best;
     s.capacity = p.capacity;
     s.sign = a.metric == Metric::l2 ? -1.0f : 1.0f;
@@ -205,9 +210,10 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
         s.first = w.first;
       }
       if (bars) fill_zero(what, bars, static_cast<size_t>(s.lists.nq) * sizeof(Key), l);
-      call.scan(call.context, s, q0, dim3(static_cast<unsigned>(n), static_cast<unsigned>(p.stretches)));
+      const dim3 grid(grid_x(s.lists.nq * p.runs), static_cast<unsigned>(p.stretches));
+      call.scan(call.context, s, q0, grid);
     }
-    const int parts = p.best > 0 ? static_cast<int>(a.nprobe) * p.stretches : 0;
+    const int parts = p.best > 0 ? static_cast<int>(p.runs) * p.stretches : 0;
     const Merge m{keys,
                   s.lists.nq,
                   parts,

@@ -34,22 +34,25 @@ struct ListScan {   // what a kernel gets
   const int32_t* sorted_probes;
   const int32_t* first;  // (nlist + 2,) where the probes of each list begin
   int best, capacity;
-  float sign;  // -1 where smaller is better
-  Key* keys;   // [queries * nprobe][stretches][best]
-  Key* bars;   // [queries] keys that `best` others reach, or 0; null where no blocks come later
+  float sign;    // -1 where smaller is better
+  int run;       // probes of a query that a block scans one after another
+  int64_t runs;  // of a query; nprobe where run is 1
+  Key* keys;     // [queries * runs][stretches][best]
+  Key* bars;     // [queries] keys that `best` others reach, or 0; null where no blocks come later
 };
 
 // ---- host side
 struct ListScanPlan {
   bool grouped, repeated, barred;
-  int best, capacity, stretches;
-  int64_t stretch, queries;  // of a launch
+  int best, capacity, stretches, run;
+  int64_t stretch, runs, queries;  // queries of a launch
 };
 
 struct ListScanShape {
   int64_t tile;         // rows that a block scans at a time
   int64_t group_tile;   // and one that serves a group; 0: the kernel has no such form
   size_t shared_alone;  // shared memory besides the selection, for one probe
+  int most_run;         // probes of a query that a block may scan one after another
 };
 
 inline size_t list_select_bytes(int probes, int threads, int best, int capacity) {
@@ -83,6 +86,19 @@ struct ListWork {
   int64_t head;        // where they stand among the sorted ones
 };
 
+// The block's stretch of a list, as rows of the arena; none where there is no such list.
+__device__ __forceinline__ void list_stretch(const ListScan& a, int64_t list, int64_t* first, int64_t* last) {
+  *first = *last = 0;
+  if (list < 0 || list >= a.lists.nlist) return;
+  const int64_t begin = a.lists.list_begin[list], rows = a.lists.list_rows[list];
+  // A list that leaves the arena is damaged: it has no rows.
+  if (begin < 0 || begin % 16 || rows < 0 || begin > a.lists.arena_rows || rows > a.lists.arena_rows - begin) return;
+  const int64_t from = blockIdx.y * a.stretch;
+  int64_t to = from + a.stretch;
+  if (to > rows || static_cast<int>(blockIdx.y) == a.stretches - 1) to = rows;
+  if (from < to) *first = begin + from, *last = begin + to;
+}
+
 template <int Q>
 __device__ __forceinline__ ListWork list_work(const ListScan& a) {
   ListWork w;
@@ -97,18 +113,8 @@ __device__ __forceinline__ ListWork list_work(const ListScan& a) {
     const int64_t rest = to - i;
     w.probes = (i - from) % Q ? 0 : static_cast<int>(rest < Q ? rest : Q);
   }
-  w.begin = w.end = 0;
-  if (w.list < 0 || w.list >= a.lists.nlist) {
-    w.list = -1;
-    return w;
-  }
-  const int64_t begin = a.lists.list_begin[w.list], rows = a.lists.list_rows[w.list];
-  // A list that leaves the arena is damaged: it has no rows.
-  if (begin < 0 || begin % 16 || rows < 0 || begin > a.lists.arena_rows || rows > a.lists.arena_rows - begin) return w;
-  const int64_t from = blockIdx.y * a.stretch;
-  int64_t to = from + a.stretch;
-  if (to > rows || static_cast<int>(blockIdx.y) == a.stretches - 1) to = rows;
-  if (from < to) w.begin = begin + from, w.end = begin + to;
+  if (w.list < 0 || w.list >= a.lists.nlist) w.list = -1;
+  list_stretch(a, w.list, &w.begin, &w.end);
   return w;
 }
 
@@ -132,7 +138,7 @@ struct ListSelection {
     best_of_threads = reinterpret_cast<uint32_t*>(static_cast<char*>(own) + Selector::bytes(Q, a.best, THREADS / 32));
     if (a.bars && threadIdx.x < w.probes) {  // the thread that has cleared them
       const int q = threadIdx.x;
-      const Key bar = *static_cast<const volatile Key*>(a.bars + list_probe<Q>(a, w, q) / a.lists.nprobe);
+      const Key bar = *static_cast<const volatile Key*>(a.bars + list_probe<Q>(a, w, q) / a.runs);
       if (bar) select.least[q] = bar, select.least_score[q] = key_score(bar);
     }
   }
@@ -233,7 +239,7 @@ __device__ __forceinline__ void finish_list_selection(const ListScan& a, const L
     const Key* from = select.lists + q * select.pitch;
     const int count = select.counts[q];
     for (int i = lane; i < a.best; i += 32) to[i] = i < count ? from[i] : 0;
-    if (a.bars && lane == 0 && select.least[q]) atomicMax(a.bars + probe / a.lists.nprobe, select.least[q]);
+    if (a.bars && lane == 0 && select.least[q]) atomicMax(a.bars + probe / a.runs, select.least[q]);
   }
 }
 

@@ -311,27 +311,29 @@ def test_thresholds_that_blocks_leave_to_others(gpu):
     probes = probes_of(rng, 500, 20, 60)
     for k in (10, 30):
         want = reference.lut8(lut, entries, None, None, None, None, (*lists[:4], None, probes), k, "ip")
-        given = on_gpu(gpu, *lists[:4], None, probes)._replace(typical=4000)  # four rows a thread
+        given = on_gpu(gpu, *lists[:4], None, probes)._replace(
+            typical=4000
+        )  # two rows a thread, three lists a block
         got = _lists.lut8(gpu.put(lut), gpu.put(packed4(entries)), given, k, "ip", bits=4)
         compare(gpu, got, want)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_many_look_ups(gpu, bits):
-    """Four rows a thread, at sizes around the tiles of that."""
+    """Two rows a thread, at sizes around the tiles of that, and several lists a block."""
     rng = np.random.default_rng(bits)
-    lists = make_lists(rng, [1023, 1024, 1025, 3, 2048, 257, 4000])
-    for m in (3, 4, 16, 33):
+    lists = make_lists(rng, [511, 512, 513, 3, 1024, 0, 257, 4000])
+    for nq, m, k in ((70, 3, 10), (70, 16, 40), (1500, 4, 10), (1500, 33, 40)):
         entries = rng.integers(0, 1 << bits, (len(lists[2]), m)).astype(np.uint8)
-        lut = rng.integers(-9, 10, (70, m, 1 << bits)).astype(np.float32)
-        probes = probes_of(rng, 70, 6, 7)
+        lut = rng.integers(-9, 10, (nq, m, 1 << bits)).astype(np.float32)
+        probes = probes_of(rng, nq, 7, 8)
+        base = rng.integers(-9, 10, probes.shape).astype(np.float32)
         given = on_gpu(gpu, *lists[:4], None, probes)._replace(typical=30_000)
-        got = _lists.lut8(
-            gpu.put(lut), gpu.put(packed4(entries) if bits == 4 else entries), given, 10, "ip", bits=bits
-        )
-        few = slice(0, 70, 9)  # the reference takes its time
+        codes = gpu.put(packed4(entries) if bits == 4 else entries)
+        got = _lists.lut8(gpu.put(lut), codes, given, k, "ip", gpu.put(base), bits=bits)
+        few = slice(0, nq, nq // 8)  # the reference takes its time
         want = reference.lut8(
-            lut[few], entries, None, None, None, None, (*lists[:4], None, probes[few]), 10, "ip"
+            lut[few], entries, base[few], None, None, None, (*lists[:4], None, probes[few]), k, "ip"
         )
         np.testing.assert_array_equal(gpu.get(got[0])[few], want[0])
         np.testing.assert_array_equal(gpu.get(got[1])[few], want[1])

@@ -44,12 +44,13 @@ void register_lists(py::module_& m) {
                              first.as<int64_t>()};
     cuda::cluster_means(a, Launch{device, stream.p, workspace.p});
   });
-  m.def("list_rows_workspace", [](int64_t nlist, int64_t arena_rows, int64_t npositions, int64_t nq, int64_t nprobe,
-                                  int64_t k, int64_t longest, int64_t typical, int64_t d, int type, int device,
-                                  Address stream) {
-    return cuda::list_rows_workspace(sizes_of(nlist, arena_rows, npositions, nq, nprobe, k), {longest, typical, false},
-                                     d, static_cast<DType>(type), Launch{device, stream.p});
-  });
+  m.def("list_rows_workspace",
+        [](int64_t nlist, int64_t arena_rows, int64_t npositions, int64_t nq, int64_t nprobe, int64_t k,
+           int64_t longest, int64_t typical, bool repeated, int64_t d, int type, int device, Address stream) {
+          return cuda::list_rows_workspace(sizes_of(nlist, arena_rows, npositions, nq, nprobe, k),
+                                           {longest, typical, repeated}, d, static_cast<DType>(type),
+                                           Launch{device, stream.p});
+        });
   m.def("list_rows",
         [](Address q, int64_t ldq, int64_t d, Address x, int type, Address list_begin, Address list_rows, int64_t nlist,
            int64_t arena_rows, Address positions, int64_t npositions, Address keep, Address probes, int64_t nq,
@@ -62,9 +63,9 @@ void register_lists(py::module_& m) {
         });
   m.def("list_scalar_workspace",
         [](int64_t nlist, int64_t arena_rows, int64_t npositions, int64_t nq, int64_t nprobe, int64_t k,
-           int64_t longest, int64_t typical, int64_t d, int device, Address stream) {
+           int64_t longest, int64_t typical, bool repeated, int64_t d, int device, Address stream) {
           return cuda::list_scalar_workspace(sizes_of(nlist, arena_rows, npositions, nq, nprobe, k),
-                                             {longest, typical, false}, d, Launch{device, stream.p});
+                                             {longest, typical, repeated}, d, Launch{device, stream.p});
         });
   m.def("list_scalar", [](Address q, int64_t ldq, int64_t d, Address codes, int bits, Address step, Address offset,
                           Address centroids, Address list_begin, Address list_rows, int64_t nlist, int64_t arena_rows,
@@ -77,12 +78,12 @@ void register_lists(py::module_& m) {
                                      offset.as<float>(), centroids.as<float>()},
                       {longest, typical, repeated}, Launch{device, stream.p, workspace.p});
   });
-  m.def("list_lut_workspace",
-        [](int64_t nlist, int64_t arena_rows, int64_t npositions, int64_t nq, int64_t nprobe, int64_t k,
-           int64_t longest, int64_t typical, int64_t m_, int64_t ksub, int bits, int device, Address stream) {
-          return cuda::list_lut_workspace(sizes_of(nlist, arena_rows, npositions, nq, nprobe, k),
-                                          {longest, typical, false}, m_, ksub, bits, Launch{device, stream.p});
-        });
+  m.def("list_lut_workspace", [](int64_t nlist, int64_t arena_rows, int64_t npositions, int64_t nq, int64_t nprobe,
+                                 int64_t k, int64_t longest, int64_t typical, bool repeated, int64_t m_, int64_t ksub,
+                                 int bits, int device, Address stream) {
+    return cuda::list_lut_workspace(sizes_of(nlist, arena_rows, npositions, nq, nprobe, k),
+                                    {longest, typical, repeated}, m_, ksub, bits, Launch{device, stream.p});
+  });
   m.def("list_lut", [](Address lut, int64_t m_, int64_t ksub, int bits, Address codes, Address base, Address bias,
                        Address add, Address mul, Address list_begin, Address list_rows, int64_t nlist,
                        int64_t arena_rows, Address positions, int64_t npositions, Address keep, Address probes,

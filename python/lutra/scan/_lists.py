@@ -155,9 +155,8 @@ def _on_gpu(
     nq, nprobe = lists.probes.shape
     nlist, rows = lists.begin.shape[0], 16 * x.shape[0] if arena_rows is None else arena_rows
     scores, ids = kind.empty((nq, k), F32, q), kind.empty((nq, k), I64, q)
-    scratch = kind.scratch(
-        name, q, nlist, rows, lists.npositions, nq, nprobe, k, lists.longest, lists.typical, *sizes
-    )
+    shape = nlist, rows, lists.npositions, nq, nprobe, k, lists.longest, lists.typical, lists.repeated
+    scratch = kind.scratch(name, q, *shape, *sizes)
     positions, keep = (None if a is None else kind.ptr(a) for a in (lists.positions, lists.keep))
     getattr(kind.kernels, name)(
         *mine, kind.ptr(lists.begin), kind.ptr(lists.rows), nlist, rows, positions, lists.npositions, keep,

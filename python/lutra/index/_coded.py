@@ -16,7 +16,7 @@ from ..scan._lists import Lists, list_rows, query_tables
 from . import _files
 from ._arena import BLOCK, Arena, Field
 from ._codec import ROWS, Codec, merge, to_rows, to_rows_on_gpu
-from ._codec_gpu import GpuScan, distinct
+from ._codec_gpu import GpuScan, distinct, order_of
 from ._home import HOST, Home
 from ._quantizer_files import quantizer_of, quantizer_tensors, restore_quantizer
 from ._refine import refine as refine_candidates
@@ -135,7 +135,7 @@ class CodedIndex(Index):
 
     def compact(self) -> None:
         """Give back the room that lists have to grow; bulk additions leave none."""
-        with self._lock.writing():
+        with self._changing():
             if self._arena is not None:
                 self._searcher = None
                 self._arena.compact()
@@ -510,16 +510,17 @@ class _There:
         """Scores and numbers of the lists that queries look into."""
         if self.columns is None:
             return None, self.home.full((len(q), 1), 0, I64)
-        if nprobe < self.nlist:
-            if nprobe > CUDA_MAX_K:
-                raise ValueError(
-                    f"nprobe must be at most {CUDA_MAX_K} on CUDA, or all {self.nlist} lists, got {nprobe}"
-                )
+        if nprobe < min(self.nlist, CUDA_MAX_K + 1):
             if self.rows is not None and nprobe <= _FEW[1]:  # whatever the batch: its size changes no bit
                 lists = self.whole._replace(probes=self.home.full((len(q), 1), 0, I64))
                 return list_rows(self.home.kind.dense(q), self.rows, lists, nprobe, self.inner)
             return scan.knn(q, self.centers, nprobe, self.inner)
         base = query_tables(q, self.columns, distances=self.inner == "l2")[:, 0]
-        probes = self.home.empty((len(q), self.nlist), I64)
-        probes[:] = self.every
-        return base, probes
+        if nprobe == self.nlist:
+            probes = self.home.empty((len(q), self.nlist), I64)
+            probes[:] = self.every
+            return base, probes
+        order = order_of(self.home, base if self.inner == "l2" else -base)[:, :nprobe]
+        if self.home.kind.name == "torch":
+            return base.gather(1, order), order.contiguous()
+        return self.home.xp.take_along_axis(base, order, 1), self.home.kind.dense(order)

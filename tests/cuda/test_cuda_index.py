@@ -356,3 +356,29 @@ def test_quantizers_train_on_the_gpu(gpu, make):
         np.square(one.decode(one.encode(x)) - x).mean() for one in (make().train(gpu.put(x)), make().train(x))
     ]
     assert errors[0] < errors[1] * 1.05
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine", "l1", "linf"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "uint8"])
+def test_flat(gpu, dtype, metric, tmp_path):
+    skip_bfloat16(gpu, dtype)
+    rng = np.random.default_rng(0)
+    x, q = (rng.integers(0, 9, s).astype(np.float32) for s in ((900, D), (12, D)))
+    index, host = Flat(D, metric, dtype=dtype), Flat(D, metric, dtype=dtype)
+    index.add(gpu.put(x))
+    host.add(x)
+    assert index.device == "cuda:0"
+    keep = np.arange(900) % 3 == 0
+    for filter in (None, keep):
+        found, want = index.search(gpu.put(q), 10, filter=filter), host.search(q, 10, filter=filter)
+        np.testing.assert_allclose(gpu.get(found.scores), want.scores, rtol=1e-5)
+        if metric != "cosine":
+            np.testing.assert_array_equal(gpu.get(found.ids), want.ids)
+    radius = float(np.median(want.scores))
+    if metric in ("ip", "l2"):
+        found, want = (i.range_search(v, radius) for i, v in ((index, gpu.put(q)), (host, q)))
+        np.testing.assert_array_equal(gpu.get(found.offsets), want.offsets)
+        np.testing.assert_array_equal(gpu.get(found.ids), want.ids)
+    index.save(tmp_path / "gpu")
+    host.save(tmp_path / "host")
+    assert (tmp_path / "gpu").read_bytes() == (tmp_path / "host").read_bytes()

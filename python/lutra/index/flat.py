@@ -51,7 +51,7 @@ class Flat(Index):
     less for narrow types; or what `lutra.scan.knn_screened` costs. Scores are exact for the values as they
     are stored.
 
-    On a GPU there are float32 and the metrics 'ip', 'l2' and 'cosine' only.
+    On a GPU there is no metric 'poincare', and CuPy has no bfloat16.
 
     Examples
     --------
@@ -205,26 +205,24 @@ class Flat(Index):
         ------
         TypeError, ValueError
             As `search`, and for a radius that is no number.
-        NotImplementedError
-            The index is on a GPU: move it with ``to("cpu")``.
 
         Notes
         -----
-        See `lutra.scan.range_search`.
+        See `lutra.scan.range_search`. On a GPU the call waits for it: how many results there are is known
+        only then.
         """
         with self._lock.reading():
             native = check_matrix(q, "q", self.d)
             home = self._home or home_of(native, "q")
-            if home is not HOST:
-                raise NotImplementedError(f"range_search is for the CPU; this index is on {home.device}")
-            part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
-            if not self._ids.n:
-                self._nothing()
-            self._check_queries(part)
-            keep = None if filter is None else self._keep(home, filter)
-            view = self._rows["vectors"].view
-            offsets, scores, positions = scan.range_search(part, view, radius, self.metric, filter=keep)
-            return RangeResult(*deliver(home, (offsets, scores, self._ids.of(home, positions)), q))
+            with home.following(native):
+                part = to_float32(home, native, "q", finite=not kind_of(native, "q").cuda)
+                if not self._ids.n:
+                    self._nothing()
+                self._check_queries(part)
+                keep = None if filter is None else self._keep(home, filter)
+                view = self._rows["vectors"].view
+                offsets, scores, positions = scan.range_search(part, view, radius, self.metric, filter=keep)
+                return RangeResult(*deliver(home, (offsets, scores, self._ids.of(home, positions)), q))
 
     def _reconstruct(self, positions):
         return (self._home or HOST).kind.cast(self._rows["vectors"].view[positions], F32)

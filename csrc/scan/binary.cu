@@ -1,6 +1,6 @@
 // Packed bits on CUDA; formulas and conventions are in binary.h.
 //
-// One or two queries: as many lanes as make whole sectors share a row, 16 bytes each, and add up their counts by
+// Few queries: as many lanes as make whole sectors share a row, 16 bytes each, and add up their counts by
 // shuffles; the limit is reading the collection. More queries: binary_mma.cu.
 //
 // k above 2048: scores are written out and selected by radix (any_k.cuh). n < 2^32 - 1; offsets are 64-bit. Counts are
@@ -167,7 +167,8 @@ BinaryPlan plan_for(int64_t nq, int64_t n, int64_t b, int64_t k, int vec, int de
     p.lists.queries = any_k_queries(nq, n);
     return p;
   }
-  if (nq > 2) p.mma = binary_mma_plan(nq, n, b, k, kListBytes, device);
+  // Fewer queries: their blocks meet the same rows in the L2, and popcounts are quicker than 32 queries at a time.
+  if (nq >= 6 + 320 / (b < 16 ? 40 : b)) p.mma = binary_mma_plan(nq, n, b, k, kListBytes, device);
   if (p.mma.shared) {
     p.lists = p.mma.lists;
     return p;

@@ -306,6 +306,7 @@ int64_t fast_scan_workspace(int64_t nq, int64_t n, int64_t m, int64_t k, const L
 }
 
 void fast_scan(const FastScanArgs& a, const Launch& l) {
+  if (a.nq < 1) return;
   if (!a.tables || a.positions || a.probes || a.candidates || a.screen || a.base)
     throw std::invalid_argument("lutra: fast_scan on CUDA takes tables over all rows");
   const DeviceGuard guard(l.device);

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
 }
 
 constexpr int64_t kListBytes = int64_t{128} << 20, kTableBytes = int64_t{64} << 20;  // of the workspace, about
-// Below, its tables, second scoring and tests take longer than the conflicts that it avoids: one or two queries, more.
+// Below, its tables, second scoring and tests take longer than the conflicts that it avoids: up to four queries, more.
 constexpr int64_t kRotatedCodes[2] = {24 << 20, 1 << 20};
 
 struct PqPlan {
@@ -221,7 +221,7 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksub, int d
   s.parts = parts_for(groups, tiles, slots, 2);
   s.tiles_per_part = div_up(tiles > 0 ? tiles : 1, s.parts);
   s.parts = static_cast<int>(div_up(tiles > 0 ? tiles : 1, s.tiles_per_part));
-  if (n * m >= kRotatedCodes[nq > 2] && !large(k, n)) {
+  if (n * m >= kRotatedCodes[nq > 4] && !large(k, n)) {
     p.rotated = packed_plan(nq, n, k, m, ksub, device);
     if (!p.rotated.width) p.rotated = rotated_plan(nq, n, k, m, device);
   }

@@ -14,7 +14,10 @@ namespace lutra {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256, kRows = 2, kBlocks = 2;
+constexpr int kThreads = 256;
+// Rows of a thread at a time, and blocks that a multiprocessor is to hold, with W words an entry.
+constexpr int rows_of(int words) { return words == 4 ? 1 : 2; }
+constexpr int blocks_of(int words) { return words == 4 ? 3 : 2; }
 
 // ---- tables: a block a query
 struct Rounding {
@@ -121,7 +124,8 @@ struct PackedPolicy {
 };
 
 template <int W, int VEC, int R>
-__global__ void __launch_bounds__(kThreads, R == 1 ? 3 : 2) packed_kernel(PqScan a, const float2* all_terms) {
+__global__ void __launch_bounds__(kThreads, VEC == 16 ? blocks_of(W) : 1)
+    packed_kernel(PqScan a, const float2* all_terms) {
   constexpr int Q = 2 * W;
   char* const tables = dynamic_shared<char>();
   const int sixteens = (a.m + 15) / 16;
@@ -174,8 +178,9 @@ RotatedPlan packed_plan(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksu
   }
   if (p.width == 0) return p;
   const int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024);
-  const int64_t slots = (at_once < 1 ? 1 : at_once > kBlocks ? kBlocks : at_once) * multiprocessors(device);
-  p.lists = cut_lists(nq, p.width, n, p.kept, kThreads * kRows, slots, int64_t{1} << 60);
+  const int64_t most = blocks_of(p.width / 2);
+  const int64_t slots = (at_once < 1 ? 1 : at_once > most ? most : at_once) * multiprocessors(device);
+  p.lists = cut_lists(nq, p.width, n, p.kept, kThreads * rows_of(p.width / 2), slots, int64_t{1} << 60);
   return p;
 }
 
@@ -187,7 +192,7 @@ void packed_tables(const float* tables, int width, int64_t nq, int m, bool l2, c
 }
 
 void packed_scan(const PqScan& s, const RotatedPlan& p, const float2* terms, const Launch& l) {
-  p.width == 8 ? scan_of<4, kRows>(s, p, terms, l) : scan_of<2, kRows>(s, p, terms, l);
+  p.width == 8 ? scan_of<4, rows_of(4)>(s, p, terms, l) : scan_of<2, rows_of(2)>(s, p, terms, l);
 }
 
 }  // namespace cuda

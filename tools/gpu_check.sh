@@ -73,7 +73,7 @@ if [ $build = 0 ]; then
     done
   fi
   jobs=()  # in parallel where pytest-xdist is there: most of the time goes to the reference
-  "$PYTHON" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
+  "$PYTHON" -c 'import xdist' 2>/dev/null && jobs=(-n $(($(nproc) * 3 / 4 + 1)))
   timeout "${LIMIT:-900}" "$PYTHON" -m pytest -q -m cuda "${jobs[@]}" -o addopts="-ra --strict-markers" \
     --junitxml "$work/tests.xml" -p no:cacheprovider tests 2>&1 | tee "$out/tests.log"
   tests=${PIPESTATUS[0]}

@@ -64,7 +64,7 @@ if [ $build = 0 ]; then
     sanitizer=0
     for tool in memcheck racecheck; do
       (
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${LIMIT:-900}" compute-sanitizer --tool "$tool" \
+        LUTRA_SANITIZE_CASES=4 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${LIMIT:-900}" compute-sanitizer --tool "$tool" \
           --error-exitcode 9 --target-processes all --kernel-regex kns=lutra \
           "$PYTHON" -m pytest -q -m "cuda and sanitize" -o addopts="-ra --strict-markers" -p no:cacheprovider \
           tests/cuda >"$out/$tool.log" 2>&1

@@ -10,6 +10,7 @@
 #   LUTRA_CUDA_ARCHS  architectures to build       (default: this machine's)
 #   MODULES folder with modules built elsewhere (_cuda, and _core if it is there): nothing is built here
 #   LIMIT   seconds for the tests and for each run of the sanitizer (default: 900)
+#   CASES   cases of each test that the sanitizer runs   (default: 4)
 #   EACH    seconds for each benchmark             (default: 0.3)
 #
 # Exit: 0 all well; 1 the build, a test or a benchmark failed; 2 there is no GPU here (nothing is run).
@@ -64,7 +65,7 @@ if [ $build = 0 ]; then
     sanitizer=0
     for tool in memcheck racecheck; do
       (
-        LUTRA_SANITIZE_CASES=4 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${LIMIT:-900}" compute-sanitizer --tool "$tool" \
+        LUTRA_SANITIZE_CASES=${CASES:-4} PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${LIMIT:-900}" compute-sanitizer --tool "$tool" \
           --error-exitcode 9 --target-processes all --kernel-regex kns=lutra \
           "$PYTHON" -m pytest -q -m "cuda and sanitize" -o addopts="-ra --strict-markers" -p no:cacheprovider \
           tests/cuda >"$out/$tool.log" 2>&1

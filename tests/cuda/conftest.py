@@ -20,7 +20,8 @@ def pytest_collection_modifyitems(items):
         tests = {}
         for item in items:
             if HERE in Path(item.path).parents:
-                tests.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+                op = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+                tests.setdefault((item.path, getattr(item, "originalname", item.name), op), []).append(item)
         chosen = {id(cases[i * len(cases) // few]) for cases in tests.values() for i in range(few)}
         items[:] = [item for item in items if id(item) in chosen]
 

@@ -7,6 +7,8 @@
 #include "common/device.cuh"
 #include "gather/bag_kernel.cuh"
 
+#include <cstdlib>
+
 namespace lutra {
 namespace cuda {
 namespace {
@@ -27,27 +29,65 @@ struct Out<int8_t> {
 template <class T, int VEC>
 struct DenseRows {
   static constexpr bool kCodes = sizeof(T) == 1;
+  static constexpr float kUnit = 1;
   struct Raw {
     Pack<T, VEC> pack;
     float scale, minimum;
   };
   const T* table;
-  int64_t rows, dim, ld;
+  int64_t rows, dim;
+  uint32_t row_bytes;
   const float* scale;
   const float* minimum;
   typename Out<T>::type* out;
 
   __device__ __forceinline__ int context(float*) const { return 0; }
   __device__ __forceinline__ int64_t lane(int64_t column) const { return column; }
-  __device__ __forceinline__ Raw load(int64_t row, int64_t column) const {
+  __device__ __forceinline__ Raw load(uint32_t row, int64_t column) const {
     Raw raw;
-    raw.pack = load_pack<T, VEC>(table + row * ld + column);
+    const char* p = reinterpret_cast<const char*>(table) + static_cast<uint64_t>(row) * row_bytes;
+    raw.pack = load_pack<T, VEC>(reinterpret_cast<const T*>(p) + column);
     if (kCodes) raw.scale = scale[row], raw.minimum = minimum[row];
     return raw;
   }
-  __device__ __forceinline__ void values(const Raw& raw, int, float (&v)[VEC]) const {
+  // Codes as floats without conversions: as the mantissa of 2^23 (signed ones moved by 128).
+  __device__ __forceinline__ void codes(const Raw& raw, float (&v)[VEC]) const {
+    constexpr bool kSigned = static_cast<T>(-1) < static_cast<T>(0);
+    if constexpr (VEC % 4 == 0) {
+      uint32_t words[VEC / 4];
+      memcpy(words, &raw.pack.word, sizeof(words));
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) v[j] = kCodes ? fmaf(raw.scale, raw.pack[j], raw.minimum) : raw.pack[j];
+      for (int j = 0; j < VEC; ++j) {
+        const uint32_t word = kSigned ? words[j / 4] ^ 0x80808080u : words[j / 4];
+        v[j] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540u + (j & 3))) - (kSigned ? 8388736.0f : 8388608.0f);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) v[j] = raw.pack[j];
+    }
+  }
+  __device__ __forceinline__ void values(const Raw& raw, int, float (&v)[VEC]) const {
+    if constexpr (kCodes) {
+      codes(raw, v);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) v[j] = fmaf(raw.scale, v[j], raw.minimum);
+    } else {
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) v[j] = raw.pack[j];
+    }
+  }
+  __device__ __forceinline__ void add(const Raw& raw, int, float w, float (&sum)[VEC], float* shift) const {
+    if constexpr (kCodes) {
+      float v[VEC];
+      codes(raw, v);
+      const float s = w * raw.scale;
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) sum[j] = fmaf(s, v[j], sum[j]);
+      *shift = fmaf(w, raw.minimum, *shift);
+    } else {
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) sum[j] = fmaf(w, raw.pack[j], sum[j]);
+    }
   }
   __device__ __forceinline__ void store(int64_t bag, int64_t column, float (&v)[VEC]) const {
     store_pack<typename Out<T>::type, VEC>(out + bag * dim + column, v);
@@ -58,16 +98,21 @@ constexpr int kInFlight = 4;
 
 template <class T, int VEC>
 void by_mode(const BagArgs& a, const Launch& l) {
+  if (a.ld * static_cast<int64_t>(sizeof(T)) > 0xffffffff) throw std::length_error("lutra: bag on CUDA: rows too long");
   const DenseRows<T, VEC> source{static_cast<const T*>(a.table),
                                  a.rows,
                                  a.dim,
-                                 a.ld,
+                                 static_cast<uint32_t>(a.ld * static_cast<int64_t>(sizeof(T))),
                                  a.scale,
                                  a.minimum,
                                  static_cast<typename Out<T>::type*>(a.out)};
   if (a.bag.mode == Mode::max)
     run_bag<VEC, true, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
-  else
+  else if constexpr (sizeof(T) * VEC == 16) {
+    if (const char* variant = std::getenv("LUTRA_GATHER_U"); variant && variant[0] == '8')
+      return run_bag<VEC, false, 8>("bag", a.bag, source, a.weights, a.argmax, l);
+    run_bag<VEC, false, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
+  } else
     run_bag<VEC, false, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
 }
 

@@ -1,24 +1,29 @@
 // The kernel of bags of rows, whatever the rows are made of.
 //
-// A group of 1 to 32 threads takes a bag, VEC neighbouring columns a thread, and keeps U rows in flight. Where there
-// are too few bags to fill the machine, 2 to 256 groups share one: each takes a stretch of its ids and the stretches
-// are combined in order, so that the sum's tree depends on the shapes alone and the same input gives the same bits.
-// The limit is reading rows at random.
+// A group of 4 to 32 threads takes a bag, VEC neighbouring columns a thread. Each of its threads reads and checks one
+// id of as many, then the group walks those that are good, with U rows in flight. Where there are too few bags to fill
+// the machine, 2 to 64 groups share one: each takes a stretch of its ids and the stretches are combined in order, so
+// that the sum's tree depends on the shapes alone and the same input gives the same bits. The limit is reading rows at
+// random; what an id costs in instructions comes close where rows are short.
 //
-// Nothing can be raised here without waiting for the device: an id outside the table counts as a row of NaN, and
-// so does a bag whose offsets are out of order.
+// Nothing can be raised here without waiting for the device: an id outside the table makes its bag NaN, and so do
+// offsets that are out of order.
 //
 // A source of rows is
 //   struct Source {
+//     static constexpr float kUnit;                   // of sums
 //     int64_t rows, dim;
 //     Context context(float* shared16) const;         // called by all threads of a block
 //     Lane lane(int64_t column) const;                // where a thread's columns lie in a row
-//     Raw load(int64_t row, const Lane& lane) const;  // loads only
+//     Raw load(uint32_t row, const Lane& lane) const;  // loads only
 //     void values(const Raw&, Context, float (&v)[VEC]) const;
+//     // sum += w * row / kUnit, of which what all columns share may go to `shift`
+//     void add(const Raw&, Context, float w, float (&sum)[VEC], float* shift) const;
 //     void store(int64_t bag, int64_t column, float (&v)[VEC]) const;
 //   };
 //
-// Overflow: row and output offsets are 64-bit; sums are fp32 in the order of the ids within a stretch.
+// Overflow: row and output offsets are 64-bit, tables have fewer than 2^32 rows (checked) and bags fewer than 2^31 ids;
+// sums are fp32 in the order of the ids within a stretch.
 #pragma once
 #include "common/device.cuh"
 #include "gather/bag_ids.cuh"
@@ -32,36 +37,15 @@ struct BagPlan {
   int log_lanes, log_parts;  // threads per group, groups per bag
 };
 
-// Running sum or maximum of VEC columns.
-template <int VEC, bool MAX>
-struct BagState {
-  float value[VEC];
-  int64_t from[MAX ? VEC : 1];  // max: the id behind each value
-  int count;
-
-  __device__ __forceinline__ void clear() {
-    count = 0;
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) value[j] = 0;
-    if (MAX) {
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) from[MAX ? j : 0] = -1;
-    }
-  }
-  __device__ __forceinline__ void add(int j, float v, float w) {
-    if (!MAX) value[j] = fmaf(w, v, value[j]);
-  }
-  // The first among equals stays; a NaN stays against everything.
-  __device__ __forceinline__ void take(int j, float v, int64_t id, bool first) {
-    if (MAX && (first || (!(v <= value[j]) && !isnan(value[j])))) {
-      value[j] = v;
-      from[MAX ? j : 0] = id;
-    }
-  }
-};
+// The first among equals stays; a NaN stays against everything.
+__device__ __forceinline__ bool exceeds(float v, float best, bool first) {
+  return first || (!(v <= best) && !isnan(best));
+}
 
 template <class Source, int VEC, bool MAX, int U>
-__global__ void __launch_bounds__(kBagThreads)
+__global__ void __launch_bounds__(kBagThreads, MAX     ? 2
+                                               : U > 4 ? 2
+                                                       : 4)
     bag_kernel(BagView b, Source t, const float* weights, bool mean, int64_t* argmax, BagPlan plan) {
   __shared__ float shared16[16];
   const auto context = t.context(shared16);
@@ -70,50 +54,74 @@ __global__ void __launch_bounds__(kBagThreads)
   const int slot = threadIdx.x >> (plan.log_lanes + plan.log_parts);
   const int64_t bag = static_cast<int64_t>(blockIdx.x) * (kBagThreads >> (plan.log_lanes + plan.log_parts)) + slot;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * lanes + lane) * VEC;
-  const bool active = bag < b.bags && column < t.dim;
+  const bool inside = column < t.dim;
+  const int base = (threadIdx.x & 31) & ~(lanes - 1);  // the group's first thread in its warp
+  const unsigned group = lanes == 32 ? kFullWarp : ((1u << lanes) - 1) << base;
 
-  BagState<VEC, MAX> s;
-  s.clear();
+  float value[VEC];             // running sum or maximum
+  int64_t from[MAX ? VEC : 1];  // max: the id behind each value
+  float shift = 0;
+  int count = 0;
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) value[j] = 0;
+#pragma unroll
+  for (int j = 0; j < (MAX ? VEC : 1); ++j) from[j] = -1;
   bool good = true;
-  if (active) {
+  if (bag < b.bags) {
     int64_t begin, end;
     good = b.range(bag, &begin, &end);
     const int64_t length = end - begin;
-    end = begin + length * (part + 1) / parts;
-    begin += length * part / parts;
-    const auto at = t.lane(column);
-    for (int64_t i = begin; i < end; i += U) {
-      int64_t id[U];
-      bool taken[U], here[U];  // part of the bag; a row of the table
-      typename Source::Raw row[U];
-      float weight[U];
+    const int64_t first_id = begin + length * part / parts;
+    const int mine = static_cast<int>(begin + length * (part + 1) / parts - first_id);
+    const auto at = t.lane(inside ? column : 0);
+    for (int i = lane; i - lane < mine; i += lanes) {
+      const bool there = i < mine;
+      const int64_t id = there ? b.ids[first_id + i] : 0;
+      const float my_weight = there && weights ? weights[first_id + i] : 1.0f;
+      const bool taken = there && !(b.padding_idx >= 0 && id == b.padding_idx);
+      const bool here = taken && id >= 0 && id < t.rows;
+      const unsigned all = __ballot_sync(group, taken) >> base;
+      unsigned list = __ballot_sync(group, here) >> base;
+      good = good && all == list;
+      bool first = count == 0;
+      count += __popc(all);
+      while (list) {
+        bool has[U];
+        uint32_t row[U];
+        float weight[U];
+        typename Source::Raw raw[U];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        taken[u] = i + u < end;
-        id[u] = taken[u] ? b.ids[i + u] : 0;
-        weight[u] = taken[u] && weights ? weights[i + u] : 1.0f;
-        taken[u] = taken[u] && !(b.padding_idx >= 0 && id[u] == b.padding_idx);
-        here[u] = taken[u] && id[u] >= 0 && id[u] < t.rows;
-      }
+        for (int u = 0; u < U; ++u) {
+          has[u] = list != 0;
+          const int from_lane = base + (has[u] ? __ffs(static_cast<int>(list)) - 1 : 0);
+          list &= list - 1;
+          row[u] = __shfl_sync(group, static_cast<uint32_t>(id), from_lane);
+          weight[u] = weights ? __shfl_sync(group, my_weight, from_lane) : 1.0f;
+        }
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (here[u]) row[u] = t.load(id[u], at);
-      }
+        for (int u = 0; u < U; ++u) {
+          if (has[u] && inside) raw[u] = t.load(row[u], at);
+        }
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (!taken[u]) continue;
-        const bool first = s.count++ == 0;
-        float v[VEC];
-        t.values(row[u], context, v);
+        for (int u = 0; u < U; ++u) {
+          if (!has[u] || !inside) continue;
+          if (!MAX) {
+            t.add(raw[u], context, weight[u], value, &shift);
+            continue;
+          }
+          float v[VEC];
+          t.values(raw[u], context, v);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) {
-          if (!here[u]) v[j] = quiet_nan();
-          if (MAX)
-            s.take(j, v[j], here[u] ? id[u] : -1, first);
-          else
-            s.add(j, v[j], weight[u]);
+          for (int j = 0; j < VEC; ++j) {
+            if (exceeds(v[j], value[j], first)) value[j] = v[j], from[MAX ? j : 0] = row[u];
+          }
+          first = false;
         }
       }
+    }
+    if (!MAX) {
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) value[j] = (value[j] + shift) * Source::kUnit;
     }
   }
 
@@ -123,45 +131,46 @@ __global__ void __launch_bounds__(kBagThreads)
     auto* froms = reinterpret_cast<int64_t*>(counts + kBagThreads);    // [VEC][kBagThreads], max only
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-      values[j * kBagThreads + threadIdx.x] = s.value[j];
-      if (MAX) froms[j * kBagThreads + threadIdx.x] = s.from[MAX ? j : 0];
+      values[j * kBagThreads + threadIdx.x] = value[j];
+      if (MAX) froms[j * kBagThreads + threadIdx.x] = from[MAX ? j : 0];
     }
-    counts[threadIdx.x] = s.count;
+    counts[threadIdx.x] = good ? count : -1;
     __syncthreads();
     if (part == 0) {
       for (int p = 1; p < parts; ++p) {
         const int other = threadIdx.x + (p << plan.log_lanes);
-        const int count = counts[other];
-        if (count == 0) continue;
+        const int more = counts[other];
+        if (more < 0) good = false;
+        if (more <= 0) continue;
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
           const float v = values[j * kBagThreads + other];
-          if (MAX)
-            s.take(j, v, froms[j * kBagThreads + other], s.count == 0);
-          else
-            s.value[j] += v;
+          if (!MAX)
+            value[j] += v;
+          else if (exceeds(v, value[j], count == 0))
+            value[j] = v, from[MAX ? j : 0] = froms[j * kBagThreads + other];
         }
-        s.count += count;
+        count += more;
       }
     }
   }
-  if (!active || part != 0) return;
-  const float factor = mean && s.count > 1 ? 1.0f / static_cast<float>(s.count) : 1.0f;
+  if (bag >= b.bags || !inside || part != 0) return;
+  const float factor = mean && count > 1 ? 1.0f / static_cast<float>(count) : 1.0f;
 #pragma unroll
-  for (int j = 0; j < VEC; ++j) s.value[j] = good ? s.value[j] * factor : quiet_nan();
-  t.store(bag, column, s.value);
+  for (int j = 0; j < VEC; ++j) value[j] = good ? value[j] * factor : quiet_nan();
+  t.store(bag, column, value);
   if (MAX && argmax) {
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-      if (column + j < t.dim) argmax[bag * t.dim + column + j] = s.from[MAX ? j : 0];
+      if (column + j < t.dim) argmax[bag * t.dim + column + j] = good ? from[MAX ? j : 0] : -1;
     }
   }
 }
 
-// Groups as narrow as a row allows, at most a warp; then enough stretches for about 128k threads, none shorter
+// Groups as narrow as a row allows, 4 threads to a warp; then enough stretches for about 128k threads, none shorter
 // than 16 ids. Known from the shapes alone.
 inline BagPlan bag_plan(const BagIds& b, int64_t dim, int vec) {
-  const int lanes = power_of_two(div_up(dim, vec), 32);
+  const int wanted = power_of_two(div_up(dim, vec), 32), lanes = wanted < 4 ? 4 : wanted;
   const int64_t threads = b.bags * lanes * div_up(dim, lanes * vec);
   const int64_t length = b.offsets ? b.n_ids / (b.bags > 0 ? b.bags : 1) : b.length;
   int parts = 1;
@@ -173,6 +182,7 @@ template <int VEC, bool MAX, int U, class Source>
 void run_bag(const char* what, const BagIds& b, const Source& source, const float* weights, int64_t* argmax,
              const Launch& l) {
   if (source.dim == 0) return;
+  if (source.rows > 0xffffffff) throw std::length_error(std::string("lutra: ") + what + " on CUDA: over 2^32 rows");
   const BagPlan plan = bag_plan(b, source.dim, VEC);
   const int per_block = kBagThreads >> (plan.log_lanes + plan.log_parts);
   const int64_t columns = div_up(source.dim, static_cast<int64_t>(VEC) << plan.log_lanes);

@@ -50,8 +50,8 @@ __device__ __constant__ const float kNf4Levels[16] = {-1.0f,
                                                       1.0f};
 
 struct PackedLane {
-  int64_t code, tail;  // bytes from the beginning of a row
-  int bytes;           // of codes; fewer at the row's end
+  uint32_t code, tail;  // bytes from the beginning of a row
+  int bytes;            // of codes; fewer at the row's end
 };
 struct PackedRaw {
   uint32_t code[2];
@@ -97,18 +97,20 @@ template <Packed K, bool FAST>
 struct PackedSource {
   static constexpr int bits = packed_bits(K), bytes = kPackedColumns * bits / 8, tail_bytes = packed_tail_bytes(K);
   const uint8_t* data;
-  int64_t rows, dim, group, row_bytes;
+  int64_t rows, dim, group;
+  uint32_t row_bytes;
   int align;
 
   __device__ __forceinline__ PackedLane lane(int64_t column) const {
     const int64_t code = column * bits / 8, all = packed_code_bytes(K, dim);
     const int64_t g = group >= dim ? 0 : column / group;
-    return PackedLane{code, all + g * tail_bytes, all - code < bytes ? static_cast<int>(all - code) : bytes};
+    return PackedLane{static_cast<uint32_t>(code), static_cast<uint32_t>(all + g * tail_bytes),
+                      all - code < bytes ? static_cast<int>(all - code) : bytes};
   }
 
-  __device__ __forceinline__ PackedRaw load(int64_t row, const PackedLane& at) const {
+  __device__ __forceinline__ PackedRaw load(uint32_t row, const PackedLane& at) const {
     PackedRaw raw;
-    const uint8_t* p = data + row * row_bytes;
+    const uint8_t* p = data + static_cast<uint64_t>(row) * row_bytes;
     if (FAST) {
       load_bytes<bytes>(p + at.code, bytes, raw.code);
       load_bytes<tail_bytes>(p + at.tail, tail_bytes < bytes ? tail_bytes : bytes, raw.tail);
@@ -175,6 +177,20 @@ struct PackedSource {
 #pragma unroll
     for (int j = 0; j < kPackedColumns; ++j) v[j] = packed_affine(K) ? fmaf(s, v[j], m) : s * v[j];
   }
+
+  // sum += w * row / kUnit; the minimum goes to what all columns share. An int8 row may span more than the largest
+  // float: its halves do not.
+  static constexpr float kUnit = K == Packed::int8 ? 2.0f : 1.0f;
+  __device__ __forceinline__ void add(const PackedRaw& raw, const float* levels, float w, float (&sum)[kPackedColumns],
+                                      float* shift) const {
+    float v[kPackedColumns];
+    codes(raw, levels, v);
+    if (K == Packed::int8) w *= 0.5f;
+    const float s = w * scale(raw);
+#pragma unroll
+    for (int j = 0; j < kPackedColumns; ++j) sum[j] = fmaf(s, v[j], sum[j]);
+    if (packed_affine(K)) *shift = fmaf(w, minimum(raw), *shift);
+  }
 };
 
 // What addresses of codes and scales are multiples of, at most 8.
@@ -193,7 +209,9 @@ inline bool packed_fast(const PackedTable& t) {
 
 template <Packed K, bool FAST>
 PackedSource<K, FAST> packed_source(const PackedTable& t) {
-  return {t.data, t.rows, t.dim, t.group, t.row_bytes, packed_align(t)};
+  if (t.rows > 0xffffffff || t.row_bytes > 0xffffffff)
+    throw std::length_error("lutra: packed rows on CUDA: fewer than 2^32 rows, of fewer than 2^32 bytes");
+  return {t.data, t.rows, t.dim, t.group, static_cast<uint32_t>(t.row_bytes), packed_align(t)};
 }
 
 // nf4: the levels in shared memory, where 32 threads read 16 words without conflicts. All threads of a block call it.

@@ -35,7 +35,7 @@ struct PieceRows {
     const int piece = static_cast<int>(column / width);
     return Lane{piece, column - piece * width};
   }
-  __device__ __forceinline__ Raw load(int64_t row, const Lane& at) const {
+  __device__ __forceinline__ Raw load(uint32_t row, const Lane& at) const {
     Raw raw{row, 0, false, at};
     if (combine == Combine::concat) raw.address = source.address(row, at.piece, &raw.odd);
     return raw;
@@ -80,6 +80,13 @@ struct PieceRows {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) v[i] = fmaf(w, part[i], v[i]);
     }
+  }
+  static constexpr float kUnit = 1;
+  __device__ __forceinline__ void add(const Raw& raw, int context, float w, float (&sum)[VEC], float*) const {
+    float v[VEC];
+    values(raw, context, v);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) sum[j] = fmaf(w, v[j], sum[j]);
   }
   __device__ __forceinline__ void store(int64_t bag, int64_t column, float (&v)[VEC]) const {
     store_pack<T, VEC>(out + bag * dim + column, v);

@@ -81,14 +81,19 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = blockIdx.x * chunk, end = begin + chunk < n ? begin + chunk : n;
   for (int64_t at = begin; at < end; at += kStep) {
     const int64_t p0 = at + threadIdx.x * kEach;
-    uint32_t key[kEach];
+    // Behind the entries the keys are filled up; chunks are multiples of steps.
+    uint32_t key[kEach + 1] = {kNoRow, kNoRow, kNoRow, kNoRow, kNoRow};
+    uint32_t previous = kNoRow;
+    if (p0 < n) {
+      const uint4 k = *reinterpret_cast<const uint4*>(keys + p0);
+      key[0] = k.x, key[1] = k.y, key[2] = k.z, key[3] = k.w, key[4] = keys[p0 + 4];
+      if (p0 > 0) previous = keys[p0 - 1];
+    }
     bool head[kEach];
     int mine = 0;
 #pragma unroll
     for (int u = 0; u < kEach; ++u) {
-      const int64_t p = p0 + u;
-      key[u] = p < end ? keys[p] : kNoRow;
-      head[u] = p < end && is_head(keys, p);
+      head[u] = key[u] != kNoRow && (p0 + u == 0 || key[u] != (u ? key[u ? u - 1 : 0] : previous));
       mine += head[u];
     }
     int scan = mine;  // inclusive over the warp
@@ -109,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int u = 0; u < kEach; ++u) {
       const int64_t p = p0 + u;
-      if (p >= end) continue;
+      if (p >= n) continue;
       if (head[u]) {
         touched[mark] = key[u];
         if (starts) starts[mark] = static_cast<int32_t>(p);
@@ -117,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
       mark += head[u];
       if (tile_number && (p & ((1 << log_tile) - 1)) == 0) tile_number[p >> log_tile] = mark - 1;
       // The end of the last run: behind it nothing, or what belongs to no row.
-      const bool last = key[u] != kNoRow && (p + 1 == n || keys[p + 1] == kNoRow);
+      const bool last = key[u] != kNoRow && key[u + 1] == kNoRow;
       if (last) {
         *count = mark;
         if (starts) starts[mark] = static_cast<int32_t>(p + 1);

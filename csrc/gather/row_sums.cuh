@@ -9,7 +9,9 @@
 // atomic, and the tree of additions depends on the ids and the shapes alone.
 //
 // A sink is
-//   struct Sink { __device__ void prefetch(uint32_t row, int64_t column);
+//   struct Sink { static constexpr bool kPrefetch;
+//                 static constexpr int kBlocks;  // of a multiprocessor, that registers are to allow
+//                 __device__ void prefetch(uint32_t row, int64_t column);  // rows that are taken soon, if kPrefetch
 //                 template <int VEC, int CH> __device__ void take(uint32_t row, int number, int64_t column, int64_t
 //                 step,
 //                                                                 const float (&sum)[CH][VEC], const Group& group); };
@@ -78,6 +80,26 @@ __device__ __forceinline__ void load_values(const T* p, float (&v)[VEC]) {
   }
 }
 
+// Values that are not read again soon: they leave the L2 cache first, where the gradients of the bags should stay.
+__device__ __forceinline__ void stream(uint4* p, uint4 v) { __stcs(p, v); }
+__device__ __forceinline__ void stream(uint2* p, uint2 v) { __stcs(p, v); }
+__device__ __forceinline__ void stream(uint32_t* p, uint32_t v) { __stcs(p, v); }
+__device__ __forceinline__ void stream(uint16_t* p, uint16_t v) { __stcs(p, v); }
+template <class T, int VEC>
+__device__ __forceinline__ void store_stream(T* p, const float* values) {
+  constexpr int M = sizeof(T) * VEC > 16 ? 16 / sizeof(T) : VEC;
+  using W = typename Word<sizeof(T) * M>::type;
+#pragma unroll
+  for (int i = 0; i < VEC; i += M) {
+    T v[M];
+#pragma unroll
+    for (int j = 0; j < M; ++j) v[j] = from_float<T>(values[i + j]);
+    W w;
+    memcpy(&w, v, sizeof(w));
+    stream(reinterpret_cast<W*>(p + i), w);
+  }
+}
+
 constexpr int kSumThreads = 256;
 constexpr int kInFlightRows = 4;
 
@@ -91,7 +113,8 @@ inline int tile_for(int64_t n, int64_t lanes_in_all) {
 inline int64_t partial_floats(int64_t n, int tile, int64_t dim) { return (div_up(n, tile) + 1) * 2 * dim; }
 
 template <int VEC, int CH, bool MAX, class Source, class Sink>
-__global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Source source, Sink sink, int log_lanes) {
+__global__ void __launch_bounds__(kSumThreads, CH > 1 ? 1 : Sink::kBlocks - (VEC > 4))
+    tiles_kernel(RowSums a, Source source, Sink sink, int log_lanes) {
   const Group group = group_of(log_lanes);
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * (kSumThreads >> log_lanes) + (threadIdx.x >> log_lanes));
   const int64_t begin = at * a.tile;
@@ -112,9 +135,15 @@ __global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Source so
     for (int j = 0; j < VEC; ++j) sum[c][j] = 0;
   }
   bool done = false;
+  uint4 next_keys = *reinterpret_cast<const uint4*>(keys + begin);
+  int4 next_values = *reinterpret_cast<const int4*>(a.entries.values + begin);
   for (int i = 0; i < a.tile && !done; i += kInFlightRows) {
-    const uint4 k = *reinterpret_cast<const uint4*>(keys + begin + i);
-    const int4 v = *reinterpret_cast<const int4*>(a.entries.values + begin + i);
+    const uint4 k = next_keys;
+    const int4 v = next_values;
+    if (i + kInFlightRows < a.tile) {  // one step ahead, so that rows do not wait for keys
+      next_keys = *reinterpret_cast<const uint4*>(keys + begin + i + kInFlightRows);
+      next_values = *reinterpret_cast<const int4*>(a.entries.values + begin + i + kInFlightRows);
+    }
     const uint32_t key[kInFlightRows] = {k.x, k.y, k.z, k.w};
     const int32_t value[kInFlightRows] = {v.x, v.y, v.z, v.w};
     int32_t bag[kInFlightRows];
@@ -131,7 +160,12 @@ __global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Source so
       for (int c = 0; c < CH; ++c) {
         if (column + c * step < a.dim) row[u][c] = source.template load<VEC>(bag[u], value[u], column + c * step);
       }
-      sink.prefetch(key[u], column);
+    }
+    if (Sink::kPrefetch && i + kInFlightRows < a.tile) {
+      if (next_keys.x != kNoRow) sink.prefetch(next_keys.x, column);
+      if (next_keys.y != kNoRow) sink.prefetch(next_keys.y, column);
+      if (next_keys.z != kNoRow) sink.prefetch(next_keys.z, column);
+      if (next_keys.w != kNoRow) sink.prefetch(next_keys.w, column);
     }
 #pragma unroll
     for (int u = 0; u < kInFlightRows; ++u) {
@@ -190,7 +224,7 @@ __global__ void __launch_bounds__(kSumThreads) tiles_kernel(RowSums a, Source so
 template <int VEC, int CH>
 __device__ __forceinline__ void add_partials(const float* partial, int64_t dim, int64_t first, int64_t last,
                                              int64_t column, int64_t step, float (&sum)[CH][VEC]) {
-  constexpr int kAhead = 4;
+  constexpr int kAhead = VEC * CH >= 32 ? 1 : VEC * CH >= 16 ? 2 : 4;  // as many as registers hold
   for (int64_t t = first; t <= last; t += kAhead) {
     float v[kAhead][CH][VEC];
 #pragma unroll
@@ -219,58 +253,68 @@ struct StoreRows {
   T* grad;
   int64_t dim;
   bool dense;
+  static constexpr bool kPrefetch = false;
+  static constexpr int kBlocks = 4;
   __device__ __forceinline__ void prefetch(uint32_t, int64_t) const {}
   template <int VEC, int CH>
   __device__ __forceinline__ void take(uint32_t row, int number, int64_t column, int64_t, const float (&sum)[CH][VEC],
                                        const Group&) const {
     static_assert(CH == 1, "rows are stored in slabs");
     if (column < dim)
-      store_pack<T, VEC>(grad + (dense ? static_cast<int64_t>(row) : static_cast<int64_t>(number)) * dim + column,
-                         sum[0]);
+      store_stream<T, VEC>(grad + (dense ? static_cast<int64_t>(row) : static_cast<int64_t>(number)) * dim + column,
+                           sum[0]);
   }
 };
 
-constexpr int kLongRun = 64;  // tiles; a row that crosses more is added up by a whole block
+constexpr int kLongRun = 64;      // tiles; a row that crosses more is added up by a whole block
+constexpr int kBorderTiles = 64;  // of a block
 
-// Rows that cross a border of tiles: the group of the tile in which one begins adds up its parts.
+// The tile in which the row ends that begins in tile `at` and goes on behind it; 0 where there is none.
+__device__ __forceinline__ int border_end(const Entries& e, int tile, int64_t at) {
+  const int64_t begin = at * tile, end = begin + tile;
+  if (end >= e.n) return 0;
+  const uint32_t row = e.keys[end - 1];
+  if (row == kNoRow || e.keys[end] != row) return 0;
+  if (begin > 0 && e.keys[begin - 1] == row && e.keys[begin] == row) return 0;  // it began before
+  int64_t low = end, high = e.n;  // the last entry of the run, by doubling steps and bisection
+  for (int64_t jump = tile; low + jump < high; jump *= 2) {
+    if (e.keys[low + jump] != row) {
+      high = low + jump;
+      break;
+    }
+    low += jump;
+  }
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (e.keys[middle] == row)
+      low = middle;
+    else
+      high = middle;
+  }
+  return static_cast<int>(low / tile);
+}
+
+// Rows that cross a border of tiles: where one begins its parts are added up.
 template <int VEC, int CH, class Sink>
-__global__ void __launch_bounds__(kSumThreads) borders_kernel(RowSums a, Sink sink, int log_lanes) {
-  __shared__ int64_t long_last[kSumThreads];       // by group; 0: none
-  __shared__ float parts[kSumThreads * CH * VEC];  // sums of the groups
+__global__ void __launch_bounds__(kSumThreads, 2) borders_kernel(RowSums a, Sink sink, int log_lanes) {
+  __shared__ int ends[kBorderTiles];
+  __shared__ float parts[kSumThreads * VEC];
   const Group group = group_of(log_lanes);
   const int groups = kSumThreads >> log_lanes, mine = threadIdx.x >> log_lanes;
-  const int64_t tile0 = static_cast<int64_t>(blockIdx.x) * groups, at = tile0 + mine;
-  const int64_t begin = at * a.tile, end = begin + a.tile;
+  const int64_t tile0 = static_cast<int64_t>(blockIdx.x) * kBorderTiles;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * group.lanes * CH + group.lane) * VEC;
   const int64_t step = static_cast<int64_t>(group.lanes) * VEC;
-  const uint32_t* keys = a.entries.keys;
-  int64_t last = 0;  // the tile in which the row ends
-  uint32_t row = kNoRow;
-  if (end < a.entries.n) {
-    row = keys[end - 1];
-    // It goes on in the next tile and began in this one.
-    if (row != kNoRow && keys[end] == row && !(begin > 0 && keys[begin - 1] == row && keys[begin] == row)) {
-      int64_t low = end, high = a.entries.n;  // the last entry of the run, by doubling steps and bisection
-      for (int64_t jump = a.tile; low + jump < high; jump *= 2) {
-        if (keys[low + jump] != row) {
-          high = low + jump;
-          break;
-        }
-        low += jump;
-      }
-      while (high - low > 1) {
-        const int64_t middle = low + (high - low) / 2;
-        if (keys[middle] == row)
-          low = middle;
-        else
-          high = middle;
-      }
-      last = low / a.tile;
-    }
+  int end = 0;
+  if (threadIdx.x < kBorderTiles) {
+    end = border_end(a.entries, a.tile, tile0 + threadIdx.x);
+    ends[threadIdx.x] = end;
   }
+  const bool is_long = end > 0 && end - (tile0 + threadIdx.x) > kLongRun;
+  if (!__syncthreads_or(end > 0)) return;
   float sum[CH][VEC];
-  const bool is_long = last > 0 && last - at > kLongRun;
-  if (last > 0 && !is_long) {
+  for (int t = mine; t < kBorderTiles; t += groups) {
+    const int64_t at = tile0 + t, last = ends[t];
+    if (last == 0 || last - at > kLongRun) continue;
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
 #pragma unroll
@@ -278,14 +322,14 @@ __global__ void __launch_bounds__(kSumThreads) borders_kernel(RowSums a, Sink si
         sum[c][j] = column + c * step < a.dim ? a.partial[(at * 2 + 1) * a.dim + column + c * step + j] : 0.0f;
     }
     add_partials<VEC, CH>(a.partial, a.dim, at + 1, last, column, step, sum);
+    const uint32_t row = a.entries.keys[(at + 1) * a.tile];
     sink.template take<VEC, CH>(row, a.tile_number ? a.tile_number[at + 1] : 0, column, step, sum, group);
   }
-  if (group.lane == 0) long_last[mine] = is_long ? last : 0;
   if (!__syncthreads_or(is_long)) return;
-  for (int g = 0; g < groups; ++g) {  // each group takes a stretch of the run, the stretches are added in order
-    const int64_t first = tile0 + g + 1, final = long_last[g];
-    if (final == 0) continue;
-    const int64_t count = final - first + 1;
+  for (int t = 0; t < kBorderTiles; ++t) {  // each group takes a stretch of a run, the stretches are added in order
+    const int64_t first = tile0 + t + 1, last = ends[t];
+    if (last == 0 || last - first + 1 <= kLongRun) continue;
+    const int64_t count = last - first + 1;
     const int64_t from = first + count * mine / groups, to = first + count * (mine + 1) / groups - 1;
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
@@ -296,24 +340,22 @@ __global__ void __launch_bounds__(kSumThreads) borders_kernel(RowSums a, Sink si
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) parts[(c * VEC + j) * kSumThreads + threadIdx.x] = sum[c][j];
-    }
-    __syncthreads();
-    if (mine == 0) {
-#pragma unroll
-      for (int c = 0; c < CH; ++c) {
+      for (int j = 0; j < VEC; ++j) parts[j * kSumThreads + threadIdx.x] = sum[c][j];
+      __syncthreads();
+      if (mine == 0) {
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-          float total =
-              column + c * step < a.dim ? a.partial[((first - 1) * 2 + 1) * a.dim + column + c * step + j] : 0.0f;
-          for (int p = 0; p < groups; ++p) total += parts[(c * VEC + j) * kSumThreads + (p << log_lanes) + group.lane];
+          const int64_t at = column + c * step + j;
+          float total = column + c * step < a.dim ? a.partial[((first - 1) * 2 + 1) * a.dim + at] : 0.0f;
+          for (int p = 0; p < groups; ++p) total += parts[j * kSumThreads + (p << log_lanes) + group.lane];
           sum[c][j] = total;
         }
       }
-      sink.template take<VEC, CH>(keys[first * a.tile], a.tile_number ? a.tile_number[first] : 0, column, step, sum,
-                                  group);
+      __syncthreads();
     }
-    __syncthreads();
+    if (mine == 0)
+      sink.template take<VEC, CH>(a.entries.keys[first * a.tile], a.tile_number ? a.tile_number[first] : 0, column,
+                                  step, sum, group);
   }
 }
 
@@ -326,7 +368,8 @@ void sum_rows(const RowSums& a, const Source& source, const Sink& sink, int lane
   const int64_t tiles = div_up(a.entries.n, a.tile);
   const dim3 grid(grid_x(div_up(tiles, kSumThreads / lanes)), static_cast<unsigned>(slabs));
   launch(what, tiles_kernel<VEC, CH, MAX, Source, Sink>, grid, kSumThreads, 0, l, a, source, sink, log2_of(lanes));
-  launch(what, borders_kernel<VEC, CH, Sink>, grid, kSumThreads, 0, l, a, sink, log2_of(lanes));
+  launch(what, borders_kernel<VEC, CH, Sink>, dim3(grid_x(div_up(tiles, kBorderTiles)), static_cast<unsigned>(slabs)),
+         kSumThreads, 0, l, a, sink, log2_of(lanes));
 }
 
 }  // namespace cuda

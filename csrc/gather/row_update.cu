@@ -53,13 +53,19 @@ struct Update {
   float* s1;
   int64_t dim;
   Step step;
-  bool ahead;
+  int ahead;
 
+  static constexpr bool kPrefetch = true;
+  static constexpr int kBlocks = 3;
   __device__ __forceinline__ void prefetch(uint32_t row, int64_t column) const {
-    if (column >= dim || !ahead) return;
+    if (column >= dim || ahead == 0) return;
     const int64_t at = static_cast<int64_t>(row) * dim + column;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(table + at));
-    if (s0 && step.rule != Rule::rowwise_adagrad) asm volatile("prefetch.global.L2 [%0];" ::"l"(s0 + at));
+    if (step.rule == Rule::rowwise_adagrad) {
+      if (column == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(s0 + row));
+      return;
+    }
+    if (s0) asm volatile("prefetch.global.L2 [%0];" ::"l"(s0 + at));
     if (s1) asm volatile("prefetch.global.L2 [%0];" ::"l"(s1 + at));
   }
 
@@ -98,7 +104,7 @@ struct Update {
             m[j] = fmaf(m[j], step.a, sum[c][j]);
             x[j] = fmaf(-rate, m[j], x[j]);
           }
-          store_pack<float, VEC>(s0 + base + at, m);
+          store_stream<float, VEC>(s0 + base + at, m);
           break;
         }
         case Rule::adagrad: {
@@ -109,7 +115,7 @@ struct Update {
             s[j] = fmaf(sum[c][j], sum[c][j], s[j]);
             x[j] -= __fdividef(sum[c][j] * rate, root(s[j]) + step.eps);
           }
-          store_pack<float, VEC>(s0 + base + at, s);
+          store_stream<float, VEC>(s0 + base + at, s);
           break;
         }
         case Rule::adam: {
@@ -122,8 +128,8 @@ struct Update {
             v[j] = fmaf(sum[c][j] * sum[c][j] - v[j], step.b, v[j]);
             x[j] -= __fdividef(m[j] * rate, root(v[j]) * step.scale + step.eps);
           }
-          store_pack<float, VEC>(s0 + base + at, m);
-          store_pack<float, VEC>(s1 + base + at, v);
+          store_stream<float, VEC>(s0 + base + at, m);
+          store_stream<float, VEC>(s1 + base + at, v);
           break;
         }
         default:
@@ -134,7 +140,7 @@ struct Update {
 #pragma unroll
         for (int j = 0; j < VEC; ++j) x[j] = round_randomly(x[j], key, at + j);
       }
-      store_pack<W, VEC>(table + base + at, x);
+      store_stream<W, VEC>(table + base + at, x);
     }
   }
 };
@@ -169,7 +175,7 @@ void run(const RowSums& sums, const BagUpdateArgs& a, const Launch& l) {
       r.s1,
       r.dim,
       {r.rule, r.lr, r.shrink, r.a, r.b, r.eps, r.scale, r.stochastic && r.dtype == DType::bf16, r.seed},
-      std::getenv("LUTRA_GATHER_NOPREFETCH") == nullptr};
+      std::getenv("LUTRA_GATHER_NOPREFETCH") == nullptr ? 1 : 0};
   const BagRows<G> source{static_cast<const G*>(r.grad), r.dim};
   const int lanes = lanes_for(r.dim, VEC);
   if (r.rule == Rule::rowwise_adagrad && r.dim > lanes * VEC)

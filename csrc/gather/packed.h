@@ -93,3 +93,14 @@ LUTRA_KERNEL(pack_rows, ::lutra::PackRowsArgs)
 LUTRA_KERNEL(unpack_rows, ::lutra::UnpackRowsArgs)
 LUTRA_KERNEL(bag_packed, ::lutra::BagPackedArgs)
 LUTRA_KERNEL(bag_packed_weight_grad, ::lutra::BagPackedWeightGradArgs)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+
+// pack_rows on CUDA writes whatever it is given, each of ids once; this looks before: bad[0] receives the first row
+// that holds NaN or infinity, bad[1] the first with a value above 65504, n where there is none (on the device).
+void check_rows(const PackRowsArgs& a, const Launch& l);
+
+}  // namespace cuda
+}  // namespace lutra
+#endif

@@ -124,3 +124,47 @@ def test_the_last_bytes_of_a_table(gpu_torch, kind):
             gpu_torch.put(table), gpu_torch.put(np.array([[2]])), dim=dim, kind=kind
         )
         close(gpu_torch.get(out), reference.unpack_rows(table, dim, kind)[2:])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pack_rows(gpu, kind, rounding):
+    """The same bytes as the reference."""
+    rng = np.random.default_rng(0)
+    for dim, group in ((1, None), (7, None), (33, 16), (64, None), (130, 32)):
+        table = rng.standard_normal((40, dim)).astype(np.float32) * 10 ** rng.uniform(-3, 3, (40, 1)).astype(
+            np.float32
+        )
+        table[3], table[4] = 0, 1.5
+        got = gpu.get(lutra.gather.pack_rows(gpu.put(table), kind, group, rounding=rounding, seed=7))
+        np.testing.assert_array_equal(got, reference.pack_rows(table, kind, group, rounding, 7))
+        half = gpu.get(lutra.gather.pack_rows(gpu.put(table, "float16"), kind, group))
+        want = reference.pack_rows(table.astype(np.float16).astype(np.float32), kind, group)
+        np.testing.assert_array_equal(half, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pack_rows_in_place(gpu, kind):
+    """Rows named in any order and twice; given scales."""
+    rng = np.random.default_rng(1)
+    table = rng.standard_normal((9, 33)).astype(np.float32)
+    ids = np.array([5, 2, 5, 0, 11, 2, 7, 5, 1])
+    scale = (rng.random((9, 3)) + 0.1).astype(np.float32)
+    outs = []
+    for put in (lambda a: a, gpu.put):
+        out = put(reference.pack_rows(np.ones((12, 33), np.float32), kind, 16))
+        lutra.gather.pack_rows(put(table), kind, 16, out=out, ids=put(ids), rounding="stochastic", seed=3)
+        lutra.gather.pack_rows(put(table[:4]), kind, 16, out=out, scale=put(scale[:4]))
+        outs.append(out if put is not gpu.put else gpu.get(out))
+    np.testing.assert_array_equal(outs[1], outs[0])
+
+
+def test_pack_rows_names_the_row_that_is_not_finite(gpu):
+    table = np.ones((50, 20), np.float32)
+    table[31, 7], table[12, 3] = np.nan, 1e5
+    with pytest.raises(ValueError, match=r"table\[31\] holds NaN"):
+        lutra.gather.pack_rows(gpu.put(table), "int4")
+    table[31] = 1
+    with pytest.raises(ValueError, match=r"table\[12\] holds a value above 65504"):
+        lutra.gather.pack_rows(gpu.put(table), "int4")
+    lutra.gather.pack_rows(gpu.put(table), "int8")

@@ -13,6 +13,22 @@ PackedTable packed_table(Address data, int kind, int64_t rows, int64_t dim, int6
   return PackedTable{data.as<uint8_t>(), rows, dim, group, row_bytes, static_cast<Packed>(kind)};
 }
 
+PackRowsArgs pack_args(Address table, int dtype, int64_t n, Address packed, int kind, int64_t rows, int64_t dim,
+                       int64_t group, int64_t row_bytes, Address ids, bool stochastic, uint64_t seed, Address scale,
+                       Address minimum, Address bad) {
+  return PackRowsArgs{table.p,
+                      static_cast<DType>(dtype),
+                      n,
+                      packed_table(packed, kind, rows, dim, group, row_bytes),
+                      ids.as<int64_t>(),
+                      true,
+                      stochastic,
+                      seed,
+                      scale.as<float>(),
+                      minimum.as<float>(),
+                      bad.as<int64_t>()};
+}
+
 void register_packed(py::module_& m) {
   m.def("bag_packed",
         [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags, int64_t length,
@@ -40,6 +56,20 @@ void register_packed(py::module_& m) {
         nullptr};
     cuda::bag_packed_weight_grad(a, Launch{device, stream.p});
     return -1;
+  });
+  m.def("check_rows", [](Address table, int dtype, int64_t n, Address packed, int kind, int64_t rows, int64_t dim,
+                         int64_t group, int64_t row_bytes, Address ids, bool stochastic, uint64_t seed, Address scale,
+                         Address minimum, Address bad, int device, Address stream) {
+    cuda::check_rows(pack_args(table, dtype, n, packed, kind, rows, dim, group, row_bytes, ids, stochastic, seed, scale,
+                               minimum, bad),
+                     Launch{device, stream.p});
+  });
+  m.def("pack_rows", [](Address table, int dtype, int64_t n, Address packed, int kind, int64_t rows, int64_t dim,
+                        int64_t group, int64_t row_bytes, Address ids, bool stochastic, uint64_t seed, Address scale,
+                        Address minimum, int device, Address stream) {
+    cuda::pack_rows(pack_args(table, dtype, n, packed, kind, rows, dim, group, row_bytes, ids, stochastic, seed, scale,
+                              minimum, {}),
+                    Launch{device, stream.p});
   });
   m.def("unpack_rows",
         [](Address packed, int kind, int64_t rows, int64_t dim, int64_t group, int64_t row_bytes, Address ids,

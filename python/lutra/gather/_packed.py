@@ -76,8 +76,8 @@ def pack_rows(
     ``torch.ops.quantized.embedding_bag_byte_prepack`` (``_4bit_``, ``_2bit_``) wrote is read as it is, and
     torch reads these. Where scales are float16 the minimum is rounded down and the scale up, and the codes
     are taken with what is stored, so that no value is clipped and the error stays within half a scale. Cost:
-    the table is read twice, at 1.5 to 4 GB/s a core with AVX-512. CUDA tensors are packed on the host. NF4:
-    Dettmers et al. 2023 (arXiv 2305.14314); fp8: Micikevicius et al. 2022 (arXiv 2209.05433).
+    the table is read twice, at 1.5 to 4 GB/s a core with AVX-512. On CUDA a call waits for the device, to
+    look for values that are not finite. NF4: Dettmers et al. 2023 (arXiv 2305.14314); fp8: Micikevicius et al. 2022 (arXiv 2209.05433).
 
     Examples
     --------
@@ -219,6 +219,10 @@ def _checked(kind, table, packed_kind, group, rounding, seed, scale, minimum):
 
 def _write(kind, table, source, at, packed_kind, rounding, seed, scale, minimum, out, ids, unique):
     n, dim = table.shape
+    if kind.cuda:
+        return _write_on_cuda(
+            kind, table, source, at, packed_kind, rounding, seed, scale, minimum, out, ids, unique
+        )
     if kind.kernels is None:
         rows = None if ids is None else ids
         packed = reference.pack_rows(
@@ -242,21 +246,36 @@ def _write(kind, table, source, at, packed_kind, rounding, seed, scale, minimum,
         raise ValueError("table changed while the kernel ran")
 
 
-def _on_host(kind, implementation, arrays, options):
-    """CUDA arrays: there is no kernel that packs them there."""
-    from .._arrays import torch_kind
-
-    if kind.name != "torch":
-        raise TypeError("packed rows on CUDA need torch tensors; CuPy arrays are not served")
-    return implementation(torch_kind(False), *[None if a is None else a.cpu() for a in arrays], *options)
+def _write_on_cuda(kind, table, source, at, packed_kind, rounding, seed, scale, minimum, out, ids, unique):
+    """Waits for the device once, to raise an error where values are not finite."""
+    if ids is not None and not unique:  # of an id that occurs twice the last row stays
+        _, place = np.unique(ids[::-1], return_index=True)
+        last = np.sort(len(ids) - 1 - place)
+        ids, keep = ids[last], kind.from_numpy(last, I64, table)
+        table, scale, minimum = (None if a is None else kind.dense(a[keep]) for a in (table, scale, minimum))
+    n, dim = table.shape
+    where = None if ids is None else kind.from_numpy(ids, I64, table)
+    arguments = (
+        kind.ptr(table), source, n, kind.ptr(out), KINDS[packed_kind], out.shape[0], dim, at.group,
+        at.row_bytes, _ptr(kind, where), rounding == "stochastic", seed, _ptr(kind, scale),
+        _ptr(kind, minimum),
+    )  # fmt: skip
+    bad = kind.empty((2,), I64, table)
+    kind.kernels.check_rows(*arguments, kind.ptr(bad), *kind.launch(table))
+    infinite, large = (int(v) for v in kind.to_numpy(bad))
+    if reference.KINDS[packed_kind].scale is not np.float16:
+        large = n
+    row = infinite if infinite < n else large
+    if row < n:
+        reference.check_finite(kind.to_numpy(kind.cast(table[row : row + 1], F32)), packed_kind, row)
+        raise ValueError("table changed while the kernel ran")
+    kind.kernels.pack_rows(*arguments, *kind.launch(table))
 
 
 def _pack_rows(
     kind, table, scale=None, minimum=None, packed_kind="int8", group=None, rounding="nearest", seed=0
 ):
-    if kind.cuda:
-        options = (packed_kind, group, rounding, seed)
-        return _on_host(kind, _pack_rows, (table, scale, minimum), options).to(table.device)
+    no_module(kind, "pack_rows")
     table, source, at, scale, minimum = _checked(
         kind, table, packed_kind, group, rounding, seed, scale, minimum
     )
@@ -270,12 +289,7 @@ def _pack_rows_out(
     seed=0,
 ):  # fmt: skip
     _checks.same_kind(kind, out, "out", table, "table")
-    if kind.cuda:
-        copy = out.cpu()
-        options = (packed_kind, group, rounding, seed)
-        _on_host(kind, _pack_rows_out, (table, copy, ids, scale, minimum), options)
-        out.copy_(copy)
-        return
+    no_module(kind, "pack_rows")
     table, source, at, scale, minimum = _checked(
         kind, table, packed_kind, group, rounding, seed, scale, minimum
     )

@@ -77,7 +77,8 @@ def pack_rows(
     torch reads these. Where scales are float16 the minimum is rounded down and the scale up, and the codes
     are taken with what is stored, so that no value is clipped and the error stays within half a scale. Cost:
     the table is read twice, at 1.5 to 4 GB/s a core with AVX-512. On CUDA a call waits for the device, to
-    look for values that are not finite. NF4: Dettmers et al. 2023 (arXiv 2305.14314); fp8: Micikevicius et al. 2022 (arXiv 2209.05433).
+    look for values that are not finite. NF4: Dettmers et al. 2023 (arXiv 2305.14314); fp8: Micikevicius et
+    al. 2022 (arXiv 2209.05433).
 
     Examples
     --------

@@ -7,8 +7,6 @@
 #include "common/device.cuh"
 #include "gather/bag_kernel.cuh"
 
-#include <cstdlib>
-
 namespace lutra {
 namespace cuda {
 namespace {
@@ -108,11 +106,7 @@ void by_mode(const BagArgs& a, const Launch& l) {
                                  static_cast<typename Out<T>::type*>(a.out)};
   if (a.bag.mode == Mode::max)
     run_bag<VEC, true, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
-  else if constexpr (sizeof(T) * VEC == 16) {
-    if (const char* variant = std::getenv("LUTRA_GATHER_U"); variant && variant[0] == '8')
-      return run_bag<VEC, false, 8>("bag", a.bag, source, a.weights, a.argmax, l);
-    run_bag<VEC, false, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
-  } else
+  else
     run_bag<VEC, false, kInFlight>("bag", a.bag, source, a.weights, a.argmax, l);
 }
 

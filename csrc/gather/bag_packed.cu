@@ -2,8 +2,6 @@
 #include "gather/bag_kernel.cuh"
 #include "gather/packed_rows.cuh"
 
-#include <cstdlib>
-
 namespace lutra {
 namespace cuda {
 namespace {
@@ -81,11 +79,6 @@ struct RunBag {
   void operator()(const PackedSource<K, FAST>& source) const {
     const PackedRows<K, FAST> rows(source, packed_out(a.out, a.out_dtype, a.table.dim));
     if (a.bag.mode == Mode::max) return run_bag<kVec, true, 4>("bag_packed", a.bag, rows, a.weights, nullptr, l);
-    if constexpr (FAST) {
-      const char* variant = std::getenv("LUTRA_GATHER_U");
-      if (variant && variant[0] == '8')
-        return run_bag<kVec, false, 8>("bag_packed", a.bag, rows, a.weights, nullptr, l);
-    }
     run_bag<kVec, false, 4>("bag_packed", a.bag, rows, a.weights, nullptr, l);
   }
 };

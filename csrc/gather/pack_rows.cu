@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
       low = fminf(low, __shfl_xor_sync(kFullWarp, low, s));
       high = fmaxf(high, __shfl_xor_sync(kFullWarp, high, s));
     }
-    const float magnitude = fmaxf(-low, high);
+    const float magnitude = -low > high ? -low : high;  // never -0, which fmaxf may give
     float scale = 0, minimum = 0;
     if (given_scale) {
       scale = given_scale[i * groups + g];

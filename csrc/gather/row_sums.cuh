@@ -17,8 +17,6 @@
 //                                                                 const float (&sum)[CH][VEC], const Group& group); };
 // take is called by all threads of a group together; thread columns are column + c * step, beyond dim: sum is 0.
 #pragma once
-#include <cstdlib>
-
 #include "common/device.cuh"
 #include "gather/row_plan.cuh"
 
@@ -105,7 +103,6 @@ constexpr int kInFlightRows = 4;
 
 // Entries of a tile: fewer where there are few entries, so that the machine is filled.
 inline int tile_for(int64_t n, int64_t lanes_in_all) {
-  if (const char* variant = std::getenv("LUTRA_GATHER_TILE")) return std::atoi(variant);
   int tile = 32;
   while (tile > 8 && n / tile * lanes_in_all < 131072) tile /= 2;
   return tile;

@@ -53,12 +53,12 @@ struct Update {
   float* s1;
   int64_t dim;
   Step step;
-  int ahead;
+  bool ahead;  // fetch rows into the L2 cache before they are taken; with two states that costs more than it gives
 
   static constexpr bool kPrefetch = true;
   static constexpr int kBlocks = 3;
   __device__ __forceinline__ void prefetch(uint32_t row, int64_t column) const {
-    if (column >= dim || ahead == 0) return;
+    if (column >= dim || !ahead) return;
     const int64_t at = static_cast<int64_t>(row) * dim + column;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(table + at));
     if (step.rule == Rule::rowwise_adagrad) {
@@ -175,7 +175,7 @@ void run(const RowSums& sums, const BagUpdateArgs& a, const Launch& l) {
       r.s1,
       r.dim,
       {r.rule, r.lr, r.shrink, r.a, r.b, r.eps, r.scale, r.stochastic && r.dtype == DType::bf16, r.seed},
-      std::getenv("LUTRA_GATHER_NOPREFETCH") == nullptr ? 1 : 0};
+      r.s1 == nullptr};
   const BagRows<G> source{static_cast<const G*>(r.grad), r.dim};
   const int lanes = lanes_for(r.dim, VEC);
   if (r.rule == Rule::rowwise_adagrad && r.dim > lanes * VEC)

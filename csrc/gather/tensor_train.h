@@ -60,5 +60,7 @@ struct TensorTrainWeightGradArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(tensor_train, ::lutra::TensorTrainArgs)
+#ifndef LUTRA_CUDA_ENTRIES  // on CUDA gradients are products of torch's and sums of bag_grad
 LUTRA_KERNEL(tensor_train_backward, ::lutra::TensorTrainBackwardArgs)
 LUTRA_KERNEL(tensor_train_weight_grad, ::lutra::TensorTrainWeightGradArgs)
+#endif

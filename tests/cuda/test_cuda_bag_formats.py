@@ -10,6 +10,7 @@ from gpu_arrays import FLOATS, close, rounded
 import lutra
 from lutra.reference import csr as reference
 from lutra.reference import gather as gather_reference
+from lutra.reference import train as train_reference
 
 
 def pruned(rows, dim, dtype, seed, most=9):
@@ -129,3 +130,61 @@ def test_gradients_of_senses(gpu_torch, gradient):
         grads.append(torch.autograd.grad(out.square().sum(), wanted))
     for got, want in zip(grads[1], grads[0]):
         close(gpu_torch.get(got), gpu_torch.get(want), factor=10)
+
+
+TRAINS = [
+    (3, 4, 5, 2, 2, 3, 4, 8),
+    (2, 3, 4, 1, 1, 1, 1, 1),
+    (4, 3, 5, 4, 4, 4, 16, 17),
+    (2, 2, 9, 3, 5, 8, 5, 32),
+]
+
+
+def train_cores(sizes, dtype):
+    i1, i2, i3, d1, d2, d3, r1, r2 = sizes
+    rng = np.random.default_rng(sum(sizes))
+    shapes = (i1, d1, r1), (i2, r1, d2, r2), (i3, d3, r2)
+    return [rounded(rng.standard_normal(shape).astype(np.float32), dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sizes", TRAINS)
+def test_tensor_train(gpu, sizes, dtype):
+    cores = train_cores(sizes, dtype)
+    rows = sizes[0] * sizes[1] * sizes[2] - 1
+    on_gpu = [gpu.put(core, dtype) for core in cores]
+    for layout, mode in (("fixed", "sum"), ("offsets", "mean"), ("last", "sum")):
+        ids, offsets, last = make_ids(rows, layout)
+        w = np.random.default_rng(1).standard_normal(ids.shape).astype(np.float32)
+        w = w if layout == "last" else None
+        arrays = [gpu.put(a) for a in (ids, offsets, w)]
+        with gpu.no_sync():
+            out = lutra.gather.tensor_train(
+                *on_gpu, *arrays, rows=rows, mode=mode, padding_idx=2, include_last_offset=last
+            )
+        want = train_reference.tensor_train(*cores, ids, offsets, w, rows, mode, 2, last)
+        close(gpu.get(out), want, dtype, 20)
+    bad = gpu.get(lutra.gather.tensor_train(*on_gpu, gpu.put(np.array([[rows], [-1], [0]])), rows=rows))
+    np.testing.assert_array_equal(np.isnan(bad).all(1), [True, True, False])
+
+
+@pytest.mark.parametrize("sizes", TRAINS)
+def test_gradients_of_tensor_train(gpu_torch, sizes):
+    torch, cores = gpu_torch.torch, train_cores(sizes, "float32")
+    rows = sizes[0] * sizes[1] * sizes[2]
+    for layout, mode in (("fixed", "sum"), ("offsets", "mean"), ("last", "sum")):
+        ids, offsets, last = make_ids(rows, layout)
+        w = np.random.default_rng(1).standard_normal(ids.shape).astype(np.float32)
+        w = w if mode == "sum" else None
+        leaves = [gpu_torch.put(a).requires_grad_() for a in (*cores, *([] if w is None else [w]))]
+        out = lutra.gather.tensor_train(
+            *leaves[:3], gpu_torch.put(ids), gpu_torch.put(offsets), leaves[3] if w is not None else None,
+            mode=mode, padding_idx=2, include_last_offset=last,
+        )  # fmt: skip
+        g = np.random.default_rng(2).standard_normal(tuple(out.shape)).astype(np.float32)
+        got = torch.autograd.grad(out, leaves, gpu_torch.put(g))
+        want = list(train_reference.tensor_train_grad(g, *cores, ids, offsets, w, rows, mode, 2, last))
+        if w is not None:
+            want.append(train_reference.tensor_train_weight_grad(g, *cores, ids, offsets, rows, 2, last))
+        for a, b in zip(got, want):
+            close(gpu_torch.get(a), b, factor=200)  # torch's products may round to TF32 in another setting

@@ -6,6 +6,7 @@
 
 #include "bind/cuda/bags.h"
 #include "bind/cuda/intake.h"
+#include "gather/tensor_train.h"
 
 namespace lutra {
 namespace {
@@ -85,6 +86,19 @@ void register_pieces(py::module_& m) {
     if (!workspace.p) return cuda::piece_grad_workspace(a);
     cuda::piece_grad(a, Launch{device, stream.p, workspace.p});
     return int64_t{0};
+  });
+  m.def("tensor_train", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
+                           int64_t length, int64_t padding_idx, int mode, Address core1, Address core2, Address core3,
+                           const Numbers& n, int64_t rows, Address weights, Address out, int device, Address stream) {
+    if (n.size() != 8) throw std::invalid_argument("lutra: tensor_train: eight sizes");
+    TensorTrainArgs a{
+        bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
+        {core1.as<float>(), core2.as<float>(), core3.as<float>(), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], rows},
+        weights.as<float>(),
+        out.as<float>(),
+        nullptr};
+    cuda::tensor_train(a, Launch{device, stream.p});
+    return -1;
   });
 }
 

@@ -89,7 +89,10 @@ def senses(
     vectors, rows, scores = call("senses", _senses, arrays, (gradient, temperature))
     if offsets is None:
         return Senses(vectors, rows - ids * table.shape[1], scores)
-    return Senses(vectors, rows - offsets[ids], scores)
+    inside = (
+        ids.clip(0, len(offsets) - 2) if len(offsets) > 1 else ids
+    )  # (CUDA: nobody has looked at the ids)
+    return Senses(vectors, rows - offsets[inside], scores)
 
 
 def _check(table: Any, ids: Any, context: Any, offsets: Any, gradient: str, temperature: float) -> int:

@@ -57,7 +57,8 @@ def tensor_train(
     -----
     Computed in float32 (float64 for float64). An id takes r1 r2 d1 d2 + r2 d1 d2 d3 multiply-adds forward; r2
     is padded to multiples of 16. Gradients (torch) to the cores and the weights: ids are sorted, so that
-    those with the same a and b share their product; deterministic. CPU; on CUDA a TypeError.
+    those with the same a and b share their product; deterministic. On CUDA gradients are of torch tensors,
+    by products of torch's.
 
     References
     ----------
@@ -101,9 +102,9 @@ def _shapes(core1, core2, core3, ids, offsets, rows, mode, include_last_offset):
 
 def _checked(kind, core1, core2, core3, ids, offsets, weights):
     """Kinds and dtypes; the dtype code."""
-    if kind.cuda:
-        raise TypeError("tensor_train computes on the CPU; got arrays on a GPU")
     code = _checks.dtype(kind, core1, "core1", (*FLOATS, F64))
+    if kind.cuda and (kind.kernels is None or code == F64):
+        _checks.no_kernel(kind, "tensor_train")
     others = {"core2": core2, "core3": core3, "ids": ids, "offsets": offsets, "weights": weights}
     for name, a in others.items():
         if a is not None:
@@ -140,7 +141,7 @@ def _tensor_train(
     bad = kind.kernels.tensor_train(
         kind.ptr(ids), id_code, n_ids, _bag._ptr(kind, offsets), include_last_offset, bags, length, padding,
         _MODES[mode], *(kind.ptr(core) for core in cores), sizes, rows, _bag._ptr(kind, weights),
-        kind.ptr(out),
+        kind.ptr(out), *kind.launch(core1),
     )  # fmt: skip
     if bad != -1:
         _bag._explain(kind, ids, offsets, rows, include_last_offset)
@@ -169,6 +170,19 @@ def _tensor_train_backward(
         return tuple(kind.from_numpy(r, code, core1) for r in results)
     cores = [_single(kind, core) for core in (core1, core2, core3)]
     grad = _single(kind, grad)
+    if kind.cuda:
+        given = (
+            ids,
+            offsets,
+            weights,
+            None,
+            rows,
+            mode,
+            None if padding < 0 else padding,
+            include_last_offset,
+        )
+        results = _backward_by_torch(kind, grad, cores, sizes, given)
+        return tuple(g if code == F32 else kind.cast(g, code) for g in results)
     plan = _plan.sort_ids(kind, ids, id_code, offsets, bags, length, padding, mode, rows, include_last_offset)
     out = [kind.empty(tuple(core.shape), F32, core1) for core in cores]
     n_ids = ids.shape[0] if offsets is not None else bags * length
@@ -179,6 +193,28 @@ def _tensor_train_backward(
         optional(kind, weights), ptr(grad), *(ptr(g) for g in out),
     )  # fmt: skip
     return tuple(g if code == F32 else kind.cast(g, code) for g in out)
+
+
+def _backward_by_torch(kind, grad, cores, sizes, given):
+    """Gradients of the cores from those of the touched rows, on CUDA: (core1, core2, core3) in float32."""
+    core1, core2, core3 = cores
+    _, i2, i3, d1, d2, d3, r1, r2 = sizes
+    rows, g = _bag._bag_backward_rows(kind, grad, *given)
+    n, prefix = len(rows), rows // i3
+    a, b, c = prefix // i2, prefix % i2, rows % i3
+    first, second = core1[a], core2[b].reshape(n, r1, d2 * r2)
+    product = (first @ second).reshape(n, d1 * d2, r2)
+    g = g.reshape(n, d1 * d2, d3)
+    to_product = (g @ core3[c]).reshape(n, d1, d2 * r2)
+    parts = (
+        (to_product @ second.transpose(1, 2), a, core1.shape),
+        (first.transpose(1, 2) @ to_product, b, core2.shape),
+        (g.transpose(1, 2) @ product, c, core3.shape),
+    )
+    return [
+        _bag._bag_backward(kind, p.reshape(n, -1), at.reshape(-1, 1), rows=shape[0]).reshape(shape)
+        for p, at, shape in parts
+    ]
 
 
 def _tensor_train_weight_grad(
@@ -197,6 +233,14 @@ def _tensor_train_weight_grad(
         return kind.from_numpy(result, F64 if code == F64 else F32, core1)
     cores = [_single(kind, core) for core in (core1, core2, core3)]
     grad = _single(kind, grad)
+    if kind.cuda:  # rows of the entries, then products with their bags' gradients
+        flat = ids.reshape(-1)
+        parts = _tensor_train(kind, cores[0], cores[1], cores[2], flat.reshape(-1, 1), rows=rows)
+        parts, entries, pad = _plan.leave_out(parts, flat, None if padding < 0 else padding)
+        return _bag._bag_weight_grad(
+            kind, grad, parts, entries.reshape(ids.shape), None if offsets is None else offsets.long(), None,
+            None, pad, include_last_offset,
+        )  # fmt: skip
     out = kind.empty(tuple(ids.shape), F32, core1)
     n_ids = ids.shape[0] if offsets is not None else bags * length
     bad = kind.kernels.tensor_train_weight_grad(

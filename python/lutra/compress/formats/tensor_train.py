@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ... import _checks, gather
-from ..._arrays import is_torch
+from ..._arrays import is_torch, torch_kind
 from ...reference import train as reference
 from .base import Array, Data, Format, Shape, check_ids, register
 
@@ -181,9 +181,11 @@ class TensorTrain(Format):
 
 
 def _by_torch(data: Data) -> bool:
-    """Whether torch's own ops compute: on a GPU, and in float64."""
+    """Whether torch's own ops compute: where there is no kernel."""
     core = data["core1"]
-    return is_torch(core) and (core.is_cuda or str(core.dtype) == "torch.float64")
+    if not is_torch(core):
+        return False
+    return str(core.dtype) == "torch.float64" or (core.is_cuda and torch_kind(True).kernels is None)
 
 
 def _three(name: str, text: str) -> Three:

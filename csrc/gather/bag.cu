@@ -28,6 +28,7 @@ template <class T, int VEC>
 struct DenseRows {
   static constexpr bool kCodes = sizeof(T) == 1;
   static constexpr float kUnit = 1;
+  static constexpr int kBlocks = 4;
   struct Raw {
     Pack<T, VEC> pack;
     float scale, minimum;

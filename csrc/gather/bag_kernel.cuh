@@ -12,6 +12,7 @@
 // A source of rows is
 //   struct Source {
 //     static constexpr float kUnit;                   // of sums
+//     static constexpr int kBlocks;                   // of a multiprocessor, that registers are to allow
 //     int64_t rows, dim;
 //     Context context(float* shared16) const;         // called by all threads of a block
 //     Lane lane(int64_t column) const;                // where a thread's columns lie in a row
@@ -43,9 +44,7 @@ __device__ __forceinline__ bool exceeds(float v, float best, bool first) {
 }
 
 template <class Source, int VEC, bool MAX, int U>
-__global__ void __launch_bounds__(kBagThreads, MAX     ? 2
-                                               : U > 4 ? 2
-                                                       : 4)
+__global__ void __launch_bounds__(kBagThreads, MAX ? 2 : Source::kBlocks)
     bag_kernel(BagView b, Source t, const float* weights, bool mean, int64_t* argmax, BagPlan plan) {
   __shared__ float shared16[16];
   const auto context = t.context(shared16);

@@ -43,6 +43,7 @@ template <Packed K, bool FAST>
 struct PackedRows : PackedSource<K, FAST> {
   using Base = PackedSource<K, FAST>;
   using Raw = PackedRaw;
+  static constexpr int kBlocks = 4;
   PackedOut out;
   PackedRows(const Base& base, const PackedOut& o) : Base(base), out(o) {}
 

@@ -101,7 +101,7 @@ __device__ __forceinline__ uint32_t code_of(float x, float scale, float minimum,
 }
 
 template <Packed K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     pack_kernel(Values x, int64_t n, uint8_t* data, int64_t dim, int64_t group, int64_t row_bytes, const int64_t* ids,
                 bool stochastic, uint64_t seed, const float* given_scale, const float* given_minimum) {
   constexpr float kMost = K == Packed::int8 ? 255 : K == Packed::int4 ? 15 : 3;

@@ -82,6 +82,7 @@ struct PieceRows {
     }
   }
   static constexpr float kUnit = 1;
+  static constexpr int kBlocks = 2;
   __device__ __forceinline__ void add(const Raw& raw, int context, float w, float (&sum)[VEC], float*) const {
     float v[VEC];
     values(raw, context, v);

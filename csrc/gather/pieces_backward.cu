@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kThreads)
 // Where the gradient of an entry lies; of a product times the other piece.
 template <class G>
 struct PieceGrads {
+  static constexpr int kBlocks = 3;
   template <int VEC>
   struct Raw {
     Pack<G, VEC> g, other;

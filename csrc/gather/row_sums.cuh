@@ -38,6 +38,7 @@ struct RowSums {
 // Where the gradient of an entry comes from: row `bag` of an array (bags, dim).
 template <class G>
 struct BagRows {
+  static constexpr int kBlocks = 4;  // of a multiprocessor, that registers are to allow
   template <int VEC>
   using Raw = Pack<G, VEC>;
   const G* source;
@@ -110,7 +111,8 @@ inline int tile_for(int64_t n, int64_t lanes_in_all) {
 inline int64_t partial_floats(int64_t n, int tile, int64_t dim) { return (div_up(n, tile) + 1) * 2 * dim; }
 
 template <int VEC, int CH, bool MAX, class Source, class Sink>
-__global__ void __launch_bounds__(kSumThreads, CH > 1 ? 1 : Sink::kBlocks - (VEC > 4))
+__global__ void __launch_bounds__(
+    kSumThreads, CH > 1 ? 1 : (Sink::kBlocks < Source::kBlocks ? Sink::kBlocks : Source::kBlocks) - (VEC > 4))
     tiles_kernel(RowSums a, Source source, Sink sink, int log_lanes) {
   const Group group = group_of(log_lanes);
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * (kSumThreads >> log_lanes) + (threadIdx.x >> log_lanes));
@@ -132,12 +134,17 @@ __global__ void __launch_bounds__(kSumThreads, CH > 1 ? 1 : Sink::kBlocks - (VEC
     for (int j = 0; j < VEC; ++j) sum[c][j] = 0;
   }
   bool done = false;
-  uint4 next_keys = *reinterpret_cast<const uint4*>(keys + begin);
-  int4 next_values = *reinterpret_cast<const int4*>(a.entries.values + begin);
+  constexpr bool kAhead = Sink::kPrefetch;  // keys are read a step ahead, so that the rows can be fetched
+  uint4 next_keys;
+  int4 next_values;
+  if (kAhead) {
+    next_keys = *reinterpret_cast<const uint4*>(keys + begin);
+    next_values = *reinterpret_cast<const int4*>(a.entries.values + begin);
+  }
   for (int i = 0; i < a.tile && !done; i += kInFlightRows) {
-    const uint4 k = next_keys;
-    const int4 v = next_values;
-    if (i + kInFlightRows < a.tile) {  // one step ahead, so that rows do not wait for keys
+    const uint4 k = kAhead ? next_keys : *reinterpret_cast<const uint4*>(keys + begin + i);
+    const int4 v = kAhead ? next_values : *reinterpret_cast<const int4*>(a.entries.values + begin + i);
+    if (kAhead && i + kInFlightRows < a.tile) {
       next_keys = *reinterpret_cast<const uint4*>(keys + begin + i + kInFlightRows);
       next_values = *reinterpret_cast<const int4*>(a.entries.values + begin + i + kInFlightRows);
     }
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(kSumThreads, CH > 1 ? 1 : Sink::kBlocks - (VEC
         if (column + c * step < a.dim) row[u][c] = source.template load<VEC>(bag[u], value[u], column + c * step);
       }
     }
-    if (Sink::kPrefetch && i + kInFlightRows < a.tile) {
+    if (kAhead && i + kInFlightRows < a.tile) {
       if (next_keys.x != kNoRow) sink.prefetch(next_keys.x, column);
       if (next_keys.y != kNoRow) sink.prefetch(next_keys.y, column);
       if (next_keys.z != kNoRow) sink.prefetch(next_keys.z, column);

@@ -60,7 +60,7 @@ def _bag_setup(ctx, inputs, output):
     ctx.save_for_backward(table if reads else None, ids, offsets, weights, scale, minimum)
 
 
-def _run(name, implementation, arguments):
+def run(name, implementation, arguments):
     """An op of a backward pass, directly where nothing needs torch's dispatcher, which takes longer."""
     if plain(*arguments[:5]):
         return implementation(torch_kind(arguments[0].is_cuda), *arguments)
@@ -76,12 +76,12 @@ def _bag_backward(ctx, grad):
             argmax = ops.bag_argmax(table, ids, offsets, ctx.padding_idx, ctx.last)
         arguments = (grad, ids, offsets, weights, argmax, ctx.shape[0], ctx.mode, ctx.padding_idx, ctx.last)
         if ctx.sparse:
-            rows, values = _run("bag_backward_rows", bag._bag_backward_rows, arguments)
+            rows, values = run("bag_backward_rows", bag._bag_backward_rows, arguments)
             to_table = torch.sparse_coo_tensor(
                 rows.unsqueeze(0), values, ctx.shape, check_invariants=False, is_coalesced=True
             )
         else:
-            to_table = _run("bag_backward", bag._bag_backward, arguments)
+            to_table = run("bag_backward", bag._bag_backward, arguments)
     if _needs(ctx, 3):
         to_weights = ops.bag_weight_grad(
             grad, table, ids, offsets, scale, minimum, ctx.padding_idx, ctx.last

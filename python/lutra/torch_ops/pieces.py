@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .._arrays import torch_kind
 from ..gather import _bag as bag
 from ..gather import _pieces as pieces
 from ..gather import _scaled as scaled
-from .gather import _needs
+from .gather import _needs, run
 from .library import gradient, register
 
 ops = torch.ops.lutra
@@ -103,7 +102,8 @@ def _piece_weight_grad(dots, ids, offsets, weights, rows, mode, padding_idx, las
     elif weights is not None:
         dots = dots * weights.reshape(-1, 1)
     if dots.is_cuda:  # torch's additions are in any order there
-        return bag._bag_backward(torch_kind(True), dots, ids.reshape(-1, 1), rows=rows)
+        arguments = (dots, ids.reshape(-1, 1), None, None, None, rows, "sum", None, False)
+        return run("bag_backward", bag._bag_backward, arguments)
     # torch adds the entries of a column one after another, in their order; sorting pays for wide rows only.
     flat = _inside(ids, rows)
     columns = [dots.new_zeros(rows).index_add(0, flat, column) for column in dots.unbind(1)]

@@ -19,7 +19,6 @@ from ._codec import ROWS, Codec, merge, to_rows, to_rows_on_gpu
 from ._codec_gpu import GpuScan, distinct, order_of
 from ._home import HOST, Home
 from ._quantizer_files import quantizer_of, quantizer_tensors, restore_quantizer
-from ._refine import refine as refine_candidates
 from ._refine import rescore_converted
 from ._rows import Rows
 from .base import Index
@@ -310,7 +309,7 @@ class CodedIndex(Index):
     def _rescore_on_gpu(self, q: Any, candidates: Any, k: int) -> tuple[Any, Any]:
         vectors = self._rows["vectors"].view
         if self.refine != "int8":
-            return refine_candidates(q, vectors, candidates, k, self.metric)
+            return scan.rescore(q, vectors, candidates, k, self.metric)
         return rescore_converted(
             self._here, q, vectors, candidates, k, self.metric, self._rows["scales"].view
         )

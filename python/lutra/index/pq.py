@@ -283,7 +283,10 @@ class PQ(Index):
         if self._here.kind.cuda:
             count = min(count, CUDA_MAX_K)
         candidates = self._scan(coded, codes, count, metric, keep)[1]
-        return refine_candidates(q, self._rows["vectors"].view, candidates, k, self.metric)
+        vectors = self._rows["vectors"].view
+        if self._here.kind.cuda:
+            return scan.rescore(q, vectors, candidates, k, self.metric)
+        return refine_candidates(q, vectors, candidates, k, self.metric)
 
     def _scan(self, q, codes, k, metric, keep):
         if keep is None:

@@ -65,6 +65,7 @@ int64_t sort_bytes(int64_t keys, int64_t lists);  // of temporary memory
 void sort_keys(const Key* from, Key* to, int64_t keys, int64_t lists, const int64_t* offsets, void* temporary,
                int64_t bytes, const Launch& l);
 
+void check_metric(Metric metric);  // an error for one without a kernel
 void normalize_queries(const float* q, int64_t nq, int64_t ldq, int64_t d, float* to, const Launch& l);
 
 }  // namespace cuda

@@ -22,6 +22,12 @@
 
 namespace lutra {
 namespace cuda {
+
+void check_metric(Metric metric) {
+  if (metric == Metric::poincare)
+    throw std::invalid_argument("lutra: metric poincare has no CUDA kernel; move the arrays to the CPU");
+}
+
 namespace {
 
 constexpr int kThreads = 256;
@@ -233,11 +239,6 @@ __global__ void __launch_bounds__(kThreads) check_kernel(CheckArgs a) {
   if (!safe) a.failed[atomicAdd(a.failures, 1)] = static_cast<int>(i);
 }
 
-void check_metric(Metric metric) {
-  if (metric == Metric::poincare)
-    throw std::invalid_argument("lutra: metric poincare has no CUDA kernel; move the arrays to the CPU");
-}
-
 PassArgs pass_args(const KnnArgs& a, const Plan& p, const Workspace& w, const float* q, int64_t ldq, int64_t count) {
   return PassArgs{q,
                   a.x,
@@ -368,53 +369,6 @@ void knn(const KnnArgs& a, const Launch& l) {
     merge_lists(Merge{w.pass_lists, part.nq, p.best > 0 ? lists : 0, p.best, p.best, false, p.best,
                       static_cast<int>(a.k), smaller, part.scores, part.ids, nullptr, pass.which, pass.count},
                 "knn", l);
-  }
-}
-
-// ---- candidates
-namespace {
-int64_t rescore_queries(int64_t nq, int64_t c, int64_t d) {  // per launch
-  const int64_t fit = kListBytes / (static_cast<int64_t>(sizeof(Key)) * (c > 0 ? c : 1) + d * 4);
-  return fit < 1 ? 1 : fit < nq ? fit : nq;
-}
-}  // namespace
-
-int64_t rescore_workspace(int64_t nq, int64_t c, int64_t d, Metric metric, const Launch&) {
-  const int64_t queries = rescore_queries(nq, c, d);
-  Carve carve(nullptr);
-  carve.take<Key>(queries * c);
-  if (metric == Metric::cosine) carve.take<float>(queries * d);
-  return carve.used();
-}
-
-void rescore(const RescoreArgs& a, const Launch& l) {
-  check_metric(a.metric);
-  if (a.k > kMaxK && a.c > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
-  if (a.n > kMaxRows || a.d > 0x7ffffff0)
-    throw std::length_error("lutra: rescore on CUDA takes fewer than 2^32 - 1 rows of fewer than 2^31 - 16 values");
-  if (a.c > 0x7fffffff) throw std::length_error("lutra: rescore on CUDA takes fewer than 2^31 candidates a query");
-  const DeviceGuard guard(l.device);
-  const bool cosine = a.metric == Metric::cosine, smaller = a.metric != Metric::ip && !cosine;
-  const int64_t chunk = rescore_queries(a.nq, a.c, a.d);
-  Carve carve(l.workspace);
-  Key* keys = carve.take<Key>(chunk * a.c);
-  float* normalized = cosine ? carve.take<float>(chunk * a.d) : nullptr;
-  for (int64_t first = 0; first < a.nq; first += chunk) {
-    const int64_t count = a.nq - first < chunk ? a.nq - first : chunk;
-    const float* q = a.q + first * a.ldq;
-    int64_t ldq = a.ldq;
-    if (cosine) {
-      normalize_queries(q, count, ldq, a.d, normalized, l);
-      q = normalized, ldq = a.d;
-    }
-    score_candidates(CandidateArgs{q, a.x, count, a.n, ldq, a.ldx, static_cast<int>(a.d), a.storage, a.metric, nullptr,
-                                   a.cand + first * a.c, a.c, keys},
-                     l);
-    const int c = static_cast<int>(a.c), best = static_cast<int>(a.k < a.c ? a.k : a.c);
-    merge_lists(Merge{keys, count, 1, c, c, true, best, static_cast<int>(a.k), smaller, a.scores + first * a.k,
-                      a.ids + first * a.k},
-                "rescore", l);
   }
 }
 

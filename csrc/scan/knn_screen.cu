@@ -6,6 +6,8 @@
 // stay in shared memory where they fit, else their slab is copied beside the rows'. Two blocks share a multiprocessor
 // where shared memory allows: one selects while the other multiplies.
 #include "scan/knn_screen.cuh"
+#include "scan/knn_screen_nearest.cuh"
+#include "scan/knn_screen_rows.cuh"
 
 namespace lutra {
 namespace cuda {

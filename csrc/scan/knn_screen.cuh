@@ -17,8 +17,6 @@
 // below it is not missed whatever the time at which a block hears of it. A score that is NaN always passes. The first
 // bars come from a sample of the tiles, so that cuts are rare.
 #pragma once
-#include <type_traits>
-
 #include "common/mma.cuh"
 #include "common/select.cuh"
 #include "scan/knn_screen.h"
@@ -28,7 +26,6 @@ namespace cuda {
 
 constexpr int kSlab = 64;                    // columns of a tile: 128 bytes of bf16
 constexpr int kPanelBytes = 64 * kSlab * 2;  // 64 queries
-constexpr float kPacked = 0x1p-17f;          // what a score may lose, of its size, by a number in its lowest bits
 constexpr int kPushes = 32;                  // of a thread, a tile and a query, at most
 
 // ---- the threads' share of the selection
@@ -248,96 +245,6 @@ __device__ __forceinline__ void largest(const float (&acc)[MT][BN / 2], const fl
   for (int i = 0; i < 2 * MT; ++i) to[query_offset<MT>(i) * a.sample_pitch] = most[i];
 }
 
-// ---- the nearest alone (address.nearest): a thread keeps the two best rows of each of its queries and the third's
-// score
-template <int MT>
-struct Best {
-  float v[2 * MT][3];
-  int id[2 * MT][2];
-
-  __device__ __forceinline__ void init() {
-#pragma unroll
-    for (int i = 0; i < 2 * MT; ++i) {
-      v[i][0] = v[i][1] = v[i][2] = -__int_as_float(0x7f800000);
-      id[i][0] = id[i][1] = -1;
-    }
-  }
-  __device__ __forceinline__ void add(int i, float s, int row) {
-    if (s > v[i][0]) {
-      v[i][2] = v[i][1];
-      v[i][1] = v[i][0], id[i][1] = id[i][0];
-      v[i][0] = s, id[i][0] = row;
-    } else if (s > v[i][1]) {
-      v[i][2] = v[i][1];
-      v[i][1] = s, id[i][1] = row;
-    } else {
-      v[i][2] = fmaxf(v[i][2], s);
-    }
-  }
-};
-
-// The lowest 5 bits of a score become its column's number within the thread's (kPacked allows for it), so that the
-// three largest come out of minima and maxima. A NaN, and -infinity with a number, is never larger: rows that are not
-// there.
-template <int MT, int BN>
-__device__ __forceinline__ void best_of_tile(const float (&acc)[MT][BN / 2], const float* r0, const float* r1, int row0,
-                                             const Lane<MT>& own, Best<MT>& best) {
-  const int t = threadIdx.x & 3;
-  float most[2 * MT][3];
-#pragma unroll
-  for (int i = 0; i < 2 * MT; ++i) most[i][0] = most[i][1] = most[i][2] = -__int_as_float(0x7f800000);
-#pragma unroll
-  for (int j = 0; j < BN / 8; ++j) {
-    const float2 w = *reinterpret_cast<const float2*>(r0 + 8 * j + 2 * t);
-    const float2 v = *reinterpret_cast<const float2*>(r1 + 8 * j + 2 * t);
-#pragma unroll
-    for (int i = 0; i < 2 * MT; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float s = fmaf(own.reach[i], e ? w.y : w.x, acc[i >> 1][4 * j + 2 * (i & 1) + e] + (e ? v.y : v.x));
-        const float f = __uint_as_float((__float_as_uint(s) & ~31u) | (2 * j + e));
-        const float second = fminf(most[i][0], f);
-        most[i][0] = fmaxf(most[i][0], f);
-        const float third = fminf(most[i][1], second);
-        most[i][1] = fmaxf(most[i][1], second);
-        most[i][2] = fmaxf(most[i][2], third);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2 * MT; ++i) {
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      const int at = static_cast<int>(__float_as_uint(most[i][p]) & 31);
-      if (most[i][p] > best.v[i][2]) best.add(i, most[i][p], row0 + 4 * (at & ~1) + 2 * t + (at & 1));
-    }
-    best.v[i][2] = fmaxf(best.v[i][2], most[i][2]);
-  }
-}
-
-// The 4 threads of a query put theirs together; the first writes.
-template <int MT>
-__device__ __forceinline__ void write_best(const ScreenArgs& a, Best<MT>& best, int64_t query) {
-#pragma unroll
-  for (int i = 0; i < 2 * MT; ++i) {
-#pragma unroll
-    for (int s = 1; s < 4; s <<= 1) {
-      const float v0 = __shfl_xor_sync(kFullWarp, best.v[i][0], s), v1 = __shfl_xor_sync(kFullWarp, best.v[i][1], s);
-      const float v2 = __shfl_xor_sync(kFullWarp, best.v[i][2], s);
-      const int id0 = __shfl_xor_sync(kFullWarp, best.id[i][0], s), id1 = __shfl_xor_sync(kFullWarp, best.id[i][1], s);
-      best.add(i, v0, id0);
-      best.add(i, v1, id1);
-      best.v[i][2] = fmaxf(best.v[i][2], v2);
-    }
-    const int64_t q = query + query_offset<MT>(i);
-    if ((threadIdx.x & 3) == 0 && q < a.nearest.queries) {
-      a.nearest.candidates[2 * q] = best.id[i][0];
-      a.nearest.candidates[2 * q + 1] = best.id[i][1];
-      a.nearest.bounds[q] = best.v[i][2];
-    }
-  }
-}
-
 template <int MT, int BN>
 __device__ __forceinline__ void select_tile(const float (&acc)[MT][BN / 2], const float* r0, const float* r1,
                                             int64_t tile, const ScreenArgs& a, Lane<MT>& own, int64_t query) {
@@ -354,130 +261,6 @@ __device__ __forceinline__ void select_tile(const float (&acc)[MT][BN / 2], cons
     hit = passing<kScreenCosine, MT, BN>(acc, r0, r1, own);
   if (__any_sync(kFullWarp, hit != 0))
     push<MT, BN>(acc, r0, r1, static_cast<uint32_t>(tile * BN), a, own, a.lists.bars + query, hit);
-}
-
-// ---- rows of the collection: 8 values at a time
-template <class T>
-struct Piece {
-  static constexpr int kWords = sizeof(T) * 8 / 4;
-  uint32_t word[kWords];
-};
-
-// 8 values at an address aligned to 16 bytes (8-bit values: 8), or zeros.
-template <class T>
-__device__ __forceinline__ Piece<T> load_vector(const T* from, bool here) {
-  Piece<T> p;
-#pragma unroll
-  for (int i = 0; i < Piece<T>::kWords; ++i) p.word[i] = 0;
-  if (!here) return p;
-  if constexpr (sizeof(T) == 1) {
-    const uint2 v = *reinterpret_cast<const uint2*>(from);
-    p.word[0] = v.x, p.word[1] = v.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < Piece<T>::kWords; i += 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(from + i * 4 / sizeof(T));
-      p.word[i] = v.x, p.word[i + 1] = v.y, p.word[i + 2] = v.z, p.word[i + 3] = v.w;
-    }
-  }
-  return p;
-}
-
-// The first `columns` of 8 values, the rest 0; any address.
-template <class T>
-__device__ __forceinline__ Piece<T> load_values(const T* from, int columns) {
-  Piece<T> p;
-#pragma unroll
-  for (int i = 0; i < Piece<T>::kWords; ++i) p.word[i] = 0;
-#pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    if (c < columns) {
-      uint32_t bits;
-      if constexpr (sizeof(T) == 4) {
-        bits = reinterpret_cast<const uint32_t*>(from)[c];
-      } else if constexpr (sizeof(T) == 2) {
-        bits = reinterpret_cast<const uint16_t*>(from)[c];
-      } else {
-        bits = reinterpret_cast<const uint8_t*>(from)[c];
-      }
-      p.word[c * sizeof(T) / 4] |= bits << (c * sizeof(T) % 4 * 8);
-    }
-  }
-  return p;
-}
-
-template <class T>
-__device__ __forceinline__ float piece_value(const Piece<T>& p, int i) {
-  const uint32_t word = p.word[i * sizeof(T) / 4];
-  if constexpr (sizeof(T) == 4) {
-    return __uint_as_float(word);
-  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
-  } else if constexpr (std::is_same<T, __half>::value) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(i & 1 ? word >> 16 : word)));
-  } else if constexpr (std::is_same<T, int8_t>::value) {
-    return static_cast<float>(static_cast<int8_t>(word >> (i & 3) * 8));
-  } else {
-    return static_cast<float>(word >> (i & 3) * 8 & 255);
-  }
-}
-
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-
-// Writes the piece as bf16 (and with RT = 2 what the rounding loses) to its places; adds the squares to *squares.
-template <class T, int RT>
-__device__ __forceinline__ void store_piece(const Piece<T>& p, unsigned char* high, unsigned char* low,
-                                            float* squares) {
-  float v[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = piece_value(p, i);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) *squares = fmaf(v[i], v[i], *squares);
-  uint4 h;
-  if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    h = make_uint4(p.word[0], p.word[1], p.word[2], p.word[3]);
-  } else {
-    h = make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
-  }
-  *reinterpret_cast<uint4*>(high) = h;
-  if constexpr (RT == 2) {
-    const uint32_t w[4] = {h.x, h.y, h.z, h.w};
-    uint32_t rest[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      rest[i] = bf16_pair(v[2 * i] - __uint_as_float(w[i] << 16), v[2 * i + 1] - __uint_as_float(w[i] & 0xffff0000u));
-    *reinterpret_cast<uint4*>(low) = make_uint4(rest[0], rest[1], rest[2], rest[3]);
-  }
-}
-
-// r0 and r1 of a row from its sum of squares (of d values; fp32, any order of summation).
-template <class T, bool NEAREST>
-__device__ __forceinline__ float2 row_terms(const ScreenArgs& a, int64_t row, float squares) {
-  const float infinity = __int_as_float(0x7f800000);
-  const bool cosine = a.mode == kScreenCosine;
-  const bool valid = row < a.n && (!a.keep || (a.keep[row >> 3] >> (row & 7) & 1));
-  if (!valid) return cosine ? make_float2(0, -infinity) : make_float2(-infinity, 0);
-  const float slack = static_cast<float>(a.d + 16) * 0x1p-24f;
-  if (!cosine) {
-    // 1e-17 for what squares lose below 1e-38; the sum of squares is right to a part in `slack`.
-    const float norm = fmaf(sqrtf(squares), 1.0f + slack + 0x1p-20f, 1e-17f);
-    float shift = 0;
-    if (a.l2) shift = -0.5f * squares * (1.0f - 2 * slack - (NEAREST ? kPacked : 0x1p-20f));
-    if (NEAREST && !(squares < kPlainSquares)) *a.nearest.broken = 1;
-    if (a.bias) shift = fmaf(fabsf(a.bias[row]), 0x1p-20f, a.bias[row]);
-    return make_float2(norm, shift);
-  }
-  if (squares > 1e-30f && squares < 1e37f) return make_float2(rsqrtf(squares), 0);
-  if (squares == 0) {
-    const T* x = static_cast<const T*>(a.x) + row * a.ldx;
-    bool zero = true;
-    for (int k = 0; k < a.d; ++k) zero = zero && to_float(x[k]) == 0;
-    if (zero) return make_float2(0, 0);
-  }
-  return make_float2(0, infinity);  // always a candidate: its norm is not known well enough
 }
 
 }  // namespace cuda

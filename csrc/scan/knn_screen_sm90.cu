@@ -10,6 +10,8 @@
 // (rings - 1) slabs + slabs - 1 >= stages a place is written again only after all have begun the next tile.
 #include "common/wgmma.cuh"
 #include "scan/knn_screen.cuh"
+#include "scan/knn_screen_nearest.cuh"
+#include "scan/knn_screen_rows.cuh"
 
 namespace lutra {
 namespace cuda {

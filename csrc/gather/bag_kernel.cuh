@@ -89,21 +89,24 @@ __global__ void __launch_bounds__(kBagThreads, MAX ? 2 : Source::kBlocks)
         uint32_t row[U];
         float weight[U];
         typename Source::Raw raw[U];
+        int from_lane = base;
 #pragma unroll
         for (int u = 0; u < U; ++u) {
+          // Where the list is at its end the row before is read again: loads without branches around them are
+          // under way together, whatever they are put together from.
           has[u] = list != 0;
-          const int from_lane = base + (has[u] ? __ffs(static_cast<int>(list)) - 1 : 0);
+          if (has[u]) from_lane = base + __ffs(static_cast<int>(list)) - 1;
           list &= list - 1;
           row[u] = __shfl_sync(group, static_cast<uint32_t>(id), from_lane);
           weight[u] = weights ? __shfl_sync(group, my_weight, from_lane) : 1.0f;
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (has[u] && inside) raw[u] = t.load(row[u], at);
+          raw[u] = t.load(row[u], at);
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (!has[u] || !inside) continue;
+          if (!has[u]) continue;
           if (!MAX) {
             t.add(raw[u], context, weight[u], value, &shift);
             continue;

@@ -49,6 +49,9 @@ __device__ __constant__ const float kNf4Levels[16] = {-1.0f,
                                                       0.7229568362236023f,
                                                       1.0f};
 
+// What codes and scales must be multiples of to be read fast: rows of nf4 have an odd number of halves as a rule.
+__host__ __device__ constexpr int packed_step(Packed k) { return k == Packed::nf4 ? 2 : packed_bits(k); }
+
 struct PackedLane {
   uint32_t code, tail;  // bytes from the beginning of a row
   int bytes;            // of codes; fewer at the row's end
@@ -112,8 +115,8 @@ struct PackedSource {
     PackedRaw raw;
     const uint8_t* p = data + static_cast<uint64_t>(row) * row_bytes;
     if (FAST) {
-      load_bytes<bytes>(p + at.code, bytes, raw.code);
-      load_bytes<tail_bytes>(p + at.tail, tail_bytes < bytes ? tail_bytes : bytes, raw.tail);
+      load_bytes<bytes>(p + at.code, packed_step(K), raw.code);
+      load_bytes<tail_bytes>(p + at.tail, tail_bytes < packed_step(K) ? tail_bytes : packed_step(K), raw.tail);
       return raw;
     }
     if (at.bytes == bytes) {
@@ -204,7 +207,7 @@ inline int packed_align(const PackedTable& t) {
 }
 
 inline bool packed_fast(const PackedTable& t) {
-  return t.dim % kPackedColumns == 0 && packed_align(t) >= packed_bits(t.kind);
+  return t.dim % kPackedColumns == 0 && packed_align(t) >= packed_step(t.kind);
 }
 
 template <Packed K, bool FAST>

@@ -12,6 +12,7 @@ from ..gather import _tables as tables
 from .library import gradient, plain, register
 
 ops = torch.ops.lutra
+_wraps = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _needs(ctx, i):
@@ -62,7 +63,8 @@ def _bag_setup(ctx, inputs, output):
 
 def run(name, implementation, arguments):
     """An op of a backward pass, directly where nothing needs torch's dispatcher, which takes longer."""
-    if plain(*arguments[:5]):
+    # A function that torch.func.vjp gave is called outside of it, with tensors that wrap others all the same.
+    if plain(*arguments[:5]) and not any(t is not None and _wraps(t) for t in arguments[:5]):
         return implementation(torch_kind(arguments[0].is_cuda), *arguments)
     return getattr(ops, name)(*arguments)
 

@@ -1,7 +1,7 @@
 // The gradient of tables on CUDA, many tokens: sorting them, and the dense gradient. See tables_grad.cuh.
-#include <cub/block/block_radix_sort.cuh>
-
 #include "gather/tables_grad.cuh"
+
+#include <cub/block/block_radix_sort.cuh>
 
 namespace lutra {
 namespace cuda {

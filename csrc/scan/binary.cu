@@ -5,10 +5,11 @@
 //
 // k above 2048: scores are written out and selected by radix (any_k.cuh). n < 2^32 - 1; offsets are 64-bit. Counts are
 // integers: 32 bits hold rows of 2^28 bytes.
+#include "scan/binary_plan.cuh"
+
 #include <type_traits>
 
 #include "scan/any_k.cuh"
-#include "scan/binary_plan.cuh"
 #include "scan/code_scan.cuh"
 
 namespace lutra {

@@ -1,8 +1,9 @@
 // Range search: a pass counts what reaches the radius, the host learns how much that is, a second pass writes it, and
 // each query's is sorted.
+#include "scan/exact_pass.h"
+
 #include <cub/device/device_segmented_radix_sort.cuh>
 
-#include "scan/exact_pass.h"
 #include "scan/range.h"
 
 namespace lutra {

@@ -14,8 +14,8 @@
 //   padded with -inf and -1; a candidate that is named twice counts once. argmax (columns, q_rows) or null: the row of
 //   x that gives each query token's maximum, the lowest of equals; -1 where there is none. With k = 0 only. Sums: a
 //   product in the order of d (fp32, one rounding a step where the level has FMA), a score in the order of the query's
-//   tokens (CUDA: maxsim_stream.cuh says in which). So a score has the same bits whatever else is in the call, whatever the threads. bad[0]: what is wrong
-//   (Bad), bad[1]: where; the results are then unspecified.
+//   tokens (CUDA: maxsim_stream.cuh says in which). So a score has the same bits whatever else is in the call, whatever
+//   the threads. bad[0]: what is wrong (Bad), bad[1]: where; the results are then unspecified.
 // Limits: 2 (query tokens) (document tokens) d operations at the FMA rate (vpdpbusd: twice the bytes, four times the
 // products; vdpbf16ps: twice the products); for few query tokens reading x once.
 //

@@ -21,9 +21,9 @@ def _rows_of_probes(probes, list_begin, list_rows, nprobe):
 def search(score, nq, lists, k, metric):
     """The k best of the rows in each query's lists; ``score(query, rows, places)`` gives their scores.
 
-    ``lists`` is (list_begin, list_rows, positions, npositions, keep, probes).
+    ``lists`` begins with (list_begin, list_rows, positions, npositions, keep, probes).
     """
-    list_begin, list_rows, positions, npositions, keep, probes = lists
+    list_begin, list_rows, positions, npositions, keep, probes = lists[:6]
     scores = np.empty((nq, k), np.float32)
     ids = np.empty((nq, k), np.int64)
     for i in range(nq):

@@ -91,8 +91,9 @@ void run(const PqEncodeArgs& a, const Launch& l) {
   const dim3 grid(grid_x(tiles), static_cast<unsigned>(wanted < a.m ? wanted : a.m < 65535 ? a.m : 65535));
   int64_t in_shared = 40 * 1024 / 4 / a.dsub;
   in_shared = in_shared < 1 ? 1 : in_shared < a.ksub ? in_shared : a.ksub;
-  launch("pq_encode", pq_encode_kernel<D, R, Whole>, grid, kThreads, static_cast<size_t>(in_shared * a.dsub) * 4, l, a,
-         static_cast<int>(in_shared));
+  // 16 bytes more: the compiler reads up to four values at once, also past the last centroid, and uses what is there
+  const size_t shared = static_cast<size_t>(round_up(in_shared * a.dsub, 4) + 4) * 4;
+  launch("pq_encode", pq_encode_kernel<D, R, Whole>, grid, kThreads, shared, l, a, static_cast<int>(in_shared));
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ if [ $build = 0 ]; then
     sanitizer=0
     for tool in memcheck racecheck; do
       (
-        LUTRA_SANITIZE_CASES=${CASES:-4} PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${LIMIT:-900}" compute-sanitizer --tool "$tool" \
+        LUTRA_SANITIZE_CASES=${CASES:-4} PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT -k 20 "${LIMIT:-900}" compute-sanitizer --tool "$tool" \
           --error-exitcode 9 --target-processes all --kernel-regex kns=lutra \
           "$PYTHON" -m pytest -q -m "cuda and sanitize" -o addopts="-ra --strict-markers" -p no:cacheprovider \
           tests/cuda >"$out/$tool.log" 2>&1
@@ -75,7 +75,8 @@ if [ $build = 0 ]; then
   fi
   jobs=()  # in parallel where pytest-xdist is there: most of the time goes to the reference
   "$PYTHON" -c 'import xdist' 2>/dev/null && jobs=(-n $(($(nproc) * 3 / 4 + 1)))
-  timeout "${LIMIT:-900}" "$PYTHON" -m pytest -q -m cuda "${jobs[@]}" -o addopts="-ra --strict-markers" \
+  # at the limit an interrupt, so that pytest still names what failed
+  timeout -s INT -k 20 "${LIMIT:-900}" "$PYTHON" -m pytest -q -m cuda "${jobs[@]}" -o addopts="-ra --strict-markers" \
     --junitxml "$work/tests.xml" -p no:cacheprovider tests 2>&1 | tee "$out/tests.log"
   tests=${PIPESTATUS[0]}
   if [ "$sanitizer" = 0 ]; then

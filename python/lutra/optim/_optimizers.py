@@ -19,8 +19,8 @@ _COMMON = """
 _NOTES = """
     Sparse gradients (coalesced or not) and attached layers (`attach`) update the touched rows only, dense
     gradients every value. The state is float32 where parameters are float16 or bfloat16; parameters of these
-    types are updated in float32 and rounded once. Deterministic. On CUDA, and for float64, the same steps are
-    composed of torch's operations.
+    types are updated in float32 and rounded once. Deterministic. For float64 the same steps are composed of
+    torch's operations.
 """
 
 

@@ -117,10 +117,6 @@ def beside(rows: int, dim: int, bags: int) -> Case:
 
 
 # ---------------------------------------------------------------- backward
-def touched_rows(ids: torch.Tensor) -> int:
-    return int(torch.unique(ids).numel())
-
-
 def backward(rows: int, dim: int, dtype: torch.dtype, bags: int, kind: str, graph: bool = False) -> Case:
     """The gradient alone: 'dense', or 'sparse' (touched rows; torch's has a row for each id)."""
     size = 2 if dtype == torch.bfloat16 else 4

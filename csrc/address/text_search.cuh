@@ -1,21 +1,9 @@
 // Which text a position belongs to, for the consecutive positions of a block.
 #pragma once
-#include <cstdint>
+#include "common/device.cuh"
 
 namespace lutra {
 namespace cuda {
-
-// The last of `texts` >= 1 that begins at or before p, looked for between two that are known; the first if none does.
-__device__ __forceinline__ int64_t last_before(const int64_t* starts, int64_t low, int64_t high, int64_t p) {
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (starts[middle] <= p)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
 
 // The text of position p of this thread, where the block has the positions [begin, end). All threads call it.
 __device__ __forceinline__ int64_t text_of(const int64_t* starts, int64_t texts, int64_t begin, int64_t end,

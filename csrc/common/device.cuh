@@ -85,6 +85,22 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {  // p aligned to t
   return {*reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p)};
 }
 
+// The i-th value of a row, of the 4 bytes that hold it.
+template <class T>
+__device__ __forceinline__ float value_of_word(uint32_t word, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(word);
+  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
+  } else if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(i & 1 ? word >> 16 : word)));
+  } else if constexpr (std::is_same<T, int8_t>::value) {
+    return static_cast<float>(static_cast<int8_t>(word >> (i & 3) * 8));
+  } else {
+    return static_cast<float>(word >> (i & 3) * 8 & 255);
+  }
+}
+
 // values[0..N) rounded to T, written 16 bytes at a time at most
 template <class T, int N>
 __device__ __forceinline__ void store_pack(T* p, const float* values) {
@@ -106,6 +122,18 @@ __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int s = 16; s > 0; s >>= 1) v += __shfl_xor_sync(kFullWarp, v, s);
   return v;
+}
+
+// The last of the stretches low .. high - 1 that begins at or before p; the first of them if none does.
+__device__ __forceinline__ int64_t last_before(const int64_t* starts, int64_t low, int64_t high, int64_t p) {
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (starts[middle] <= p)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
 }
 
 // ---- ids of either width

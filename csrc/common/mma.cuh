@@ -35,19 +35,6 @@ __device__ __forceinline__ void load_matrix_4(uint32_t (&r)[4], uint32_t address
                : "r"(address)
                : "memory");
 }
-__device__ __forceinline__ void load_matrix_2(uint32_t (&r)[2], uint32_t address) {  // lanes 0 to 15 give addresses
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(address)
-               : "memory");
-}
-// As load_matrix_4, each matrix of 16-bit values transposed.
-__device__ __forceinline__ void load_matrix_4_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
 
 // c += a b: 16 x 8 x 16, fp32 sums
 __device__ __forceinline__ void mma_bf16(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -72,14 +59,5 @@ __device__ __forceinline__ void mma_s8(int* c, const uint32_t (&a)[4], uint32_t 
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// The same with unsigned a (queries, say) and signed b.
-__device__ __forceinline__ void mma_u8s8(int* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 }  // namespace cuda
 }  // namespace lutra

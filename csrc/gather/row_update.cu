@@ -6,6 +6,7 @@
 #include "gather/row_update.h"
 
 #include "common/device.cuh"
+#include "gather/row_step.cuh"
 #include "gather/row_sums.cuh"
 
 namespace lutra {
@@ -13,24 +14,6 @@ namespace cuda {
 namespace {
 
 constexpr int kSlabs = 4;  // vectors of a thread where a group must see whole rows
-
-__device__ __forceinline__ uint32_t row_key(uint64_t seed, uint32_t row) {  // splitmix64, as row_step.h
-  uint64_t x = seed + (static_cast<uint64_t>(row) + 1) * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
-}
-
-// x rounded to bf16 up or down at random, with 16 bits of a hash of (key, column).
-__device__ __forceinline__ float round_randomly(float x, uint32_t key, int64_t column) {
-  uint32_t b = key + static_cast<uint32_t>(column) * 0x9e3779b9u;
-  b = (b ^ (b >> 16)) * 0x7feb352du;
-  b = (b ^ (b >> 15)) * 0x846ca68bu;
-  b = (b ^ (b >> 16)) >> 16;
-  const uint32_t u = __float_as_uint(x);
-  if ((u & 0x7f800000u) == 0x7f800000u) return x;
-  return __uint_as_float((u + b) & 0xffff0000u);
-}
 
 // Approximations of 1 to 2 units in the last place: exact division and root are subroutines.
 __device__ __forceinline__ float root(float x) {

@@ -44,19 +44,6 @@ __global__ void __launch_bounds__(kThreads) number_kernel(SortArrays s, Segments
   if (p == n - 1 || s.keys[p + 1] == kNoKey) *out.count = number, out.starts[number] = p + 1;
 }
 
-// The segment that holds sorted position p: the last one that starts at or before it.
-__device__ __forceinline__ int64_t segment_at(const int64_t* starts, int64_t count, int64_t p) {
-  int64_t low = 0, high = count;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (starts[middle] <= p)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 // A group of threads per tile. Slot 0 of the tile's partial sums belongs to the segment that the tile began in
 // the middle of, slot 1 to one that begins in it and goes on after it.
 template <class T, int VEC, bool MAX>
@@ -75,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(SegmentSum a, int log_l
   float sum[VEC];
 #pragma unroll
   for (int j = 0; j < VEC; ++j) sum[j] = 0;
-  int64_t current = segment_at(a.starts, count, begin);
+  int64_t current = last_before(a.starts, 0, count, begin);
   int64_t first = a.starts[current], next = a.starts[current + 1];
   constexpr int kInFlight = 4;
   for (int64_t p = begin; p < end; p += kInFlight) {
@@ -134,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) borders_kernel(SegmentSum a, int log
   const int64_t kept = a.starts[count];
   const int64_t begin = tile * kTile, end = begin + kTile;
   if (end >= kept || column >= a.dim) return;
-  const int64_t current = segment_at(a.starts, count, end - 1);
+  const int64_t current = last_before(a.starts, 0, count, end - 1);
   const int64_t stop = a.starts[current + 1];
   if (a.starts[current] < begin || stop <= end) return;
   const float* partial = a.partial + column;

@@ -1,8 +1,6 @@
 // The exact score of one row, the same bits wherever it is computed (one query, a batch, candidates, a radius): sums
 // run over the columns in increasing order in one thread, in fp32 with fused multiply-adds.
 #pragma once
-#include <type_traits>
-
 #include "common/device.cuh"
 
 namespace lutra {
@@ -48,18 +46,7 @@ __device__ __forceinline__ float ranked_score(Metric metric, float sum, float sq
 template <class T>
 __device__ __forceinline__ float unpacked(const uint4& p, int i) {
   const uint32_t w[4] = {p.x, p.y, p.z, p.w};
-  const uint32_t word = w[i * static_cast<int>(sizeof(T)) / 4];
-  if constexpr (sizeof(T) == 4) {
-    return __uint_as_float(word);
-  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
-  } else if constexpr (std::is_same<T, __half>::value) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(i & 1 ? word >> 16 : word)));
-  } else if constexpr (std::is_same<T, int8_t>::value) {
-    return static_cast<float>(static_cast<int8_t>(word >> (i & 3) * 8));
-  } else {
-    return static_cast<float>(word >> (i & 3) * 8 & 255);
-  }
+  return value_of_word<T>(w[i * static_cast<int>(sizeof(T)) / 4], i);
 }
 
 }  // namespace cuda

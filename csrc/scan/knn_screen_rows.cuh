@@ -3,6 +3,7 @@
 #pragma once
 #include <type_traits>
 
+#include "common/device.cuh"
 #include "common/mma.cuh"
 #include "scan/knn_screen.h"
 
@@ -63,18 +64,7 @@ __device__ __forceinline__ Piece<T> load_values(const T* from, int columns) {
 
 template <class T>
 __device__ __forceinline__ float piece_value(const Piece<T>& p, int i) {
-  const uint32_t word = p.word[i * sizeof(T) / 4];
-  if constexpr (sizeof(T) == 4) {
-    return __uint_as_float(word);
-  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    return __uint_as_float(i & 1 ? word & 0xffff0000u : word << 16);
-  } else if constexpr (std::is_same<T, __half>::value) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(i & 1 ? word >> 16 : word)));
-  } else if constexpr (std::is_same<T, int8_t>::value) {
-    return static_cast<float>(static_cast<int8_t>(word >> (i & 3) * 8));
-  } else {
-    return static_cast<float>(word >> (i & 3) * 8 & 255);
-  }
+  return value_of_word<T>(p.word[i * sizeof(T) / 4], i);
 }
 
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
     if few:  # compute-sanitizer is slow: so many cases of each test, spread over its parameters
         tests = {}
         for item in items:
-            if HERE in Path(item.path).parents:
+            if item.get_closest_marker("sanitize"):
                 op = item.callspec.params.get("name") if hasattr(item, "callspec") else None
                 tests.setdefault((item.path, getattr(item, "originalname", item.name), op), []).append(item)
         chosen = {id(cases[i * len(cases) // few]) for cases in tests.values() for i in range(few)}
@@ -35,7 +35,3 @@ def gpu(request):
 @pytest.fixture
 def gpu_torch():
     return gpu_arrays.library("torch")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "sanitize: small cases for compute-sanitizer")

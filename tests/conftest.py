@@ -6,8 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+import emulation
 import pytest
 from covering import covering
+
+if emulation.folder():  # before torch and lutra are imported
+    emulation.start()
 
 from lutra import _backend
 

@@ -45,9 +45,7 @@ __device__ __forceinline__ float radius(float u) {
 #pragma unroll
   for (int j = 1; j < 8; ++j) p = fmaf(p, x, ln_term(j));
   const float ln = fmaf(e, 0.69314718f, fmaf(x * x, p, x));
-  float root;
-  asm("sqrt.approx.f32 %0, %1;\n" : "=f"(root) : "f"(ln * -2.0f));
-  return root;
+  return sqrt_approx(ln * -2.0f);
 }
 
 __device__ __forceinline__ void normals(uint32_t a, uint32_t b, float scale, float* first, float* second) {

@@ -37,6 +37,14 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// Two floats rounded to bfloat16, `low` in the lower half.
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  uint32_t pair;
+  memcpy(&pair, &v, sizeof(pair));
+  return pair;
+}
+
 __device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fc00000); }
 
 // ---- N neighbouring values, moved as one access of sizeof(T) * N bytes (1, 2, 4, 8 or 16)

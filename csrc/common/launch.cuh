@@ -13,6 +13,7 @@
 #include <string>
 
 #include "common/levels.h"
+#include "common/ptx.cuh"
 
 namespace lutra {
 namespace cuda {
@@ -81,7 +82,11 @@ void launch(const char* what, void (*kernel)(P...), dim3 grid, int block, size_t
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)),
           what);
-  kernel<<<grid, block, shared, stream_of(l)>>>(static_cast<P>(args)...);
+#ifdef LUTRA_EMULATE
+  emulate::run(what, grid, block, shared, [&] { kernel(static_cast<P>(args)...); });
+#else
+  kernel<<<grid, block, shared, stream_of(l)> > >(static_cast<P>(args)...);
+#endif
   check(cudaGetLastError(), what);
 }
 
@@ -100,31 +105,13 @@ inline bool is_hopper(int device) { return attribute(cudaDevAttrComputeCapabilit
 // Shared memory that one block may take.
 inline int shared_limit(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 
-// The block's dynamic shared memory.
-template <class T>
-__device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char lutra_dynamic_shared[];
-  return reinterpret_cast<T*>(lutra_dynamic_shared);
-}
-
-// Copies from device to shared memory that run while the block computes (cp.async). 16 bytes go past L1 and
-// bring the whole 128-byte line into L2, since a later step reads the rest of it. With `here` false the
-// destination is filled with zeros and nothing is read.
+// copy_part_16 and copy_part_4 of all bytes; with `here` false the destination is filled with zeros and nothing is
+// read.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool here) {
-  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const int bytes = here ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(global), "r"(bytes)
-               : "memory");
+  copy_part_16(shared, global, here ? 16 : 0);
 }
 __device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool here) {
-  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  const int bytes = here ? 4 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(dst), "l"(global), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void copy_wait() {  // until at most N groups are still under way
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+  copy_part_4(shared, global, here ? 4 : 0);
 }
 
 }  // namespace cuda

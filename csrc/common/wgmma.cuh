@@ -17,9 +17,21 @@
 
 #include "common/mma.cuh"
 
+#ifdef LUTRA_EMULATE
+#include "emulate/ptx_sm90.h"
+#endif
+
 namespace lutra {
 namespace cuda {
 
+// Of a tile of rows of 128 bytes, 8 rows (1024 bytes) after 8 rows, at a multiple of 1024 bytes: address / 16, the
+// stride of 8 rows / 16 at bit 32, 1 at bit 62 for the 128-byte swizzle (the stride at bit 16 is not used with it).
+__device__ __forceinline__ uint64_t wgmma_tile(uint32_t shared) {
+  return static_cast<uint64_t>((shared & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
+}
+
+#ifndef LUTRA_EMULATE
 // ---- barriers in shared memory
 __device__ __forceinline__ void barrier_init(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
@@ -58,14 +70,6 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
                "l"(global), "r"(bytes), "r"(shared_address(b))
                : "memory");
 }
-// Named barriers: of `threads` threads some wait, the others only arrive.
-__device__ __forceinline__ void named_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
@@ -81,12 +85,6 @@ __device__ __forceinline__ void fewer_registers() {
 }
 
 // ---- products
-// Of a tile of rows of 128 bytes, 8 rows (1024 bytes) after 8 rows, at a multiple of 1024 bytes: address / 16, the
-// stride of 8 rows / 16 at bit 32, 1 at bit 62 for the 128-byte swizzle (the stride at bit 16 is not used with it).
-__device__ __forceinline__ uint64_t wgmma_tile(uint32_t shared) {
-  return static_cast<uint64_t>((shared & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 template <int N>
@@ -129,6 +127,7 @@ __device__ __forceinline__ void wgmma_bf16(float (&c)[64], uint64_t a, uint64_t 
       : "l"(a), "l"(b), "r"(add));
 }
 #undef LUTRA_C8
+#endif
 
 }  // namespace cuda
 }  // namespace lutra

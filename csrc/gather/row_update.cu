@@ -16,11 +16,7 @@ namespace {
 constexpr int kSlabs = 4;  // vectors of a thread where a group must see whole rows
 
 // Approximations of 1 to 2 units in the last place: exact division and root are subroutines.
-__device__ __forceinline__ float root(float x) {
-  float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+__device__ __forceinline__ float root(float x) { return sqrt_approx(x); }
 
 struct Step {
   Rule rule;
@@ -43,13 +39,13 @@ struct Update {
   __device__ __forceinline__ void prefetch(uint32_t row, int64_t column) const {
     if (column >= dim || !ahead) return;
     const int64_t at = static_cast<int64_t>(row) * dim + column;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(table + at));
+    prefetch_l2(table + at);
     if (step.rule == Rule::rowwise_adagrad) {
-      if (column == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(s0 + row));
+      if (column == 0) prefetch_l2(s0 + row);
       return;
     }
-    if (s0) asm volatile("prefetch.global.L2 [%0];" ::"l"(s0 + at));
-    if (s1) asm volatile("prefetch.global.L2 [%0];" ::"l"(s1 + at));
+    if (s0) prefetch_l2(s0 + at);
+    if (s1) prefetch_l2(s1 + at);
   }
 
   template <int VEC, int CH>

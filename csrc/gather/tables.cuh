@@ -35,14 +35,6 @@ __device__ __forceinline__ void row_values<int8_t, 16>(const Pack<int8_t, 16>& r
     v[j] = __uint_as_float(__byte_perm(words[j / 4], 0x4b000000u, 0x7440 | (j % 4))) - 8388736.0f;  // 2^23 + 128
 }
 
-// threadIdx.x, read anew each time: what is computed from it is not kept in registers across a loop that needs them for
-// its sums.
-__device__ __forceinline__ unsigned fresh_thread() {
-  unsigned id;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
-  return id;
-}
-
 // The bias and the result of int8 tables have a type of their own, known when the kernel runs.
 __device__ __forceinline__ float load_as(const void* p, DType type, int64_t i) {
   switch (type) {

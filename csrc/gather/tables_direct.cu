@@ -37,9 +37,7 @@ template <class T, int VEC>
 __device__ __forceinline__ Pack<T, VEC> load_row(const T* p) {  // read once: not kept in L1
   Pack<T, VEC> row;
   if constexpr (sizeof(T) * VEC == 16) {
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(row.word.x), "=r"(row.word.y), "=r"(row.word.z), "=r"(row.word.w)
-        : "l"(p));
+    row.word = load_once(p);
   } else {
     row = load_pack<T, VEC>(p);
   }

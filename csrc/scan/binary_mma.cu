@@ -17,14 +17,6 @@ namespace {
 
 constexpr int kThreads = 256, kQueries = 32, kRows = 256;  // of a block
 
-__device__ __forceinline__ void count_common(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                             uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 template <int VEC, bool JACCARD>
 __global__ void __launch_bounds__(kThreads, VEC == 16 ? 2 : 1) mma_kernel(BinaryScan a) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -73,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, VEC == 16 ? 2 : 1) mma_kernel(Binary
     const int at = chunk * 64 + t * 16;
     const uint32_t rest = end - 1 - row0;
     int pitch_of_rows = a.b;
-    asm volatile("" : "+r"(pitch_of_rows));  // addresses are made here: there are no registers to keep them in
+    opaque(pitch_of_rows);  // addresses are made here: there are no registers to keep them in
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       next[i][0] = next[i][1] = next[i][2] = next[i][3] = 0;
@@ -113,8 +105,10 @@ __global__ void __launch_bounds__(kThreads, VEC == 16 ? 2 : 1) mma_kernel(Binary
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             const uint32_t *top = x[2 * m], *bottom = x[2 * m + 1];
-            count_common(count[m][j], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
-            count_common(count[m][j], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
+            const uint32_t first[4] = {top[0], bottom[0], top[1], bottom[1]};
+            const uint32_t second[4] = {top[2], bottom[2], top[3], bottom[3]};
+            mma_and_count(count[m][j], first, b.x, b.y);
+            mma_and_count(count[m][j], second, b.z, b.w);
           }
         }
       }

@@ -87,18 +87,12 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
                                         (here ? id * a.ldx * static_cast<int64_t>(sizeof(T)) + offset : 0);
             unsigned char* dst = to + r * pitch + piece * 16;
             if (plan.copy == 16) {
-              const unsigned d = static_cast<unsigned>(__cvta_generic_to_shared(dst));
-              const int size = here ? bytes : 0;
-              asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(d), "l"(from), "r"(size)
-                           : "memory");
+              copy_part_16(dst, from, here ? bytes : 0);
             } else if (plan.copy == 4) {
 #pragma unroll
               for (int w = 0; w < 4; ++w) {
-                const unsigned d = static_cast<unsigned>(__cvta_generic_to_shared(dst + 4 * w));
                 const int rest = bytes - 4 * w, size = !here || rest <= 0 ? 0 : rest < 4 ? rest : 4;
-                asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(d), "l"(size ? from + 4 * w : from),
-                             "r"(size)
-                             : "memory");
+                copy_part_4(dst + 4 * w, size ? from + 4 * w : from, size);
               }
             } else {
 #pragma unroll

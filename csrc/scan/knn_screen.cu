@@ -22,7 +22,7 @@ struct Plan80 {
 template <class T, int QT, int RT, int BN, bool NEAREST>
 __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a, const Plan80 plan) {
   constexpr int kRowSlab = BN * 128 * RT, kQuerySlab = kQueries * 128 * QT;
-  extern __shared__ __align__(1024) unsigned char screen_shared[];
+  unsigned char* const screen_shared = dynamic_shared_1024();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, slabs = a.slabs;
   const int stage_bytes = kRowSlab + (plan.resident ? 0 : kQuerySlab);
   unsigned char* stages = screen_shared + (plan.resident ? slabs * kQuerySlab : 0);

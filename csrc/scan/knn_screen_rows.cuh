@@ -67,11 +67,6 @@ __device__ __forceinline__ float piece_value(const Piece<T>& p, int i) {
   return value_of_word<T>(p.word[i * sizeof(T) / 4], i);
 }
 
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-
 // Writes the piece as bf16 (and with RT = 2 what the rounding loses) to its places; adds the squares to *squares.
 template <class T, int RT>
 __device__ __forceinline__ void store_piece(const Piece<T>& p, unsigned char* high, unsigned char* low,

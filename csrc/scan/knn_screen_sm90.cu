@@ -35,7 +35,7 @@ struct Tile90 {
 template <class T, int QT, int RT, int NWG, int MT, int BN, bool NEAREST>
 __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const ScreenArgs a, const Plan90 plan) {
   using Tile = Tile90<NWG, MT, BN, QT, RT>;
-  extern __shared__ __align__(1024) unsigned char screen_shared[];
+  unsigned char* const screen_shared = dynamic_shared_1024();
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
   const int warpgroup = threadIdx.x >> 7, lane = threadIdx.x & 31;
   const int stage_bytes = Tile::kRowSlab + (plan.resident ? 0 : Tile::kQuerySlab);

@@ -58,10 +58,10 @@ struct Operand {
     // side by side, and put them in the order of the fragments anew at each product.
     uint32_t (&w)[2][4] = words[digit][h / 2][grp];
     const int half = h % 2;
-    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[0][half]) : "r"(v.x));
-    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[0][2 + half]) : "r"(v.y));
-    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[1][half]) : "r"(v.z));
-    asm volatile("mov.b32 %0, %1;\n" : "=r"(w[1][2 + half]) : "r"(v.w));
+    w[0][half] = opaque_copy(v.x);
+    w[0][2 + half] = opaque_copy(v.y);
+    w[1][half] = opaque_copy(v.z);
+    w[1][2 + half] = opaque_copy(v.w);
   }
   __device__ void load(const MaxsimArgs& a, int64_t first, int64_t end) {
     const int lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;

@@ -111,19 +111,7 @@ __device__ __forceinline__ void team_sync(int team, int warps) {
   if (warps == 1)
     __syncwarp();
   else
-    asm volatile("bar.sync %0, %1;\n" ::"r"(team + 1), "r"(warps * 32) : "memory");
-}
-
-// 16 bytes to shared memory, of which `bytes` are read and the rest become 0.
-__device__ __forceinline__ void copy_part_16(void* shared, const void* global, int bytes) {
-  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(global), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_16(void* shared, const void* global) {
-  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(dst), "l"(global) : "memory");
+    named_sync(team + 1, warps * 32);
 }
 
 // `bytes` (0 to 16) bytes from p on, and zeros behind them. p lies at a multiple of `size`, bytes are one.
@@ -143,12 +131,6 @@ __device__ __forceinline__ uint4 load_part_16(const char* p, int bytes, int size
 __device__ __forceinline__ int bytes_left(int64_t bytes, int64_t at) {
   const int64_t left = bytes - at;
   return left < 0 ? 0 : left > 16 ? 16 : static_cast<int>(left);
-}
-
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float m;
-  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(m) : "f"(a), "f"(b));
-  return m;
 }
 
 struct Best {

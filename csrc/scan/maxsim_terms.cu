@@ -20,16 +20,13 @@ constexpr int kStages = 3;  // granules of a ring
 enum class From : int { f32, f16, bf16, codes };
 
 __device__ __forceinline__ void mma(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+  mma_bf16(c, words, b0, b1);
 }
 
 // Two floats as pairs of bfloat16: the next term of each, which is taken away from them.
 __device__ __forceinline__ uint32_t next_terms(float& low, float& high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  const uint32_t pair = bf16_pair(low, high);
   low -= __uint_as_float(pair << 16);
   high -= __uint_as_float(pair & 0xffff0000u);
   return pair;

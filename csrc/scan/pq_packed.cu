@@ -93,7 +93,7 @@ struct PackedPolicy {
 
   __device__ __forceinline__ void fetch(uint32_t row, int piece, Piece& to) const {
     int m = a.m;
-    asm volatile("" : "+r"(m));  // addresses are made here: there are no registers to keep them in
+    opaque(m);  // addresses are made here: there are no registers to keep them in
     fetch_codes<VEC>(a.codes + static_cast<uint64_t>(row) * m, 16 * piece, m, to.v);
   }
   __device__ __forceinline__ void add(int piece, const Piece (&row)[kRows], Sum (&sum)[kRows][kQueries],

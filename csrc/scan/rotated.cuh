@@ -60,7 +60,9 @@ __device__ __forceinline__ Lane lane_of() {
 #pragma unroll
   for (int b = 0; b < 4; ++b) l.bytes |= static_cast<unsigned>(b ^ (l.lane & 3)) << (4 * b);
   // Kept in registers: the compiler would rather work them out again in every turn of the loop.
-  asm volatile("" : "+r"(l.place[0]), "+r"(l.place[1]), "+r"(l.place[2]), "+r"(l.place[3]), "+r"(l.bytes));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) opaque(l.place[i]);
+  opaque(l.bytes);
   return l;
 }
 
@@ -76,13 +78,6 @@ __device__ __forceinline__ void reorder(const Lane& l, uint32_t (&v)[4]) {
   const uint32_t a = odd ? v[1] : v[0], b = odd ? v[0] : v[1], c = odd ? v[3] : v[2], d = odd ? v[2] : v[3];
   v[0] = __byte_perm(a, 0, l.bytes), v[1] = __byte_perm(b, 0, l.bytes);
   v[2] = __byte_perm(c, 0, l.bytes), v[3] = __byte_perm(d, 0, l.bytes);
-}
-
-// prmt.b32, which __byte_perm is not quite: a digit of 8 and more of `pick` spreads the sign of the byte that it names.
-__device__ __forceinline__ uint32_t permuted(uint32_t low, uint32_t high, unsigned pick) {
-  uint32_t out;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(pick));
-  return out;
 }
 
 // sum += the look-ups of R rows in the unit at `look`, entries of 4 bytes; v in the lane's order.

@@ -26,7 +26,11 @@ std::string device_name(int device) {
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
+#ifndef LUTRA_CUDA_MODULE
+#define LUTRA_CUDA_MODULE _cuda
+#endif
+
+PYBIND11_MODULE(LUTRA_CUDA_MODULE, m) {
   m.doc() = "lutra's CUDA kernels. Not a public interface: use lutra.address, lutra.gather and lutra.scan.";
   m.attr("__version__") = LUTRA_VERSION;
   m.attr("runtime_version") = CUDART_VERSION;

@@ -1,0 +1,388 @@
+#include "emulate/machine.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define LUTRA_FIBER_START(save, bottom, size) __sanitizer_start_switch_fiber(save, bottom, size)
+#define LUTRA_FIBER_END(save) __sanitizer_finish_switch_fiber(save, nullptr, nullptr)
+#else
+#define LUTRA_FIBER_START(save, bottom, size) (void)0
+#define LUTRA_FIBER_END(save) (void)0
+#endif
+
+namespace emulate {
+
+Place place;
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr int kMostThreads = 1024;
+
+// Saves the registers that a call keeps, changes the stack, and goes on there: swapcontext without its system calls.
+#if defined(__x86_64__)
+extern "C" void lutra_emulate_switch(void** from, void* to);
+asm(R"(
+.text
+.type lutra_emulate_switch, @function
+lutra_emulate_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+#else
+#error "the emulator of CUDA devices switches stacks on x86-64 only"
+#endif
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, total;
+};
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  std::unique_ptr<char[]> stack;
+  bool done = true;
+  unsigned id = 0;
+  std::vector<std::vector<Copy>> groups{1};  // the last one is not committed
+  std::vector<std::vector<std::function<void()>>> products{1};
+};
+
+// An exchange among the lanes of a mask of a warp. It is open until all have come, then it is read until all have read.
+struct Slot {
+  unsigned arrived = 0, read = 0;
+  bool full = false;
+  Exchange kind = Exchange::sync;
+  int bytes = 0;
+  unsigned present = 0;
+  alignas(16) unsigned char values[32 * kMostBytes];
+};
+
+struct Named {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+std::vector<Fiber> fibers(kMostThreads);
+void* scheduler;
+void* scheduler_fake;
+int current = -1;
+const std::function<void()>* body;
+std::vector<unsigned> alive(kMostThreads / 32);  // lanes of each warp that have not returned
+int alive_threads;
+bool progress;
+std::string failure;
+std::map<std::pair<int, unsigned>, std::unique_ptr<Slot>> slots;
+Slot* full_slots[kMostThreads / 32];
+Named named[16];
+int barrier_arrived, barrier_value[3], barrier_result[3];
+unsigned barrier_generation;
+struct Free {
+  void operator()(char* p) const { free(p); }
+};
+std::unique_ptr<char, Free> dynamic;
+size_t dynamic_size;
+
+const void* scheduler_stack;
+size_t scheduler_stack_size;
+
+void back() {  // to the scheduler
+  Fiber& f = fibers[current];
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  LUTRA_FIBER_START(f.done ? nullptr : &fake, scheduler_stack, scheduler_stack_size);
+#endif
+  lutra_emulate_switch(&f.stack_pointer, scheduler);
+  LUTRA_FIBER_END(fake);
+}
+
+struct Stop {};
+
+void entry() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  Fiber& f = fibers[current];
+  try {
+    (*body)();
+  } catch (const Stop&) {
+  } catch (const std::exception& e) {
+    if (failure.empty()) failure = e.what();
+  }
+  f.done = true;
+  alive[f.id / 32] &= ~(1u << (f.id % 32));
+  --alive_threads;
+  progress = true;
+  back();
+  abort();
+}
+
+void prepare(int id) {
+  Fiber& f = fibers[id];
+  if (!f.stack) f.stack.reset(new char[kStack]);
+  f.id = static_cast<unsigned>(id);
+  f.done = false;
+  f.groups.assign(1, {});
+  f.products.assign(1, {});
+  const uintptr_t top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t{15};
+  void** sp = reinterpret_cast<void**>(top) - 1;
+  *sp = nullptr;  // where a call would have left its return address
+  *--sp = reinterpret_cast<void*>(&entry);
+  for (int i = 0; i < 6; ++i) *--sp = nullptr;
+  f.stack_pointer = sp;
+}
+
+void resume(int id) {
+  current = id;
+  Fiber& f = fibers[id];
+  place.thread = dim3(f.id, 0, 0);
+#if defined(__SANITIZE_ADDRESS__)
+  LUTRA_FIBER_START(&scheduler_fake, f.stack.get(), kStack);
+#endif
+  lutra_emulate_switch(&scheduler, f.stack_pointer);
+  LUTRA_FIBER_END(scheduler_fake);
+}
+
+enum class Order { forward, reverse, shuffle };
+struct Settings {
+  Order order = Order::forward;
+  std::mt19937 random;
+  Settings() {
+    const char* text = getenv("LUTRA_EMULATE_ORDER");
+    if (!text || !*text || std::string(text) == "forward") return;
+    order = std::string(text) == "reverse" ? Order::reverse : Order::shuffle;
+    random.seed(static_cast<unsigned>(atoi(text)));
+  }
+};
+Settings& settings() {
+  static Settings s;
+  return s;
+}
+
+void clear_block(int threads) {
+  for (int w = 0; w * 32 < threads; ++w) {
+    const int lanes = threads - w * 32 < 32 ? threads - w * 32 : 32;
+    alive[w] = lanes == 32 ? 0xffffffffu : (1u << lanes) - 1;
+  }
+  alive_threads = threads;
+  for (auto& s : slots) s.second->arrived = s.second->read = 0, s.second->full = false;
+  for (Named& n : named) n = Named{};
+  barrier_arrived = 0;
+  barrier_value[0] = 0, barrier_value[1] = 1, barrier_value[2] = 0;
+}
+
+void run_block(const char* what, int threads, std::vector<int>& order) {
+  clear_block(threads);
+  for (int t = 0; t < threads; ++t) prepare(t);
+  int idle = 0;
+  while (alive_threads > 0) {
+    progress = false;
+    if (settings().order == Order::shuffle) std::shuffle(order.begin(), order.end(), settings().random);
+    for (int t : order)
+      if (!fibers[t].done) {
+        resume(t);
+        if (!failure.empty()) break;
+      }
+    if (failure.empty() && !progress && ++idle > 4)
+      failure = std::to_string(alive_threads) + " of " + std::to_string(threads) +
+                " threads wait for ever (a barrier or an exchange that others do not reach)";
+    if (progress) idle = 0;
+    if (!failure.empty()) {
+      const std::string text = std::string("lutra: emulated ") + what + ", block " + std::to_string(place.block.x) +
+                               ", " + std::to_string(place.block.y) + ": " + failure;
+      for (Fiber& f : fibers) f.done = true;  // their stacks are left as they are
+      throw std::runtime_error(text);
+    }
+  }
+}
+
+}  // namespace
+
+void run(const char* what, dim3 grid, int block, size_t shared, const std::function<void()>& kernel) {
+  if (block < 1 || block > kMostThreads) throw std::runtime_error("lutra: invalid block size of " + std::string(what));
+  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("lutra: invalid grid of " + std::string(what));
+  if (shared > 232448) throw std::runtime_error("lutra: too much shared memory for " + std::string(what));
+  body = &kernel;
+  failure.clear();
+  // Of exactly this size: AddressSanitizer sees what lies behind it.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, shared ? shared : 1)) throw std::bad_alloc();
+  dynamic.reset(static_cast<char*>(memory));
+  dynamic_size = shared;
+  memset(memory, 0x7f, shared);
+  place.block_size = dim3(static_cast<unsigned>(block), 1, 1);
+  place.grid = grid;
+  std::vector<int> order(static_cast<size_t>(block));
+  const bool reverse = settings().order == Order::reverse;
+  for (int t = 0; t < block; ++t) order[static_cast<size_t>(t)] = reverse ? block - 1 - t : t;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t b = reverse ? blocks - 1 - i : i;
+    place.block = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                       static_cast<unsigned>(b / grid.x / grid.y));
+    run_block(what, block, order);
+  }
+}
+
+int lane() { return static_cast<int>(place.thread.x & 31); }
+int warp() { return static_cast<int>(place.thread.x >> 5); }
+void* shared_memory() { return dynamic.get(); }
+size_t shared_size() { return dynamic_size; }
+
+void wait() { back(); }
+void moved() { progress = true; }
+
+void fail(const char* why) {
+  if (failure.empty()) failure = std::string(why) + " (thread " + std::to_string(place.thread.x) + ")";
+  throw Stop{};
+}
+
+int block_barrier(int kind, int value) {
+  barrier_value[0] |= value != 0;
+  barrier_value[1] &= value != 0;
+  barrier_value[2] += value != 0;
+  const unsigned mine = barrier_generation;
+  ++barrier_arrived;
+  progress = true;
+  while (mine == barrier_generation) {
+    if (barrier_arrived >= alive_threads) {
+      barrier_arrived = 0;
+      for (int i = 0; i < 3; ++i) barrier_result[i] = barrier_value[i];
+      barrier_value[0] = 0, barrier_value[1] = 1, barrier_value[2] = 0;
+      ++barrier_generation;
+      progress = true;
+      break;
+    }
+    wait();
+  }
+  return barrier_result[kind];
+}
+
+void named_barrier(int id, int threads, bool waits) {
+  if (id < 0 || id > 15 || threads % 32 != 0) fail("a named barrier takes numbers to 15 and whole warps");
+  if (id == 0) fail("named barrier 0 is __syncthreads'");
+  Named& n = named[id];
+  const unsigned mine = n.generation;
+  progress = true;
+  if (++n.arrived == threads) {
+    n.arrived = 0;
+    ++n.generation;
+  }
+  while (waits && mine == n.generation) wait();
+}
+
+namespace {
+Slot& slot_of(unsigned mask) {
+  const int w = warp();
+  if (mask == 0xffffffffu) {
+    if (!full_slots[w]) {
+      auto& s = slots[{w, mask}];
+      s.reset(new Slot);
+      full_slots[w] = s.get();
+    }
+    return *full_slots[w];
+  }
+  auto& s = slots[{w, mask}];
+  if (!s) s.reset(new Slot);
+  return *s;
+}
+}  // namespace
+
+const unsigned char* exchange(Exchange kind, unsigned mask, const void* value, int bytes, unsigned* present) {
+  const int l = lane(), w = warp();
+  if (!(mask >> l & 1)) fail("a lane takes part in an exchange whose mask does not name it");
+  Slot& s = slot_of(mask);
+  while (s.full) wait();  // others read the exchange before this one
+  if (s.arrived == 0) {
+    s.kind = kind;
+    s.bytes = bytes;
+    memset(s.values, 0, sizeof(s.values));
+  } else if (s.kind != kind || s.bytes != bytes) {
+    fail("lanes of a warp take part in different exchanges");
+  }
+  memcpy(s.values + l * kMostBytes, value, static_cast<size_t>(bytes));
+  s.arrived |= 1u << l;
+  progress = true;
+  while (!s.full) {
+    if (((mask & alive[w]) & ~s.arrived) == 0) {
+      s.full = true;
+      s.present = s.arrived;
+      s.read = 0;
+      progress = true;
+      break;
+    }
+    wait();
+  }
+  *present = s.present;
+  return s.values;
+}
+
+void exchanged(unsigned mask) {
+  Slot& s = slot_of(mask);
+  s.read |= 1u << lane();
+  if (s.read == s.present) {
+    s.arrived = 0;
+    s.full = false;
+  }
+  progress = true;
+}
+
+void copy_later(void* to, const void* from, int bytes, int total) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(to);
+  if (at % static_cast<uintptr_t>(total) ||
+      (bytes && reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(total)))
+    fail("cp.async of an address that is not a multiple of its size");
+  if (bytes < 0 || bytes > total) fail("cp.async of fewer than 0 or more than all bytes");
+  memset(to, 0x7f, static_cast<size_t>(total));  // until it is waited for
+  fibers[current].groups.back().push_back({to, from, bytes, total});
+}
+
+void copies_commit() { fibers[current].groups.emplace_back(); }
+
+void copies_wait(int under_way) {
+  auto& groups = fibers[current].groups;
+  while (static_cast<int>(groups.size()) - 1 > under_way) {
+    for (const Copy& c : groups.front()) {
+      memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+      memset(static_cast<char*>(c.to) + c.bytes, 0, static_cast<size_t>(c.total - c.bytes));
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+void product_later(std::function<void()> product) { fibers[current].products.back().push_back(std::move(product)); }
+
+void products_commit() { fibers[current].products.emplace_back(); }
+
+void products_wait(int under_way) {
+  auto& groups = fibers[current].products;
+  while (static_cast<int>(groups.size()) - 1 > under_way) {
+    for (const auto& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace emulate

@@ -1,0 +1,133 @@
+// The emulator's twins of the functions of common/wgmma.cuh.
+//
+// Bulk copies are carried out when a thread looks at their barrier, products when they are waited for: as late as the
+// hardware may.
+#pragma once
+#include <vector>
+
+#include "emulate/ptx.h"
+
+namespace lutra {
+namespace cuda {
+
+// ---- barriers in shared memory
+namespace mbarrier {
+struct State {
+  int32_t bytes;  // that copies still have to bring
+  uint16_t pending : 15, phase : 1;
+  uint16_t arrivals;
+};
+static_assert(sizeof(State) == 8, "");
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  uint64_t* barrier;
+};
+inline std::vector<Copy>& copies() {
+  static std::vector<Copy> c;
+  return c;
+}
+template <class F>
+inline void change(uint64_t* b, F&& f) {
+  State s = emulate::bits<State>(*b);
+  f(s);
+  if (s.pending == 0 && s.bytes == 0) {
+    s.pending = s.arrivals;
+    s.phase ^= 1;
+  }
+  *b = emulate::bits<uint64_t>(s);
+}
+inline void carry_out(uint64_t* b) {
+  auto& all = copies();
+  for (size_t i = 0; i < all.size();) {
+    if (all[i].barrier != b) {
+      ++i;
+      continue;
+    }
+    const Copy c = all[i];
+    all.erase(all.begin() + static_cast<std::ptrdiff_t>(i));
+    memcpy(c.to, c.from, c.bytes);
+    change(b, [&](State& s) { s.bytes -= static_cast<int32_t>(c.bytes); });
+  }
+}
+}  // namespace mbarrier
+
+inline void barrier_init(uint64_t* b, int arrivals) {
+  const auto n = static_cast<uint16_t>(arrivals);
+  *b = emulate::bits<uint64_t>(mbarrier::State{0, n, 0, n});
+}
+inline void barrier_arrive(uint64_t* b) {
+  mbarrier::change(b, [](mbarrier::State& s) {
+    if (s.pending == 0) emulate::fail("more arrivals at a barrier than it expects");
+    --s.pending;
+  });
+  emulate::moved();
+}
+inline bool barrier_try(uint64_t* b, int parity) {
+  mbarrier::carry_out(b);
+  return emulate::bits<mbarrier::State>(*b).phase != (parity & 1);
+}
+inline void barrier_wait(uint64_t* b, int parity) {
+  while (!barrier_try(b, parity)) emulate::wait();
+  emulate::moved();
+}
+inline void barrier_expect(uint64_t* b, uint32_t bytes) {
+  mbarrier::State s = emulate::bits<mbarrier::State>(*b);
+  s.bytes += static_cast<int32_t>(bytes);
+  *b = emulate::bits<uint64_t>(s);
+}
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    emulate::fail("a bulk copy whose addresses or size are not multiples of 16");
+  memset(shared, 0x7f, bytes);
+  mbarrier::copies().push_back({shared, global, bytes, b});
+}
+inline void fence_async() {}
+inline void fence_barrier_init() {}
+template <int REGISTERS>
+inline void more_registers() {}
+template <int REGISTERS>
+inline void fewer_registers() {}
+
+// ---- products
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulate::products_commit(); }
+template <int N>
+inline void wgmma_wait() {
+  emulate::products_wait(N);
+}
+template <int N>
+inline void wgmma_hold(float (&)[N]) {}
+
+namespace fragments {
+// A bfloat16 of a swizzled tile: the hardware permutes the address that it computes.
+inline float of_tile(uint64_t tile, int row, int column) {
+  const uint32_t at = static_cast<uint32_t>((tile & 0x3fff) << 4) + static_cast<uint32_t>(row * 128 + column * 2);
+  uint16_t v;
+  memcpy(&v, shared_at(at ^ (at >> 7 & 7) << 4, 2), 2);
+  return __bfloat162float(__ushort_as_bfloat16(v));
+}
+template <int N>
+inline void wgmma(float* c, uint64_t a, uint64_t b, int add) {
+  const int lane = emulate::lane(), g = lane / 4, t = lane % 4, first = emulate::warp() % 4 * 16;
+  emulate::product_later([=] {
+    for (int r = 0; r < 2; ++r) {
+      float row[16];
+      for (int k = 0; k < 16; ++k) row[k] = of_tile(a, first + g + 8 * r, k);
+      for (int j = 0; j < N / 4; ++j)
+        for (int e = 0; e < 2; ++e) {
+          float& sum = c[4 * j + 2 * r + e];
+          float s = add ? sum : 0.0f;
+          for (int k = 0; k < 16; ++k) s = std::fma(row[k], of_tile(b, 8 * j + 2 * t + e, k), s);
+          sum = s;
+        }
+    }
+  });
+}
+}  // namespace fragments
+inline void wgmma_bf16(float (&c)[32], uint64_t a, uint64_t b, int add) { fragments::wgmma<32>(c, a, b, add); }
+inline void wgmma_bf16(float (&c)[64], uint64_t a, uint64_t b, int add) { fragments::wgmma<64>(c, a, b, add); }
+
+}  // namespace cuda
+}  // namespace lutra

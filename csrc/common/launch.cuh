@@ -85,7 +85,9 @@ void launch(const char* what, void (*kernel)(P...), dim3 grid, int block, size_t
 #ifdef LUTRA_EMULATE
   emulate::run(what, grid, block, shared, [&] { kernel(static_cast<P>(args)...); });
 #else
-  kernel<<<grid, block, shared, stream_of(l)> > >(static_cast<P>(args)...);
+  // clang-format off
+  kernel<<<grid, block, shared, stream_of(l)>>>(static_cast<P>(args)...);
+  // clang-format on
 #endif
   check(cudaGetLastError(), what);
 }

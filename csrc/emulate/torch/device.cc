@@ -188,6 +188,11 @@ at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
   return set_storage(self, source.storage(), source.sym_storage_offset(), source.sym_sizes(), source.sym_strides());
 }
 
+// The CPU has no product of 16-bit matrices with a result of float32.
+at::Tensor bmm_dtype(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
+  return on_cpu(a).to(dtype).bmm(on_cpu(b).to(dtype)).to(a.device());
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack); }
 
 }  // namespace
@@ -203,6 +208,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("resize_", resize_storage);
   m.impl("_local_scalar_dense", local_scalar);
+  m.impl("bmm.dtype", bmm_dtype);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("set_.source_Storage_storage_offset", set_storage);
 }

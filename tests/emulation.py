@@ -1,10 +1,10 @@
 """The CUDA tests on a machine without a GPU: LUTRA_EMULATE names the folder of the emulated modules.
 
-``cmake --preset emulate && cmake --build --preset emulate`` builds them into build/emulate (csrc/emulate/machine.h
-says what they are, and LUTRA_EMULATE_ORDER, _SMS and _CC what can be varied). `start` gives the CPU build of torch a
-device "cuda" whose memory is the host's, fits ``torch.cuda`` to it, and loads the emulated kernels as
-``lutra._cuda``. It must run before torch and lutra are imported. CuPy, CUDA graphs, real streams and torch.compile's
-inductor are not there: such tests are skipped.
+``cmake --preset emulate && cmake --build --preset emulate`` builds them into build/emulate; what they are
+and what can be varied (LUTRA_EMULATE_ORDER, _SMS, _CC) is in csrc/emulate/machine.h. `start` gives the CPU
+build of torch a device "cuda" whose memory is the host's, fits ``torch.cuda`` to it, and loads the emulated
+kernels as ``lutra._cuda``. It must run before torch and lutra are imported. CuPy, CUDA graphs, real streams
+and torch.compile's inductor are not there: such tests are skipped.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def newest_objects() -> list[tuple[str, Path]]:
     trees: dict[Path, list[tuple[str, Path]]] = {}
     for path in (Path(__file__).resolve().parents[1] / "build").glob("*/CMakeFiles/lutra_*.dir/**/*.o"):
         folder = next(p for p in path.parents if p.name.startswith("lutra_"))
-        if folder.name.startswith("lutra_cuda"):  # one instruction set: its objects have no levels to keep apart
+        if folder.name.startswith("lutra_cuda"):  # these have no levels to keep apart
             continue
         trees.setdefault(folder.parent, []).append((folder.name[len("lutra_") : -len(".dir")], path))
     if not trees:

@@ -13,6 +13,10 @@
 // is missed: the results are those of knn, but for the last bits of scores, which are summed in another order. The
 // threshold is exact, and close to its last value early on: some hundreds of a million rows pass it.
 // Limits: reading d bytes a row (few queries), 64 products an instruction (many), and the rows that pass.
+//
+// On CUDA (screen.cu) the bound is the same, but bars come from a sample and the rows that pass are scored afterwards;
+// a row that cannot be coded (*bad) has an inverse of nearly 0 there, and every search scores it. screen_encode reads x
+// of type `storage`; screen_mean makes the mean and begins the bounds. *bad, where it is asked for, starts at 2^63 - 1.
 #pragma once
 #include "common/levels.h"
 #include "common/types.h"
@@ -30,6 +34,7 @@ struct ScreenEncodeArgs {
   float* bounds;                // made larger where these rows need it
   int64_t* bad;                 // the first row with NaN or infinities, or whose norm overflows; or -1
   const float* bias = nullptr;  // of these rows: the codes are for scores <q, x> + bias; |bias| <= 1e6
+  DType storage = DType::f32;   // CUDA: of x
 };
 
 struct ScreenArgs {
@@ -56,3 +61,22 @@ struct ScreenArgs {
 
 LUTRA_KERNEL(screen_encode, ::lutra::ScreenEncodeArgs)
 LUTRA_KERNEL(screen, ::lutra::ScreenArgs)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+struct ScreenMeanArgs {
+  const void* x;
+  DType storage;
+  int64_t n, d, ldx, step;  // the mean is that of every step-th row
+  bool normalize;
+  float* mean;
+  float* bounds;  // become 0
+};
+namespace cuda {
+void screen_mean(const ScreenMeanArgs&, const Launch&);
+int64_t screen_mean_workspace(int64_t n, int64_t d, int64_t step, bool normalize);
+int64_t screen_workspace(const ::lutra::ScreenArgs&, const Launch&);  // of sizes, metric and dtype
+// For tests: from how many rows on the screen is used (0: as usual), and how many candidates a query may have.
+void screen_paths(int64_t rows, int64_t capacity);
+}  // namespace cuda
+}  // namespace lutra
+#endif

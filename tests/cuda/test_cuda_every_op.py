@@ -21,7 +21,7 @@ SAMPLES = [(name, i) for name in dispatch.NAMES for i in range(len(dispatch.samp
 #: Ops that CUDA refuses, with what the error must say.
 REFUSED: dict[str, str] = {}
 #: Options of ops that stay on the CPU although the tensors are on the GPU: packed bits of a filter.
-ON_CPU = {("knn", 4), ("range_search", 2), ("knn_screened", 3), ("binary", 2)}
+ON_CPU = {("knn", 4), ("range_search", 2), ("knn_screened", 7), ("binary", 2)}
 
 
 def moved(name, args):

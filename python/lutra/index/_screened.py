@@ -6,20 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import F32, NUMPY
+from .._arrays import F32, I64, NUMPY
 from ..scan import _screen
 from . import _files
+from ._home import HOST, Home
 
 _PART = 1 << 24  # bytes of float32 rows that are coded at a time
 _NAMES = ("screen_codes", "screen_inverse", "screen_half", "screen_mean", "screen_bounds")
 
 
 class Screened:
-    """A `lutra.scan.Screen` of rows (n, d) on the host, with room to grow."""
+    """A `lutra.scan.Screen` of rows (n, d) in a home, with room to grow."""
 
-    def __init__(self, d: int, normalize: bool) -> None:
-        self.d, self.normalize, self.n = d, normalize, 0
-        self._arrays = _screen.empty(NUMPY, np.empty(0, np.float32), 0, d)
+    def __init__(self, d: int, normalize: bool, home: Home = HOST) -> None:
+        self.d, self.normalize, self.n, self.home = d, normalize, 0, home
+        self._arrays = _screen.empty(home.kind, home.anchor, 0, d)
         self._mapped = False
 
     @property
@@ -28,7 +29,7 @@ class Screened:
         return sum(a.nbytes for a in self.arrays)
 
     @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
+    def arrays(self) -> tuple[Any, ...]:
         """Codes, inverse, half, mean, bounds; views."""
         blocks = (self.n + 15) // 16
         codes, inverse, half, mean, bounds = self._arrays
@@ -36,10 +37,18 @@ class Screened:
 
     def set(self, rows: Any, first: int) -> None:
         """Code the rows of a collection ``rows`` (n, d) from number ``first`` on; those before are coded."""
-        n = len(rows)
+        n, kind = len(rows), self.home.kind
         if first == 0 and n:
             self._start(rows)
         self._reserve(n)
+        if kind.cuda and first < n:
+            bad = self.home.full((1,), np.iinfo(np.int64).max, I64)
+            _screen.encode(kind, rows[first:], first, self.normalize, self._arrays, bad=bad)
+            row = int(bad[0])  # waits for the device, as every change of an index does
+            if row < n:
+                _screen.refuse(row)
+            self.n = n
+            return
         step = max(16, _PART // (4 * self.d) // 16 * 16)
         for i in range(first, n, step):
             part = NUMPY.dense(NUMPY.cast(rows[i : i + step], F32))
@@ -47,6 +56,11 @@ class Screened:
         self.n = n
 
     def _start(self, rows: Any) -> None:
+        if self.home.kind.cuda:
+            new = _screen.empty(self.home.kind, rows, 0, self.d)
+            _screen.begin(self.home.kind, rows, self.normalize, new)
+            self._arrays = (*self._arrays[:3], *new[3:])
+            return
         sample = rows[:: max(1, len(rows) // _screen._SAMPLE)]
         mean = _screen.mean_of(NUMPY.cast(sample, F32), self.normalize)
         self._arrays = (*self._arrays[:3], mean, np.zeros(4, np.float32))
@@ -57,22 +71,30 @@ class Screened:
             return
         # Growing by half, so that many small additions cost linear time.
         room = blocks if self.n == 0 or blocks <= have else max(blocks, have + have // 2)
-        new = _screen.empty(NUMPY, np.empty(0, np.float32), room * 16, self.d)
+        new = _screen.empty(self.home.kind, self.home.anchor, room * 16, self.d)
         kept = min(blocks, len(self.arrays[0]))
         new[0][:kept] = self._arrays[0][:kept]
         for i in (1, 2):
             new[i][: kept * 16] = self._arrays[i][: kept * 16]
-        self._arrays = (*new[:3], self._arrays[3].copy(), self._arrays[4].copy())
+        self._arrays = (*new[:3], *(self.home.kind.copy(a) for a in self._arrays[3:]))
         self._mapped = False
 
     def search(self, q: Any, rows: Any, k: int, metric: str, keep: Any) -> Any:
         """Scores and positions: `lutra.scan.knn_screened`."""
         codes, inverse, half, mean, bounds = self.arrays
-        return _screen._knn_screened(NUMPY, q, rows, codes, inverse, half, mean, bounds, keep, k, metric)
+        return _screen._knn_screened(
+            self.home.kind, q, rows, codes, inverse, half, mean, bounds, keep, k, metric
+        )
+
+    def to(self, home: Home) -> Screened:
+        """The codes in another home."""
+        moved = Screened(self.d, self.normalize, home)
+        moved._arrays, moved.n = tuple(home.bring(a) for a in self.arrays), self.n
+        return moved
 
     def tensors(self) -> list[Any]:
         """What a file keeps."""
-        codes, *others = self.arrays
+        codes, *others = (HOST.bring(a) for a in self.arrays)
         flat = codes.reshape(codes.shape[0], -1)
         return [_files.Tensor.of_array(name, a) for name, a in zip(_NAMES, (flat, *others))]
 

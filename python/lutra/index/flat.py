@@ -40,8 +40,8 @@ class Flat(Index):
     screen : None or 'int8', default None
         ``'int8'``: keep a copy of 8-bit codes too, which searches scan instead of the vectors; see
         `lutra.scan.knn_screened`. The results are the same, in a fifth to a half of the time. For 'ip', 'l2'
-        and 'cosine', d <= 65536, vectors of norm < 1e15. Not used on a GPU, nor by `range_search`, nor where
-        k is more than an eighth of the collection.
+        and 'cosine', d <= 65536, vectors of norm < 1e15. Not used by `range_search`, nor where k is more than
+        an eighth of the collection.
 
     Notes
     -----
@@ -75,7 +75,7 @@ class Flat(Index):
             _checks.choice("metric of a screened index", metric, _screen.METRICS)
             _checks.integer("d of a screened index", self.d, 1, _screen.MAX_DIMS)
         self.screen = screen
-        self._screened: Screened | None = None  # the codes; on the CPU, where there is a kernel
+        self._screened: Screened | None = None  # the codes, where there is a kernel
         self._code = _checks.choice("dtype", dtype, _STORAGE)
         self.dtype = dtype
         try:
@@ -115,10 +115,11 @@ class Flat(Index):
     # ---- the codes of a screened index
     def _code_from(self, first):
         """Code the rows from number ``first`` on; those before are coded, or are no longer what they were."""
-        if self.screen is None or (self._home or HOST) is not HOST or HOST.kind.kernels is None:
+        home = self._home or HOST
+        if self.screen is None or home.kind.kernels is None:
             return
         if self._screened is None:
-            self._screened, first = Screened(self.d, self.metric == "cosine"), 0
+            self._screened, first = Screened(self.d, self.metric == "cosine", home), 0
         self._screened.set(self._rows["vectors"].view, min(first, self._screened.n))
 
     def _added(self, first, count):
@@ -130,8 +131,11 @@ class Flat(Index):
 
     def _move(self, home):
         super()._move(home)
-        self._screened = None
-        if self._ids.n:
+        if self._screened is not None and home.kind.kernels is None:
+            self._screened = None
+        elif self._screened is not None and self._screened.home is not home:
+            self._screened = self._screened.to(home)
+        elif self._screened is None and self._ids.n:
             self._code_from(0)
 
     @property

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _checks, _filters
-from .._arrays import BF16, F16, F32, F64, I8, I64, U8, call, is_torch
+from .. import _checks
+from .._arrays import BF16, F16, F32, F64, I8, I64, U8, call
 from .._results import Neighbors
 from ..reference import screen as reference
 from ..reference.scan import nan_message
-from ._knn import _knn, _tuple
+from ._knn import _knn, _tuple, device_keep, keep_of
 
 METRICS = {"ip": 0, "l2": 1, "cosine": 2}
 MAX_DIMS = 65536  # more, and sums of products could leave 32 bits
@@ -63,9 +63,9 @@ def quantize_int8(x: Any, metric: str = "ip") -> Screen:
     TypeError
         No array, or another dtype.
     ValueError
-        A shape or metric that does not fit; a row with NaN or infinities, or a norm of 1e15 and more.
-    NotImplementedError
-        CUDA arrays.
+        A shape or metric that does not fit; a row with NaN or infinities, or a norm of 1e15 and more. On CUDA,
+        where nothing waits for the device to see it, such a row has codes of 0 and ``inverse`` 1e-42, and
+        every search scores it.
 
     Notes
     -----
@@ -81,31 +81,36 @@ def _quantize_int8(kind, x, normalize=False, bias=None, sample=_SAMPLE):
     _checks.ndim(x, "x", 2)
     code = _checks.dtype(kind, x, "x", (F32, F16, BF16, I8, U8))
     n, d = x.shape
-    _check_size(kind, d, "quantize_int8")
-    if code != F32:
+    _check_size(d)
+    if code != F32 and not kind.cuda:
         x = kind.cast(x, F32)
     if kind.kernels is None:
+        if kind.cuda:
+            _checks.no_kernel(kind, "quantize_int8")
         parts = reference.quantize_int8(kind.to_numpy(x), normalize)
         return tuple(kind.from_numpy(p, F32 if p.dtype == np.float32 else U8, x) for p in parts)
     x = kind.dense(x)
     out = empty(kind, x, n, d)
-    mean = mean_of(kind.to_numpy(x), normalize, sample)
-    out = (*out[:3], kind.from_numpy(mean, F32, x), out[4])
+    if kind.cuda:
+        begin(kind, x, normalize, out, sample)
+    else:
+        mean = mean_of(kind.to_numpy(x), normalize, sample)
+        out = (*out[:3], kind.from_numpy(mean, F32, x), out[4])
     encode(kind, x, 0, normalize, out, bias=bias)
     return out
 
 
-def _check_size(kind, d, op):
-    if kind.cuda:
-        raise NotImplementedError(f"{op} has no CUDA kernel: move the arrays to the CPU")
+def _check_size(d):
     if d > MAX_DIMS:
         raise ValueError(f"x has {d} columns; at most {MAX_DIMS} can be screened")
 
 
 def empty(kind, like, n, d):
-    """Arrays for the codes of n rows, not filled but for the bounds."""
+    """Arrays for the codes of n rows, not filled (on the CPU the bounds are 0)."""
     blocks = (n + 15) // 16
-    bounds = kind.from_numpy(np.zeros(4, np.float32), F32, like)
+    bounds = (
+        kind.empty((4,), F32, like) if kind.cuda else kind.from_numpy(np.zeros(4, np.float32), F32, like)
+    )
     shapes = ((blocks, (d + 3) // 4, 16, 4), U8), ((blocks * 16,), F32), ((blocks * 16,), F32), ((d,), F32)
     return (*(kind.empty(shape, code, like) for shape, code in shapes), bounds)
 
@@ -123,19 +128,42 @@ def mean_of(x: np.ndarray, normalize: bool, sample: int = _SAMPLE) -> np.ndarray
     return np.where(np.isfinite(mean), mean, np.float32(0))
 
 
-def encode(kind, x, first, normalize, screen, name="x", bias=None):
-    """Codes of float32 rows ``x``, number ``first`` and on of the collection, into the arrays of a screen."""
+def begin(kind, x, normalize, screen, sample=_SAMPLE):
+    """On CUDA: the mean of some of the rows ``x`` of any type, and bounds of 0, into the arrays of a screen."""
+    n, d = x.shape
+    step = max(1, n // sample)
+    kind.kernels.screen_mean(
+        kind.ptr(x), kind.code(x), d, n, d, step, normalize, kind.ptr(screen[3]), kind.ptr(screen[4]),
+        *kind.launch(x, kind.scratch("screen_mean", x, n, d, step, normalize)),
+    )  # fmt: skip
+
+
+def encode(kind, x, first, normalize, screen, name="x", bias=None, bad=None):
+    """Codes of float32 rows ``x``, number ``first`` and on of the collection, into the arrays of a screen.
+
+    On CUDA rows are of any type; ``bad`` (1,), int64, 2^63 - 1 at first, becomes the first that has no codes.
+    """
     codes, inverse, half, mean, bounds = (kind.ptr(a) for a in screen)
     n, d = x.shape
+    if kind.cuda:
+        kind.kernels.screen_encode(
+            kind.ptr(x), kind.code(x), d, n, d, first, mean, normalize, codes, inverse, half, bounds,
+            *(None if a is None else kind.ptr(a) for a in (bias, bad)), *kind.launch(x),
+        )  # fmt: skip
+        return
     bad = kind.kernels.screen_encode(
         kind.ptr(x), d, n, d, first, mean, normalize, codes, inverse, half, bounds,
         None if bias is None else kind.ptr(bias),
     )  # fmt: skip
     if bad >= 0:
-        raise ValueError(
-            f"row {bad} of {name} holds NaN or infinite values, or its norm is 1e15 or more; "
-            "it cannot be screened"
-        )
+        refuse(bad, name)
+
+
+def refuse(row, name="x"):
+    raise ValueError(
+        f"row {row} of {name} holds NaN or infinite values, or its norm is 1e15 or more; "
+        "it cannot be screened"
+    )
 
 
 def knn_screened(
@@ -172,15 +200,19 @@ def knn_screened(
     TypeError
         A wrong type or dtype, or arrays of different libraries.
     ValueError
-        Shapes that do not fit, k < 1, an unknown metric, a NaN score (its row is named).
-    NotImplementedError
-        CUDA arrays.
+        Shapes that do not fit, k < 1, an unknown metric, a NaN score (its row is named; on CUDA a NaN score
+        comes first in its query's results).
 
     Notes
     -----
     Cost: one read of the codes (few queries) or 2 nq n d operations on 8-bit integers, 128 an instruction
     with AVX-512 VNNI; and the rows that are scored exactly. Gradient (torch): of the scores, to queries and
-    database. float64 queries are computed by the reference.
+    database. float64 queries are computed by the reference (a TypeError on CUDA).
+
+    On CUDA the results are those of `knn` there to the bit. The bar that bounds have to reach comes from a
+    sample of the rows, and what reaches it is scored after the pass; a query with too many or too few such
+    rows is searched for without the codes, in the same call. Fewer than 32,768 rows, k > 256 and rows of more
+    than some 13,000 columns are left to `knn`.
 
     Examples
     --------
@@ -191,16 +223,11 @@ def knn_screened(
     """
     if not isinstance(screen, tuple) or len(screen) != 5:
         raise TypeError(f"screen must come from lutra.scan.quantize_int8, got {type(screen).__name__}")
-    keep = None
     if filter is not None:
         _checks.ndim(database, "database", 2)
-        keep = _filters.resolve(filter, database.shape[0])
-        if keep is not None and is_torch(queries):
-            import torch
-
-            keep = torch.from_numpy(keep if keep.flags.writeable else keep.copy())
+    keep = keep_of(filter, queries, database)
     return _tuple(
-        Neighbors, call("knn_screened", _knn_screened, (queries, database, *screen, keep), (k, metric))
+        Neighbors, call("knn_screened", _knn_screened, (queries, database, *screen), (keep, k, metric))
     )
 
 
@@ -217,7 +244,7 @@ def _check(kind, queries, database, screen, keep, metric):
     (n, d), nq_d = database.shape, queries.shape[1]
     if nq_d != d:
         raise ValueError(f"database has {d} columns, queries has {nq_d}; they must be equal")
-    _check_size(kind, d, "knn_screened")
+    _check_size(d)
     blocks = (n + 15) // 16
     shapes = (blocks, (d + 3) // 4, 16, 4), (blocks * 16,), (blocks * 16,), (d,), (4,)
     for name, a, shape, want in zip(Screen._fields, screen, shapes, (U8, F32, F32, F32, F32)):
@@ -240,6 +267,7 @@ def _knn_screened(
     k = _checks.integer("k", k, 1)
     metric_code = _checks.choice("metric", metric, METRICS)
     screen = codes, inverse, half, mean, bounds
+    keep = device_keep(kind, keep, queries)
     code = _check(kind, queries, database, screen, keep, metric)
     kernels = kind.kernels
     if kernels is not None and code == F32:
@@ -247,6 +275,15 @@ def _knn_screened(
         queries, database, keep = (a if a is None else kind.dense(a) for a in (queries, database, keep))
         screen = tuple(kind.dense(a) for a in screen)
         scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
+        if kind.cuda:
+            scratch = kind.scratch("screen", queries, nq, n, d, k, metric_code, kind.code(database))
+            kernels.screen(
+                kind.ptr(queries), d, kind.ptr(database), kind.code(database), d, nq, n, d, k, metric_code,
+                *(kind.ptr(a) for a in screen), None if keep is None else kind.ptr(keep),
+                kind.ptr(scores), kind.ptr(ids), None if bias is None else kind.ptr(bias),
+                *kind.launch(queries, scratch),
+            )  # fmt: skip
+            return scores, ids
         bad, passed = kernels.screen(
             kind.ptr(queries), d, kind.ptr(database), kind.code(database), d, nq, n, d, k, metric_code,
             *(kind.ptr(a) for a in screen), None if keep is None else kind.ptr(keep), _VNNI,
@@ -259,6 +296,8 @@ def _knn_screened(
         if bad == -1:
             return scores, ids
         return _knn(kind, queries, database, k, metric, keep, bias)  # scores beyond the bounds
+    if kind.cuda:
+        _checks.no_kernel(kind, "knn_screened")
     q, x, bits = (None if a is None else kind.to_numpy(a) for a in (queries, database, keep))
     scores, ids = reference.knn_screened(q, x, None, k, metric, bits)
     return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)

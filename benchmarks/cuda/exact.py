@@ -54,6 +54,31 @@ def search(n, dtype, nq, k, metric):
     )
 
 
+def screened(n, nq, k, metric):
+    """8-bit codes are scanned, and few float32 rows."""
+
+    def build():
+        x = torch.randn(n, DIMS, device="cuda")
+        q = [(torch.randn(nq, DIMS, device="cuda"),) for _ in range(2)]
+        screen = lutra.scan.quantize_int8(x, metric)
+        return (
+            lambda q: lutra.scan.knn_screened(q, x, screen, k, metric),
+            q,
+            lambda q: torch_knn(q, x, k, metric),
+        )
+
+    return Case(
+        f"knn_screened {n}x{DIMS} float32 {metric}, batch {nq}, k {k}",
+        None,
+        [],
+        check=same_neighbours,
+        bytes=n * (DIMS + 4),
+        flops=2 * nq * n * DIMS,
+        rate="int8",
+        build=build,
+    )
+
+
 def cases(scale: int) -> Iterator[Case]:
     for centroids in (256, 4096, 65536):
         x = torch.randn(1_000_000 // scale, DIMS, device="cuda")
@@ -82,7 +107,19 @@ def cases(scale: int) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for nq, k in ((1, 10), (8, 10), (128, 10), (1024, 10)):
             yield search(n, dtype, nq, k, "ip")
+    for nq, k in ((1, 10), (8, 10), (32, 10), (128, 10), (1024, 10), (1024, 100)):
+        yield screened(n, nq, k, "ip")
     n = 1_000_000 // scale
+    for nq, metric in ((1, "ip"), (1024, "ip"), (1024, "l2")):
+        yield screened(n, nq, 10, metric)
+    x = torch.randn(n, DIMS, device="cuda")
+    yield Case(
+        f"quantize_int8 {n}x{DIMS} float32",
+        lutra.scan.quantize_int8,
+        [(x,)],
+        bytes=x.numel() * 5,
+    )
+    del x
     for nq, k, metric in (
         (1, 10, "ip"),
         (16, 10, "ip"),

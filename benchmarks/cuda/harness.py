@@ -12,7 +12,7 @@ import torch
 GB = 1e9
 INPUTS = 6  # sets of inputs that calls rotate through
 #: Which of the measured limits a case's operations are counted against.
-RATES = ("fp32", "tf32", "bf16")
+RATES = ("fp32", "tf32", "bf16", "int8")
 
 
 @dataclass
@@ -116,7 +116,11 @@ def limits() -> dict[str, float]:
     for name in RATES:
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         m = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16 if name == "bf16" else torch.float32)
-        (product,) = milliseconds([lambda m=m: m @ m], [()], 0.2)
+        if name == "int8":
+            m = m.mul_(40).clamp_(-127, 127).to(torch.int8)
+            (product,) = milliseconds([lambda m=m: torch._int_mm(m, m.T)], [()], 0.2)
+        else:
+            (product,) = milliseconds([lambda m=m: m @ m], [()], 0.2)
         found[f"{name}_flops_per_s"] = 2 * 8192**3 / product * 1e3
     torch.backends.cuda.matmul.allow_tf32 = before
     return found

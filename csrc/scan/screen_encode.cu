@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(ScreenEncodeArgs a) {
   __syncthreads();
   float factor = 1, unit = 0, scale = 1;
   bool good = false;
-  const auto value = [&](int64_t j) { return __fmaf_rn(to_float(x[j]), factor, -a.mean[j]); };
+  const auto value = [&](int64_t j) { return __fsub_rn(__fmul_rn(to_float(x[j]), factor), a.mean[j]); };
   const auto code_of = [&](float units) { return fminf(fmaxf(rintf(units), -127.0f), 127.0f); };
   if (here) {
     float squares;
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kColumns* kLines)
   double sum = 0;
   for (int64_t i = begin + line; i < end && j < a.d; i += kLines) {
     const float v = to_float(static_cast<const T*>(a.x)[i * a.step * a.ldx + j]);
-    sum += factors ? v * factors[i] : v;
+    const float unit = factors ? __fmul_rn(v, factors[i]) : v;
+    if (fabsf(unit) < 1e15f) sum += unit;  // any mean will do: not what rows without codes would make of it
   }
   parts[line][column] = sum;
   __syncthreads();
@@ -143,8 +144,7 @@ __global__ void __launch_bounds__(256) mean_kernel(ScreenMeanArgs a, int64_t row
   if (j >= a.d) return;
   double sum = 0;
   for (int64_t p = 0; p < parts; ++p) sum += sums[p * a.d + j];
-  const float mean = rows > 0 ? static_cast<float>(sum / static_cast<double>(rows)) : 0.0f;
-  a.mean[j] = fabsf(mean) <= 3e38f ? mean : 0.0f;  // any will do; a NaN would not
+  a.mean[j] = rows > 0 ? static_cast<float>(sum / static_cast<double>(rows)) : 0.0f;
 }
 
 struct MeanPlan {

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 
+import lutra
 from lutra import quant
 from lutra.index import HNSW, IVF, PQ, Binary, Codes, Flat, Shards, Transformed, load
 from lutra.index.transforms import PCA, Chain, Normalize, RandomRotation, Truncate, Whitening
@@ -382,3 +383,46 @@ def test_flat(gpu, dtype, metric, tmp_path):
     index.save(tmp_path / "gpu")
     host.save(tmp_path / "host")
     assert (tmp_path / "gpu").read_bytes() == (tmp_path / "host").read_bytes()
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+def test_screened_flat(gpu, metric, tmp_path):
+    """The codes follow the vectors: additions, removals, moves, files."""
+    lutra._backend.cuda.screen_paths(1, 0)
+    x, q = vectors(1500), vectors(9, 1)
+    index, plain = (Flat(D, metric, screen=screen) for screen in ("int8", None))
+
+    def same(**options):
+        got, want = (i.search(gpu.put(q), 7, **options) for i in (index, plain))
+        np.testing.assert_array_equal(gpu.get(got.ids), gpu.get(want.ids))
+        np.testing.assert_array_equal(gpu.get(got.scores), gpu.get(want.scores))
+
+    try:
+        for part in (x[:3], x[3:1000], x[1000:1017]):
+            for each in (index, plain):
+                each.add(gpu.put(part))
+            same()
+        assert index.device == "cuda:0" and index._screened.home.kind.cuda and index._screened.n == 1017
+        same(filter=np.arange(1017) % 3 == 0)
+        for gone in ([1016, 1015], np.arange(0, 1000, 5)):
+            assert index.remove_ids(gone) == plain.remove_ids(gone)
+            same()
+            for each in (index, plain):
+                each.add(gpu.put(x[1017:1100]))
+            same()
+        if metric != "cosine":  # which codes unit vectors
+            with pytest.raises(ValueError, match="row 1 of x"):
+                index.add(gpu.put(np.stack([x[0], x[1] * np.float32(1e17)])))
+        assert len(index) == len(plain)
+        same()
+        assert index.measure_recall(gpu.put(q)) == 1
+        index.save(tmp_path / "index")
+        back = load(tmp_path / "index")
+        assert back._screened.n == len(index)
+        np.testing.assert_array_equal(back.search(q, 5).ids, gpu.get(index.search(gpu.put(q), 5).ids))
+        index.to("cpu").to("cuda")
+        assert index._screened.home.kind.cuda
+        index.to("cpu")
+        np.testing.assert_array_equal(index.search(q, 5).ids, back.search(q, 5).ids)
+    finally:
+        lutra._backend.cuda.screen_paths(0, 0)

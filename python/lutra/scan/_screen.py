@@ -63,9 +63,9 @@ def quantize_int8(x: Any, metric: str = "ip") -> Screen:
     TypeError
         No array, or another dtype.
     ValueError
-        A shape or metric that does not fit; a row with NaN or infinities, or a norm of 1e15 and more. On CUDA,
-        where nothing waits for the device to see it, such a row has codes of 0 and ``inverse`` 1e-42, and
-        every search scores it.
+        A shape or metric that does not fit; a row with NaN or infinities, or a norm of 1e15 and more. On
+        CUDA, where nothing waits for the device to see it, such a row has codes of 0 and ``inverse`` 1e-42,
+        and every search scores it.
 
     Notes
     -----
@@ -108,9 +108,7 @@ def _check_size(d):
 def empty(kind, like, n, d):
     """Arrays for the codes of n rows, not filled (on the CPU the bounds are 0)."""
     blocks = (n + 15) // 16
-    bounds = (
-        kind.empty((4,), F32, like) if kind.cuda else kind.from_numpy(np.zeros(4, np.float32), F32, like)
-    )
+    bounds = kind.empty((4,), F32, like) if kind.cuda else kind.from_numpy(np.zeros(4, np.float32), F32, like)
     shapes = ((blocks, (d + 3) // 4, 16, 4), U8), ((blocks * 16,), F32), ((blocks * 16,), F32), ((d,), F32)
     return (*(kind.empty(shape, code, like) for shape, code in shapes), bounds)
 
@@ -129,7 +127,7 @@ def mean_of(x: np.ndarray, normalize: bool, sample: int = _SAMPLE) -> np.ndarray
 
 
 def begin(kind, x, normalize, screen, sample=_SAMPLE):
-    """On CUDA: the mean of some of the rows ``x`` of any type, and bounds of 0, into the arrays of a screen."""
+    """On CUDA: the mean of some of the rows ``x`` and bounds of 0, into the arrays of a screen."""
     n, d = x.shape
     step = max(1, n // sample)
     kind.kernels.screen_mean(

@@ -111,6 +111,16 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
   int waiting = 0;
   if (begin + warp < end) fetch(begin + warp, 0);
   for (int64_t tile = begin + warp; tile < end; tile += kScreenWarps) {
+    // The lane's 4 rows: sum[m][j][e] is of row 2 m + e / 2 and query 8 j + 2 t + e % 2.
+    const int64_t row0 = tile * a.tile_step * kScreenTile + (g >> 2) * 16 + (g & 3) * 4;
+    float4 inverse4 = make_float4(1, 1, 1, 1), half4 = make_float4(0, 0, 0, 0);
+    unsigned valid = 0;  // bit r: row r may be found
+    if (row0 < a.n) {
+      inverse4 = *reinterpret_cast<const float4*>(a.inverse + row0);
+      if (a.use_half) half4 = *reinterpret_cast<const float4*>(a.half + row0);
+      valid = a.n - row0 < 4 ? (1u << (a.n - row0)) - 1 : 15u;
+      if (a.keep) valid &= a.keep[row0 >> 3] >> (row0 & 4);
+    }
     int sum[2][NT][4];
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
@@ -149,25 +159,10 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
       }
     }
 
-    // The lane's 4 rows: sum[m][j][e] is of row 2 m + e / 2 and query 8 j + 2 t + e % 2.
-    const int64_t row0 = tile * a.tile_step * kScreenTile + (g >> 2) * 16 + (g & 3) * 4;
-    float inverse[4] = {1, 1, 1, 1}, half[4] = {0, 0, 0, 0};
-    unsigned valid = 0;  // bit 2 r and 2 r + 1: row 3 - r
-    if (row0 < a.n) {
-      const float4 v = *reinterpret_cast<const float4*>(a.inverse + row0);
-      inverse[0] = v.x, inverse[1] = v.y, inverse[2] = v.z, inverse[3] = v.w;
-      if (a.use_half) {
-        const float4 u = *reinterpret_cast<const float4*>(a.half + row0);
-        half[0] = u.x, half[1] = u.y, half[2] = u.z, half[3] = u.w;
+    const float inverse[4] = {inverse4.x, inverse4.y, inverse4.z, inverse4.w};
+    float half[4] = {half4.x, half4.y, half4.z, half4.w};
 #pragma unroll
-        for (int r = 0; r < 4; ++r) half[r] = fmaf(fabsf(half[r]), -a.half_reach, half[r]);
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int64_t row = row0 + r;
-        if (row < a.n && (!a.keep || (a.keep[row >> 3] >> (row & 7) & 1))) valid |= 3u << (6 - 2 * r);
-      }
-    }
+    for (int r = 0; r < 4; ++r) half[r] = fmaf(fabsf(half[r]), -a.half_reach, half[r]);
     const auto as_float = [&](int v) {
       return wide ? static_cast<float>(v) : __int_as_float(v) - __int_as_float(kMagic);
     };
@@ -185,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             const float v = fmaf(-half[r], s.per_scale[query], as_float(sum[r >> 1][j][2 * (r & 1) + c])) * scale[r];
-            if ((valid >> (6 - 2 * r) & 1) && scale[r] > 0) most = fmaxf(most, v);
+            if ((valid >> r & 1) && scale[r] > 0) most = fmaxf(most, v);
           }
           *to = most;
         }
@@ -217,7 +212,11 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
       compare([](int v) { return __int_as_float(v) - __int_as_float(kMagic); }, std::true_type());
     else
       compare([](int v) { return __int_as_float(v) - __int_as_float(kMagic); }, std::false_type());
-    const unsigned pattern = valid * 0x01010101u;
+    // A byte of a word is 2 bits, of two queries, for each row, the first row's on top.
+    unsigned pattern = 0;
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      if (valid >> r & 1) pattern |= 0x03030303u << (6 - 2 * r);
     unsigned any = 0;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) any |= ~failing[w] & pattern;

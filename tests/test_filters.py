@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lutra import _filters
+from lutra import _device_filters, _filters
+from lutra._arrays import torch_kind
 from lutra.index._ids import Ids
 
 
@@ -117,3 +118,51 @@ def test_torch_tensors():
 def test_bad_filters(filter, error, message):
     with pytest.raises(error, match=message):
         _filters.resolve(filter, 10)
+
+
+# ---- the same by the operations of the array's library, as on a GPU
+def there(filter, n, ids=None):
+    torch = pytest.importorskip("torch")
+    like, table = torch.empty(0), None if ids is None else lambda: torch.from_numpy(ids.array)
+    increasing = ids is not None and ids.increasing
+    return _device_filters.resolve(
+        torch_kind(False), like, torch.from_numpy(filter), n, table, increasing
+    ).numpy()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 100])
+def test_arrays_where_they_lie(n):
+    rng = np.random.default_rng(n)
+    mask = rng.random(n) < 0.4
+    want, rows = packed(mask), np.flatnonzero(mask)
+    twice = rng.permutation(np.concatenate([rows, rows]))
+    names = ("int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
+    outside = np.concatenate([rows, [-1, n, n + 5, -(2**62)]])
+    for one in (mask, want, outside, *(twice.astype(name) for name in names)):
+        got = there(one, n)
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("order", ["increasing", "mixed"])
+@pytest.mark.parametrize("n", [1, 8, 65, 300])
+def test_ids_of_an_index_where_they_lie(n, order):
+    rng = np.random.default_rng(n)
+    ids = rng.choice(5000, n, replace=False)
+    ids = index_ids(np.sort(ids) if order == "increasing" else ids)
+    for size in (0, 1, 17, 4000, 6000):
+        mask = rng.random(size) < 0.4
+        named = rng.permutation(np.flatnonzero(mask))
+        for one in (mask, packed(mask), named, np.array([-1, 4999, 7000])):
+            np.testing.assert_array_equal(there(one, n, ids), _filters.resolve(one, n, ids))
+
+
+def test_what_arrays_are_refused_where_they_lie():
+    with pytest.raises(ValueError, match="filter has 3 bools; it needs 4"):
+        there(np.ones(3, bool), 4)
+    with pytest.raises(ValueError, match="filter has 2 bytes of packed bits; it needs 1, for 4 rows"):
+        there(np.ones(2, np.uint8), 4)
+    with pytest.raises(ValueError, match="filter must be 1-d"):
+        there(np.ones((2, 2), bool), 4)
+    with pytest.raises(TypeError, match="filter has dtype float32"):
+        there(np.ones(4, np.float32), 4)

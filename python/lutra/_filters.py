@@ -2,6 +2,9 @@
 
 A filter is resolved once a call into a bitmap over rows (of a functional op) or positions (of an index); the
 kernels test a row's bit when the row is about to be offered, so that rows that could not win cost no test.
+
+Where the search runs on a GPU, a filter that is an array on a GPU is resolved there, by `_device_filters`:
+nothing waits, and a CUDA graph can hold it. All others are resolved on the host, and their bitmap is copied.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _device_filters
 from ._arrays import U8, _adopt, is_native, kind_of, type_name
 
 _KINDS = (
@@ -76,19 +80,23 @@ def resolve(filter: Any, n: int, ids: Any = None) -> Any:
     return _ids(a.astype(np.int64, copy=False), n, ids)
 
 
-def beside(like: Any, filter: Any, n: int) -> Any:
-    """`resolve` for an op: the bitmap as an array of the library of ``like``, on its device.
+def beside(like: Any, filter: Any, n: int, ids: Any = None, table: Callable[[], Any] | None = None) -> Any:
+    """`resolve`: the bitmap as an array of the library of ``like``, on its device.
 
-    Packed bits that are there already stay as they are: nothing is copied, nothing waits for the device.
+    Where both lie on a GPU nothing is copied to the host, and nothing waits for the device. ``table`` is a
+    function that gives the ids of an index (``ids``) as an array beside ``like``.
     """
-    if is_native(like) and not isinstance(like, np.ndarray) and type(filter) is type(like):
-        packed = filter.ndim == 1 and kind_of(filter, "filter").code(filter) == U8
-        if packed and filter.device == like.device and filter.shape[0] == (n + 7) // 8:
-            return filter
-    keep = resolve(filter, n)
-    if keep is None or not is_native(like) or isinstance(like, np.ndarray):
+    if filter is None:
+        return None
+    kind = None if not is_native(like) or isinstance(like, np.ndarray) else kind_of(like, "queries")
+    if kind is not None and kind.cuda and (native := _device_filters.on_gpu(filter)) is not None:
+        if ids is None or ids.are_positions:
+            return _device_filters.resolve(kind, like, native, n)
+        return _device_filters.resolve(kind, like, native, n, table, ids.increasing)
+    keep = resolve(filter, n, ids)
+    if kind is None:
         return keep
-    return kind_of(like, "queries").from_numpy(keep if keep.flags.writeable else keep.copy(), U8, like)
+    return kind.from_numpy(keep if keep.flags.writeable else keep.copy(), U8, like)
 
 
 def count(keep: np.ndarray) -> int:

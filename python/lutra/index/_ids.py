@@ -39,6 +39,11 @@ class Ids:
         return self._array is None
 
     @property
+    def increasing(self) -> bool:
+        """Whether the ids rise with their positions."""
+        return self._increasing
+
+    @property
     def array(self) -> np.ndarray:
         """All ids in the order of their positions."""
         return np.arange(self.n) if self._array is None else self._array[: self.n]
@@ -143,12 +148,15 @@ class Ids:
         """User ids of found positions (an array of ``home``; -1 stays -1)."""
         if self._array is None or self.n == 0:
             return positions
-        table = self.array
-        if home is not HOST:
-            if self._there is None or self._there[0] is not home:
-                self._there = home, home.bring(table)
-            table = self._there[1]
-        return home.xp.where(positions < 0, -1, table[positions])
+        return home.xp.where(positions < 0, -1, self.table(home)[positions])
+
+    def table(self, home: Home) -> Any:
+        """All ids in the order of their positions, in a home, which keeps its copy."""
+        if home is HOST:
+            return self.array
+        if self._there is None or self._there[0] is not home:
+            self._there = home, home.bring(self.array)
+        return self._there[1]
 
     # ---- removing
     def keep(self, positions: np.ndarray) -> None:

@@ -226,7 +226,8 @@ class Index:
         filter : optional
             Which ids may be found: a list or array of ids; bools, one for each id from 0 on, or the same as
             packed bits (``np.packbits(..., bitorder="little")``); or a function that takes all ids (int64)
-            and gives bools, called once. Default: all.
+            and gives bools, called once. Default: all. With an index on a GPU, give an array on a GPU: only
+            that is not looked at on the host, where the search would wait.
 
         Returns
         -------
@@ -286,9 +287,9 @@ class Index:
         raise ValueError(f"this {name} is empty: add(x) first")
 
     def _keep(self, home: Home, filter: Any) -> Any:
-        """A filter of ids as packed bits over positions; it is made on the host."""
-        keep = _filters.resolve(filter, self._ids.n, self._ids)
-        return keep if keep is None or home is HOST else home.bring(keep)
+        """A filter of ids as packed bits over positions."""
+        ids = self._ids
+        return _filters.beside(home.anchor, filter, ids.n, ids, lambda: ids.table(home))
 
     def reconstruct(self, ids: Any) -> Any:
         """The stored vectors of some ids.

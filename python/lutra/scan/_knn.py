@@ -40,7 +40,8 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip", *, filter:
     filter : array, list, set or callable, optional
         Which rows may be found: a bool array (n,), packed bits (uint8, ``np.packbits(mask,
         bitorder="little")``), an array or list of row numbers, or a function of all row numbers (int64) that
-        returns a bool array, called once.
+        returns a bool array, called once. On CUDA, arrays that lie there are not looked at on the host, so
+        that nothing waits; the others are copied.
 
     Returns
     -------
@@ -58,7 +59,7 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip", *, filter:
         row or query of norm >= 1). CUDA kernels raise nothing that would need the device to be waited for:
         there a NaN score comes first in its query's results, and k of `rescore` is at most 2048.
     IndexError
-        A row number in ``filter`` outside [0, n).
+        A row number in ``filter`` outside [0, n); in an array on CUDA it is passed over.
     NotImplementedError
         On CUDA: metric 'poincare'.
 
@@ -128,16 +129,11 @@ def rescore(queries: Any, database: Any, candidates: Any, k: int, metric: str = 
 
 
 def keep_of(filter, queries, database):
-    """A filter of rows as packed bits, of torch where the queries are."""
+    """A filter of rows as packed bits beside the queries."""
     if filter is None:
         return None
     shape = tuple(getattr(database, "shape", ()))
-    keep = _filters.resolve(filter, shape[0] if shape else 0)
-    if is_torch(queries):
-        import torch
-
-        return torch.from_numpy(keep if keep.flags.writeable else keep.copy())
-    return keep
+    return _filters.beside(queries, filter, shape[0] if shape else 0)
 
 
 def pair(kind, queries, database, names=("queries", "database")):

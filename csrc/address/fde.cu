@@ -6,7 +6,8 @@
 // each warp takes partitions: their tokens are found by ballot, so in order, and summed in registers; the sum goes
 // through shared memory to the projection, an output a lane. Nothing but integers is added by atomics: the same bits
 // every time.
-// Dense encodings only, without a final sketch, k_sim <= kMostBits. A token with NaN makes its block NaN.
+// Dense encodings only, without a final sketch, k_sim <= kMostBits. A token with NaN makes its block NaN, offsets that
+// fall or leave the tokens make their document NaN.
 // Limit: reading the tokens, once a repetition, from L2.
 #include "address/fde.h"
 
@@ -36,7 +37,9 @@ __global__ void __launch_bounds__(kThreads)
   int* count = reinterpret_cast<int*>(key + number);
   float* sum = reinterpret_cast<float*>(count + number) + warp * s.d;
   const int64_t document = blockIdx.x / s.repetitions, r = blockIdx.x % s.repetitions;
-  const int64_t begin = ptr[document], length = ptr[document + 1] - begin;
+  const int64_t begin = ptr[document], end = ptr[document + 1];
+  const bool sound = begin >= 0 && begin <= end && end <= s.n;
+  const int64_t length = sound ? end - begin : 0;
   const int32_t* mine = partitions + r * s.n + begin;
   const bool fills = s.fill && !s.query && length > 0;
   for (int p = threadIdx.x; p < number; p += kThreads) {
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     float* to = block + p * s.width;
     const int here = count[p];
     if (here == 0 && !fills) {
-      for (int64_t o = lane; o < s.width; o += 32) to[o] = 0;
+      for (int64_t o = lane; o < s.width; o += 32) to[o] = sound ? 0.0f : quiet_nan();
       continue;
     }
     const int64_t filler = static_cast<int64_t>(key[p ^ (p >> 1)] & (kUnit - 1));

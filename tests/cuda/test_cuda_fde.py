@@ -64,6 +64,17 @@ def test_encodings(gpu, dtype, e):
             np.testing.assert_allclose(gpu.get(one), other, rtol=3e-6, atol=3e-5)
 
 
+def test_offsets_that_are_none(gpu):
+    """Nobody waits to look at them: their documents are NaN, and nothing outside is read."""
+    e = FDE(8, 2, 3, 4)
+    tokens, _ = make(8, (9,))
+    for wrong in ([0, 4, 3, 9], [-5, 2, 5, 9], [0, 4, 10, 9], [2**40, 2**41, 5, 9]):
+        got = gpu.get(lutra.address.fde(gpu.put(tokens), gpu.put(np.array(wrong)), e))
+        for i, (begin, end) in enumerate(zip(wrong, wrong[1:])):
+            sound = 0 <= begin <= end <= len(tokens)
+            assert np.isnan(got[i]).all() != sound and np.isfinite(got[i]).all() == sound
+
+
 def test_balls(gpu):
     tokens, ptr = make(20)
     got, where = lutra.address.ball_carving(gpu.put(tokens), gpu.put(ptr), 5.0)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from .. import scan
-from .._ranges import ranges
+from .._arrays import F32, I64, U8
 from ..scan import ResidualTokens
+from ._home import HOST, Home
 
 _PROBES = 4  # centroids of a query token whose documents are looked at
 
@@ -20,42 +21,49 @@ class CentroidInteraction:
     of the largest product with a centroid of the document (Santhanam et al. 2022, arXiv 2205.09707).
     """
 
-    def __init__(self, docs: ResidualTokens, ptr: np.ndarray) -> None:
+    def __init__(self, home: Home, docs: ResidualTokens, ptr: np.ndarray) -> None:
+        self.home = home
         self.n, count, d = len(ptr) - 1, len(docs.centroids), docs.centroids.shape[1]
         owner = np.repeat(np.arange(self.n), np.diff(ptr))
-        owner, ids = np.divmod(
-            np.unique(owner * count + docs.centroid_ids), count
-        )  # a document names one once
-        self.ptr = _offsets(owner, self.n)
+        pairs = np.unique(owner * count + HOST.bring(docs.centroid_ids))  # a document names one once
+        owner, ids = np.divmod(pairs, count)
+        self.ptr = home.positions(_offsets(owner, self.n))
         # a centroid is a token without a residual
-        codes, values = np.zeros((len(ids), (d + 7) // 8), np.uint8), np.zeros(2, np.float32)
-        self.tokens = ResidualTokens(codes, ids.astype(np.int32), docs.centroids, values, False)
-        self.owners = owner[np.argsort(ids, kind="stable")]
+        codes, values = home.full((len(ids), (d + 7) // 8), 0, U8), home.full((2,), 0, F32)
+        numbers = home.bring(ids.astype(np.int32))
+        self.tokens = ResidualTokens(codes, numbers, docs.centroids, values, False)
+        self.owners = home.positions(owner[np.argsort(ids, kind="stable")])
         self.lists = _offsets(ids, count)
 
-    def candidates(self, tokens: Any, ptr: np.ndarray, count: int, keep: np.ndarray | None) -> np.ndarray:
-        """Positions (nq, count) of documents, rising, -1 where there are fewer. ``keep``: packed bits."""
-        tokens = np.asarray(tokens, np.float32)
+    def candidates(self, tokens: Any, ptr: Any, count: int, keep: Any) -> Any:
+        """Positions (nq, count) of documents, rising, -1 where there are fewer. ``keep``: packed bits.
+
+        How many documents the centroids have is known on the host: on a GPU this waits for it.
+        """
+        home, n, offsets = self.home, max(1, self.n), HOST.bring(ptr)
+        tokens, nq = home.kind.cast(tokens, F32), len(offsets) - 1
         near = scan.knn(tokens, self.tokens.centroids, min(_PROBES, len(self.tokens.centroids))).ids
-        query = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr) * near.shape[1])
-        begins, lengths = self.lists[near.ravel()], np.diff(self.lists)[near.ravel()]
-        documents = self.owners[ranges(begins, lengths)]
-        pairs = np.unique(np.repeat(query, lengths) * self.n + documents)
-        empty = np.flatnonzero(np.diff(ptr) == 0)  # a query without tokens: all scores are 0
+        lists = np.maximum(HOST.bring(near), 0)
+        query = np.repeat(np.arange(nq) * n, np.diff(offsets) * lists.shape[1])
+        begins, lengths = self.lists[lists.ravel()], np.diff(self.lists)[lists.ravel()]
+        pairs = home.repeat(query, lengths) + self.owners[home.ranges(begins, lengths)]
+        empty = np.flatnonzero(np.diff(offsets) == 0)  # a query without tokens: all scores are 0
         if len(empty):
-            pairs = np.unique(
-                np.concatenate([pairs, np.add.outer(empty * self.n, np.arange(self.n)).ravel()])
-            )
-        query, documents = np.divmod(pairs, max(1, self.n))
+            every = np.add.outer(empty * n, np.arange(self.n)).ravel()
+            pairs = home.xp.concatenate([pairs, home.positions(every)])
+        pairs = home.xp.unique(pairs)
+        query, documents = pairs // n, pairs % n
         if keep is not None:
-            passes = np.unpackbits(keep, bitorder="little")[: self.n].astype(bool)[documents]
+            passes = (keep[documents >> 3] >> home.kind.cast(documents & 7, U8)) & 1
+            passes = passes > 0
             query, documents = query[passes], documents[passes]
-        starts = _offsets(query, len(ptr) - 1)
-        lists = np.full((len(ptr) - 1, int(np.diff(starts).max(initial=1))), -1)
-        lists[query, np.arange(len(query)) - starts[query]] = documents
-        if lists.shape[1] > count:
-            lists = scan.maxsim(tokens, ptr, self.tokens, self.ptr, candidates=lists, k=count).ids
-        return np.sort(lists, 1)
+        counts = home.bincount(query, nq)
+        starts = home.positions(np.cumsum(counts) - counts)
+        named = home.full((nq, int(counts.max(initial=1))), -1, I64)
+        named[query, home.arange(len(query)) - starts[query]] = documents
+        if named.shape[1] > count:
+            named = scan.maxsim(tokens, ptr, self.tokens, self.ptr, candidates=named, k=count).ids
+        return home.sort(named)
 
 
 def _offsets(numbers: np.ndarray, n: int) -> np.ndarray:

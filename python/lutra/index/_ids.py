@@ -33,6 +33,7 @@ class Ids:
         self._order = np.empty(0, np.int64)  # their positions
         self._recent: dict[int, int] = {}  # of the positions from len(_sorted)
         self._there: tuple[Home, Any] | None = None  # copy in a home that is not the host
+        self._order_there: tuple[Home, Any, Any] | None = None  # its order, and the ids in that order
 
     @property
     def are_positions(self) -> bool:
@@ -109,7 +110,7 @@ class Ids:
         self._array[self.n : self.n + count] = new
         self.n += count
         self.next = max(self.next, int(new.max()) + 1)
-        self._there = None
+        self._there = self._order_there = None
         if increasing:
             return
         if self._increasing or len(self._recent) + count > max(_FEW, len(self._sorted) // 4):
@@ -158,12 +159,29 @@ class Ids:
             self._there = home, home.bring(self.array)
         return self._there[1]
 
+    def places(self, home: Home, ids: Any) -> Any:
+        """`positions` of an array of ids in a home, which stay there."""
+        if home is HOST:
+            return self.positions(ids)
+        xp = home.xp
+        if self._array is None or self.n == 0:
+            return xp.where((ids >= 0) & (ids < self.n), ids, -1)
+        table, order = self.table(home), None
+        if not self._increasing:
+            if self._order_there is None or self._order_there[0] is not home:
+                order = xp.argsort(table)
+                self._order_there = home, order, table[order]
+                home.wait()  # other streams may search with it at once
+            _, order, table = self._order_there
+        slot = home.kind.dense(xp.searchsorted(table, home.kind.dense(ids)).clip(0, self.n - 1))
+        return xp.where(table[slot] == ids, slot if order is None else order[slot], -1)
+
     # ---- removing
     def keep(self, positions: np.ndarray) -> None:
         """Keep the ids at these increasing positions."""
         self._array = self.array[positions]
         self.n = len(positions)
-        self._there = None
+        self._there = self._order_there = None
         if not self._increasing:
             self._sort()
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
+from ._home import HOST
 from .tune import Trial, Tuned, owner, recall_of
 
 _MOST = 20_000  # candidates that are tried
 _REPEAT = 0.05  # seconds that a setting is timed for, at least
 
 
-def tune(index: Any, tokens: np.ndarray, ptr: np.ndarray, recall: float, k: int) -> Tuned:
+def tune(index: Any, tokens: Any, ptr: Any, recall: float, k: int) -> Tuned:
     """See `MultiVector.tune`."""
     recall = _checks.positive("recall", recall)
     if recall > 1:
@@ -23,7 +24,7 @@ def tune(index: Any, tokens: np.ndarray, ptr: np.ndarray, recall: float, k: int)
     k = _checks.integer("k", k, 1)
     if len(ptr) < 2:
         raise ValueError("queries has no rows")
-    truth = index.search((tokens, ptr), k, generator="all").ids
+    truth = HOST.bring(index.search((tokens, ptr), k, generator="all").ids)
     truth = truth[:, : min(k, index.ntotal)]
     trials: list[Trial] = []
     slower = 0
@@ -62,12 +63,12 @@ def _widths(index: Any, k: int) -> list[dict[str, int]]:
     return [{}]
 
 
-def _least(index: Any, tokens: np.ndarray, ptr: np.ndarray, truth: np.ndarray, recall: float) -> int | None:
+def _least(index: Any, tokens: Any, ptr: Any, truth: np.ndarray, recall: float) -> int | None:
     """The fewest candidates that hold enough of the truth, by bisection; None where the most do not."""
     low, high = truth.shape[1], min(index.ntotal, _MOST)
 
     def enough(count: int) -> bool:
-        ids = index.search((tokens, ptr), truth.shape[1], candidates=count).ids
+        ids = HOST.bring(index.search((tokens, ptr), truth.shape[1], candidates=count).ids)
         return recall_of(ids, truth) >= recall
 
     if enough(low):
@@ -95,15 +96,13 @@ def _set(index: Any, parameters: dict[str, int]) -> None:
         setattr(index if name == "candidates" else owner(index.index, name), name, value)
 
 
-def _measure(
-    index: Any, tokens: np.ndarray, ptr: np.ndarray, truth: np.ndarray, parameters: dict[str, int]
-) -> Trial:
+def _measure(index: Any, tokens: Any, ptr: Any, truth: np.ndarray, parameters: dict[str, int]) -> Trial:
     """The recall, and the time of the fastest of a few searches."""
     _set(index, parameters)
     k, best, end = truth.shape[1], np.inf, time.perf_counter() + _REPEAT
     while True:
         begin = time.perf_counter()
-        ids = index.search((tokens, ptr), k).ids
+        ids = HOST.bring(index.search((tokens, ptr), k).ids)
         best = min(best, time.perf_counter() - begin)
         if time.perf_counter() >= end:
             return Trial(dict(parameters), recall_of(ids, truth), best / (len(ptr) - 1))

@@ -10,7 +10,7 @@ from .. import quant
 from .._arrays import BF16, F16, F32, I8, I32, U8
 from ..scan import ResidualTokens
 from . import _files
-from ._home import HOST
+from ._home import HOST, Home
 from ._rows import Rows
 
 #: Formats of stored tokens: the dtype code, or the bits of residual codes.
@@ -22,14 +22,15 @@ _PART = 1 << 18  # tokens that are converted at a time
 class TokenStore:
     """Tokens (n, d) of documents, ragged, with room to grow; mapped where they come from a file.
 
-    ``docs`` and ``options`` are what `lutra.scan.maxsim` takes.
+    ``docs``, ``offsets`` and ``options`` are what `lutra.scan.maxsim` takes, arrays of ``home``.
     """
 
     def __init__(self, d: int, format: str) -> None:
         if format not in FORMATS and format not in RESIDUAL:
             known = ", ".join(map(repr, (*FORMATS, *RESIDUAL)))
             raise ValueError(f"tokens must be one of {known}, got {format!r}")
-        self.d, self.format = d, format
+        self.d, self.format, self.home = d, format, HOST
+        self._there: dict[str, Any] | None = None  # what else a search needs in a home that is not the host
         self._ptr = np.zeros(1, np.int64)
         self.n = 0
         self.quantizer: Any = None
@@ -49,6 +50,20 @@ class TokenStore:
     def ptr(self) -> np.ndarray:
         """Where each document begins, and the end: (documents + 1,) int64. A view."""
         return self._ptr[: self.n + 1]
+
+    @property
+    def offsets(self) -> Any:
+        """``ptr`` in the home."""
+        return self.ptr if self.home is HOST else self._beside()["ptr"]
+
+    def _beside(self) -> dict[str, Any]:
+        """Offsets and books in the home; made by the first search behind a change."""
+        if self._there is None:
+            self._there = {"ptr": self.home.bring(self.ptr.copy())}
+            if self.quantizer is not None:
+                self._there["centroids"] = self.home.bring(self.quantizer.centroids)
+                self._there["values"] = self.home.bring(self.quantizer.values)
+        return self._there
 
     @property
     def ntokens(self) -> int:
@@ -72,6 +87,9 @@ class TokenStore:
             return self.rows["tokens"].view
         codes, ids = self.rows["token_codes"].view, self.rows["token_centroids"].view[:, 0]
         q = self.quantizer
+        if self.home is not HOST:
+            there = self._beside()
+            return ResidualTokens(codes, ids, there["centroids"], there["values"], q.normalize)
         return ResidualTokens(codes, ids, q.centroids, q.values, q.normalize)
 
     @property
@@ -79,43 +97,55 @@ class TokenStore:
         return {"doc_scale": self.rows["token_scale"].view[:, 0]} if self.format == "int8" else {}
 
     def decode(self, position: int) -> np.ndarray:
-        """The tokens of one document, float32."""
+        """The tokens of one document, float32, on the host."""
         low, high = self._ptr[position : position + 2]
+        rows = {name: HOST.bring(each.view[low:high]) for name, each in self.rows.items()}
         if self.format in RESIDUAL:
-            codes, ids, *books = self.docs
-            return self.quantizer.decode(ResidualTokens(codes[low:high], ids[low:high], *books))
-        tokens = self.rows["tokens"].view[low:high].astype(np.float32)
-        return tokens * self.rows["token_scale"].view[low:high] if self.format == "int8" else tokens
+            q = self.quantizer
+            ids = np.ascontiguousarray(rows["token_centroids"][:, 0])
+            return q.decode(ResidualTokens(rows["token_codes"], ids, q.centroids, q.values, q.normalize))
+        tokens = rows["tokens"].astype(np.float32)
+        return tokens * rows["token_scale"] if self.format == "int8" else tokens
 
     # ---- changes
-    def train(self, tokens: np.ndarray, **options: Any) -> None:
+    def to(self, home: Home) -> None:
+        """Move the tokens to another home."""
+        if home is not self.home:
+            self.rows = {name: rows.to(home) for name, rows in self.rows.items()}
+            self.home, self._there = home, None
+
+    def train(self, tokens: Any, **options: Any) -> None:
         if self.format in RESIDUAL:
             quantizer = quant.ResidualQuantizer(self.d, self.bits)
             quantizer.train(tokens, **options)
-            self.quantizer = quantizer
+            self.quantizer, self._there = quantizer, None
 
-    def put(self, tokens: np.ndarray, ptr: np.ndarray) -> None:
-        """Write tokens behind the others; `grow` makes them count."""
-        room = {name: rows.room(len(tokens)) for name, rows in self.rows.items()}
-        for i in range(0, len(tokens), _PART):
-            part = np.asarray(tokens[i : i + _PART], np.float32)
+    def put(self, tokens: Any) -> None:
+        """Write tokens, an array of the home, behind the others; `grow` makes them count."""
+        home, count = self.home, int(tokens.shape[0])
+        room = {name: rows.room(count) for name, rows in self.rows.items()}
+        for i in range(0, count, _PART):
+            part = tokens[i : i + _PART]
+            part = part if home.kind.code(part) == F32 else home.kind.cast(part, F32)
             to = {name: out[i : i + _PART] for name, out in room.items()}
             if self.format in RESIDUAL:
                 coded = self.quantizer.encode(part)
                 to["token_codes"][:] = coded.codes
                 to["token_centroids"][:, 0] = coded.centroid_ids
             elif self.format == "int8":
-                scale = np.maximum(np.abs(part).max(1, keepdims=True), np.float32(1e-30)) / np.float32(127)
+                scale = home.xp.amax(abs(part), axis=1, keepdims=True).clip(1e-30, None)
+                scale = scale / home.full(
+                    (1, 1), 127, F32
+                )  # by a number torch multiplies with the reciprocal
                 to["token_scale"][:] = scale
-                to["tokens"][:] = np.rint(part / scale)
+                to["tokens"][:] = home.kind.cast(home.xp.round(part / scale), I8)
             else:
                 with np.errstate(over="ignore"):
                     to["tokens"][:] = part
-                if self.format == "float16":
-                    good = np.isfinite(to["tokens"]).all(1)
-                    if not good.all():
-                        row = int(good.argmin()) + i
-                        raise ValueError(f"tokens[{row}] holds values that are too large for float16")
+                if self.format == "float16" and not home.all_finite(to["tokens"]):
+                    good = HOST.bring(home.xp.isfinite(to["tokens"])).all(1)
+                    row = int(good.argmin()) + i
+                    raise ValueError(f"tokens[{row}] holds values that are too large for float16")
 
     def grow(self, ptr: np.ndarray) -> None:
         count, tokens = len(ptr) - 1, int(ptr[-1])
@@ -125,6 +155,7 @@ class TokenStore:
             self._ptr = grown
         self._ptr[self.n + 1 : self.n + count + 1] = self.ntokens + ptr[1:]
         self.n += count
+        self._there = None
         for rows in self.rows.values():
             rows.grow(tokens)
 
@@ -137,7 +168,7 @@ class TokenStore:
         for each in self.rows.values():
             each.keep(rows)
         self._ptr = np.concatenate([[0], np.cumsum(lengths[positions])])
-        self.n = len(positions)
+        self.n, self._there = len(positions), None
 
     # ---- files
     def tensors(self) -> list[_files.Tensor]:

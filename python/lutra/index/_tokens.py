@@ -64,13 +64,18 @@ def as_tokens(x: Any, d: int | None = None, mask: Any = None) -> tuple[Any, Any]
     >>> lutra.index.as_tokens(documents)[1]
     array([0, 2, 5])
     """
+    return tokens_of(x, d, mask)
+
+
+def tokens_of(x: Any, d: int | None, mask: Any, *, look: bool = True) -> tuple[Any, Any]:
+    """`as_tokens`; without ``look`` offsets that lie on a GPU beside their tokens are as they are given."""
     if isinstance(x, Mapping):
         x, mask = _of_mapping(x, mask)
     elif isinstance(x, list) and x and all(isinstance(entry, Mapping) for entry in x):
         x, masks = (list(part) for part in zip(*(_of_mapping(entry, None) for entry in x)))
         mask = masks if mask is None and masks[0] is not None else mask
     if isinstance(x, tuple) and len(x) == 2 and not _is_matrix(x[1]):
-        tokens, ptr = _ragged(*x, d)
+        tokens, ptr = _ragged(*x, d, look)
     elif isinstance(x, (list, tuple)) or (isinstance(x, np.ndarray) and x.dtype == object and x.ndim == 1):
         tokens, ptr, mask = _documents(list(x), d, mask)
     elif is_torch(x) and x.is_nested:
@@ -111,14 +116,17 @@ def _check(native: Any, name: str, d: int | None) -> Kind:
 
 
 # ---- the forms
-def _ragged(tokens: Any, ptr: Any, d: int | None) -> tuple[Any, Any]:
+def _ragged(tokens: Any, ptr: Any, d: int | None, look: bool = True) -> tuple[Any, Any]:
     tokens = adopt(tokens, "tokens")
     if len(tokens.shape) != 2:
         raise ValueError(f"tokens of (tokens, ptr) must be 2-d (n, d), got shape {tuple(tokens.shape)}")
     kind = _check(tokens, "tokens", d)
-    checked = check_ptr(ptr, int(tokens.shape[0]))
     same = is_native(ptr) and kind_of(ptr, "ptr") is kind and kind.code(ptr) == I64
-    if same and (not kind.cuda or ptr.device == tokens.device):
+    same = same and (not kind.cuda or ptr.device == tokens.device)
+    if same and kind.cuda and not look and len(ptr.shape) == 1 and ptr.shape[0]:
+        return tokens, ptr
+    checked = check_ptr(ptr, int(tokens.shape[0]))
+    if same:
         return tokens, ptr
     return tokens, _home(kind, tokens).bring(checked)
 
@@ -229,7 +237,7 @@ def _padded(x: Any, d: int | None, mask: Any) -> tuple[Any, Any]:
         if not bool(mask.all()):
             lengths = HOST.bring(mask.sum(1))
             return x[mask], home.bring(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    ptr = home.bring(np.arange(count + 1, dtype=np.int64) * length)
+    ptr = home.arange(count + 1) * length
     return x.reshape(count * length, width), ptr
 
 

@@ -400,6 +400,14 @@ class Index:
                 self._rows[name] = rows.to(home)
         self._home = home
 
+    def _why_host(self, device: Any) -> str:
+        """The message of an index that stays on the CPU."""
+        able = sorted(name for name, kind in KINDS.items() if not kind._host_only)
+        return (
+            f"{type(self).__name__} is for the CPU: it has no CUDA kernels and cannot move to "
+            f"{device!r}; {', '.join(able)} can"
+        )
+
     def to(self, device: Any) -> Index:
         """Move the index to a device.
 
@@ -414,11 +422,7 @@ class Index:
             The index itself.
         """
         if self._host_only and str(device) != "cpu":
-            able = sorted(name for name, kind in KINDS.items() if not kind._host_only)
-            raise NotImplementedError(
-                f"{type(self).__name__} is for the CPU: it has no CUDA kernels and cannot move to "
-                f"{device!r}; {', '.join(able)} can"
-            )
+            raise NotImplementedError(self._why_host(device))
         home = home_on(device)
         with self._changing():
             if self._home is None or self._home.device != home.device:

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks, quant
+from .. import _checks, quant, scan
 from .._arrays import BF16, F16, F32, I8, I32, I64, NUMPY, U8, kind_of
 from .._results import Neighbors
+from ..address._fde_encoder import BlockRows
 from ..scan import _blocks
 from . import _files
-from ._home import HOST, adopt, check_matrix, deliver
+from ._block_rows import panel_parts, to_panels, to_rows
+from ._home import HOST, Home, adopt, check_matrix, deliver
 from ._panels import Panels
 from ._quantizer_files import quantizer_tensors, restore_quantizer
 from ._rows import Rows
@@ -58,7 +60,10 @@ class Blocks(Index):
     Cost: one read of the blocks that some query of the batch has, 2 width flops for each block of each query
     and vector (pq: width / dsub look-ups). Scores are fp32 sums over blocks, then dimensions, in increasing
     order (int8: of whole numbers, then times the scale), so neither the batch nor the number of threads
-    changes them. The index lives on the CPU; queries from a GPU are copied.
+    changes them.
+
+    On a GPU (float32, float16, bfloat16) vectors are kept whole and `lutra.scan.knn` reads all of them: the
+    products of a batch run on tensor cores. int8 and pq stay on the CPU, where queries are copied.
 
     References
     ----------
@@ -74,7 +79,7 @@ class Blocks(Index):
     Neighbors(scores=array([[38., 14.]], dtype=float32), ids=array([[1, 0]]))
     """
 
-    _host_only = True
+    _needs_kernels = ("knn",)
     _metrics = {"ip": 0}  # noqa: RUF012
 
     def __init__(
@@ -85,11 +90,12 @@ class Blocks(Index):
                 f"metric must be 'ip', got {metric!r}: a block that a query does not have adds nothing to an "
                 "inner product, but to a distance and to a norm, so every block would have to be read"
             )
+        self._code = _checks.choice("dtype", dtype, _STORAGE)
+        self._host_only = self._code in (I8, U8)
         super().__init__(d, metric)
         self.width = _checks.integer("width", width, 1)
         if self.d % self.width:
             raise ValueError(f"width must divide d = {self.d}, got {self.width}")
-        self._code = _checks.choice("dtype", dtype, _STORAGE)
         self.dtype = dtype
         self.dsub = _checks.integer("dsub", dsub, 1)
         self.seed = _checks.integer("seed", seed, 0)
@@ -160,9 +166,13 @@ class Blocks(Index):
         self._books = np.ascontiguousarray(self.quantizer._books.transpose(0, 2, 1))
 
     def _begin(self, count: int) -> None:
-        self._panels.reserve(count)
+        if self._here is HOST:
+            self._panels.reserve(count)
 
     def _encode(self, x, out, first):
+        if self._here is not HOST:
+            self._encode_on_gpu(x, out["vectors"], first)
+            return
         for i in range(0, len(x), _ENCODE):
             part = x[i : i + _ENCODE]
             stored = self._stored(
@@ -189,10 +199,37 @@ class Blocks(Index):
         return stored
 
     def _added(self, first: int, count: int) -> None:
-        self._panels.grow(count)
+        if self._here is HOST:
+            self._panels.grow(count)
 
     def _removing(self, keep: np.ndarray, before: int) -> None:
-        self._panels.keep(keep)
+        if self._here is HOST:
+            self._panels.keep(keep)
+
+    # ---- on a GPU
+    @property
+    def _here(self) -> Home:
+        return self._home or HOST
+
+    def _move(self, home: Home) -> None:
+        if home is HOST and "vectors" in self._rows:
+            to_panels(self._rows.pop("vectors"), self._panels)
+        super()._move(home)
+        if home is not HOST and "vectors" not in self._rows:
+            panels = self._panels
+            self._rows["vectors"] = to_rows(panels, home, self._code)
+            self._panels = Panels(*panels.shape, panels.dtype)
+
+    def _encode_on_gpu(self, x: Any, out: Any, first: int) -> None:
+        kind = self._here.kind
+        out[:] = kind.cast(x, self._code)
+        if self._code == F32 or self._here.all_finite(kind.cast(out, F32)):
+            return
+        good = HOST.bring(self._here.xp.isfinite(kind.cast(out, F32)))
+        row, column = (int(v) for v in np.argwhere(~good)[0])
+        raise ValueError(
+            f"x[{first + row}, {column}] is {float(x[row, column])}, which is too large for {self.dtype}"
+        )
 
     # ---- searching
     def search(self, q: Any, k: int = 10, *, filter: Any = None) -> Neighbors:
@@ -218,6 +255,8 @@ class Blocks(Index):
         return self._answer(q, k, filter)
 
     def _search(self, q, k, keep):
+        if self._here is not HOST:
+            return scan.knn(q, self._rows["vectors"].view, k, "ip", filter=keep)
         return self._scan(_blocks.dense_rows(q, self.width), k, keep)
 
     def search_blocks(self, rows: Any, k: int = 10, *, filter: Any = None) -> Neighbors:
@@ -243,15 +282,24 @@ class Blocks(Index):
         ValueError
             Offsets that do not rise from 0 to nnz, blocks out of range or not rising, another width, values
             that are not finite; k < 1; an index that is empty or not trained.
+
+        Notes
+        -----
+        Rows are checked on the host. With an index on a GPU, give `search` dense queries.
         """
         with self._lock.reading():
             checked = self._check_rows(rows)
             k = _checks.integer("k", k, 1)
             if not self._ids.n:
                 self._nothing()
-            keep = None if filter is None else self._keep(HOST, filter)
-            scores, positions = self._scan(checked, k, keep)
-            return Neighbors(*deliver(HOST, (scores, self._ids.of(HOST, positions)), rows.values))
+            home = self._here
+            keep = None if filter is None else self._keep(home, filter)
+            if home is HOST:
+                scores, positions = self._scan(checked, k, keep)
+            else:
+                q = BlockRows(*checked).dense(self.num_blocks)
+                scores, positions = self._search(home.bring(q), k, keep)
+            return Neighbors(*deliver(home, (scores, self._ids.of(home, positions)), rows.values))
 
     def _check_rows(self, rows: Any) -> _blocks.Rows:
         arrays = []
@@ -296,11 +344,19 @@ class Blocks(Index):
             raise ValueError(f"rows.values[{i}, {j}] is {values[i, j]}; queries must be finite")
         return _blocks.Rows(np.ascontiguousarray(ptr), np.ascontiguousarray(blocks, np.int32), values)
 
+    def _why_host(self, device: Any) -> str:
+        return (
+            f"Blocks of dtype {self.dtype!r} is for the CPU and cannot move to {device!r}; with dtype "
+            "'float32', 'float16' or 'bfloat16' it can, and so can Flat, IVF, PQ and Codes"
+        )
+
     def _scan(self, rows: _blocks.Rows, k: int, keep: np.ndarray | None) -> tuple[Any, Any]:
         scale = self._rows["scale"].view if "scale" in self._rows else None
         return _blocks.scan(rows, self._panels, k, scale, self._books, keep)
 
     def _reconstruct(self, positions):
+        if self._here is not HOST:
+            return self._here.kind.cast(self._rows["vectors"].view[positions], F32)
         stored = self._panels.take(positions)
         if self.quantizer is not None:
             return self.quantizer._decode(stored)
@@ -318,9 +374,11 @@ class Blocks(Index):
 
     def _contents(self) -> tuple[list[_files.Tensor], dict[str, str]]:
         tensors, metadata = super()._contents()
-        panels = self._panels
-        shape = (len(panels.used), *panels.shape)
-        tensors.append(_files.Tensor(self._tensor, _files.NAMES[self._code], shape, panels.parts))
+        panels, rows = self._panels, self._rows.get("vectors")
+        tensors = [tensor for tensor in tensors if tensor.name != "vectors"]
+        shape = (-(-self.ntotal // panels.lanes), *panels.shape)
+        parts = panels.parts if rows is None else lambda: panel_parts(rows, panels)
+        tensors.append(_files.Tensor(self._tensor, _files.NAMES[self._code], shape, parts))
         if self.quantizer is not None and self.is_trained:
             tensors += quantizer_tensors(self.quantizer)
         return tensors, metadata

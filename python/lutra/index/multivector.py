@@ -10,20 +10,24 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, _filters, scan
+from .._arrays import BF16, F16, F32, kind_of
 from .._results import Neighbors
 from ..address import FDE
 from . import _files, _multivector_tune
 from ._centroid_interaction import CentroidInteraction
-from ._home import HOST, deliver
+from ._home import HOST, Home, deliver, home_of
 from ._ids import Ids
 from ._progress import Progress
 from ._token_store import RESIDUAL, TokenStore
-from ._tokens import as_tokens
+from ._tokens import tokens_of
 from .base import KINDS, Index, register
 from .blocks import Blocks
 from .factory import factory
+from .transformed import Transformed
 
 _PART = 1 << 26  # bytes of encodings that are held at a time
+_GPU_PART = 1 << 28  # and on a GPU
+_LISTS = 1 << 22  # candidates of queries that are named at a time where all documents that pass are
 _OWN = ("n", "next_id", "trained")
 
 
@@ -69,6 +73,12 @@ class MultiVector(Index):
     the index is loaded. Cost of a query: the scan of the encodings' blocks that the query has, and
     ``candidates`` MaxSim products.
 
+    On a GPU (`to`, or where the first documents lie there) tokens and encodings stay there, and so does a
+    search: encoding, the search of the index, MaxSim. It waits for nothing where queries are an array of
+    three dimensions without a mask, or (tokens, ptr) with both there, unless it carves balls, takes
+    candidates from centroids, or ranks all documents that pass a filter. An index of encodings that is for
+    the CPU (HNSW, 'int8' and 'pq') keeps the whole there.
+
     References
     ----------
     Dhulipala, Hadian, Jayaram, Lee, Mirrokni, MUVERA: multi-vector retrieval via fixed dimensional encodings,
@@ -85,7 +95,7 @@ class MultiVector(Index):
     array([[1]])
     """
 
-    _host_only = True
+    _needs_kernels = ("maxsim", "fde", "knn")
 
     def __init__(
         self,
@@ -122,12 +132,19 @@ class MultiVector(Index):
         if index.ntotal:
             raise ValueError(f"the index holds {index.ntotal} encodings already; give an empty one")
         self.index = index
+        self._host_only = self._inner._host_only
         super().__init__(d, "ip")
+        self._home = self._inner._home  # known where it was trained before
         self.encoder = encoder
         self._tokens = TokenStore(d, tokens)
         self.candidates = candidates
         self.ball_carving = ball_carving
         self._generator: CentroidInteraction | None = None
+
+    @property
+    def _inner(self) -> Index:
+        """The index of the encodings, behind its transform."""
+        return self.index.index if isinstance(self.index, Transformed) else self.index
 
     # The ids are those of the encodings.
     @property
@@ -192,14 +209,16 @@ class MultiVector(Index):
             The index holds documents, or what the parts refuse.
         """
         tokens, ptr = self._documents(x, ptr, mask)
-        with self._lock.writing():
+        with self._changing():
             if self._ids.n:
                 raise ValueError(f"this MultiVector holds {self._ids.n} documents; train a new one")
+            home = self._settle(tokens)
             self._tokens.train(tokens, **({} if progress is None else {"progress": progress}))
             if hasattr(self.index, "train") and not self.index.is_trained:
-                count = max(1, min(len(ptr) - 1, (1 << 30) // (4 * self.encoder.dim)))
-                some = ptr[: count + 1]
-                self.index.train(self.encoder.encode_documents(tokens[: some[-1]], some))
+                offsets = HOST.bring(ptr)
+                count = max(1, min(len(offsets) - 1, (1 << 30) // (4 * self.encoder.dim)))
+                some = home.bring(tokens[: int(offsets[count])])
+                self.index.train(self.encoder.encode_documents(some, home.bring(ptr[: count + 1])))
 
     def add(
         self, x: Any, ids: Any = None, *, ptr: Any = None, mask: Any = None, progress: bool | None = None
@@ -227,33 +246,36 @@ class MultiVector(Index):
             trained. The index is then unchanged.
         """
         tokens, ptr = self._documents(x, ptr, mask)
-        with self._lock.writing():
+        offsets = HOST.bring(ptr)
+        with self._changing():
             if not self.is_trained:
                 raise ValueError("this MultiVector is not trained: call train(documents) first")
-            count = len(ptr) - 1
+            count = len(offsets) - 1
             new = self._ids.check_new(ids, count)
-            self._tokens.put(tokens, ptr)
+            home = self._settle(tokens)
+            tokens = home.bring(tokens)
+            self._tokens.put(tokens)
             if new is None:
                 new = np.arange(self._ids.next, self._ids.next + count)
-            step = max(1, _PART // (4 * self.encoder.dim))
+            step = max(1, (_PART if home is HOST else _GPU_PART) // (4 * self.encoder.dim))
             before, following = self._ids.n, self._ids.next
             with Progress(count, "encode documents", progress) as bar:
                 try:
                     for i in range(0, count, step):
-                        some = ptr[i : i + step + 1]
-                        part = tokens[some[0] : some[-1]]
-                        encodings = self.encoder.encode_documents(part, some - some[0])
+                        some = offsets[i : i + step + 1]
+                        part = tokens[int(some[0]) : int(some[-1])]
+                        encodings = self.encoder.encode_documents(part, home.bring(some - some[0]))
                         self.index.add(encodings, new[i : i + step])
                         bar.tick(len(some) - 1)
                 except BaseException:  # all of the addition or nothing of it
                     self.index.remove_ids(self._ids.array[before:].copy())
                     self._ids.next = following
                     raise
-            self._tokens.grow(ptr)
+            self._tokens.grow(offsets)
             self._generator = None
 
     def remove_ids(self, ids: Any) -> int:
-        with self._lock.writing():
+        with self._changing():
             before = self._ids.array.copy()
             removed = self.index.remove_ids(ids)
             if removed:
@@ -274,17 +296,46 @@ class MultiVector(Index):
             found = [self._tokens.decode(int(p)) for p in positions]
         return found if wanted.ndim else found[0]
 
-    def _documents(self, x: Any, ptr: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-        tokens, ptr = as_tokens(x if ptr is None else (x, ptr), self.d, mask)
-        tokens = HOST.bring(tokens)
-        if tokens.dtype.name not in ("float32", "float16", "bfloat16"):  # float64, 8-bit integers
+    def _documents(self, x: Any, ptr: Any, mask: Any, look: bool = True) -> tuple[Any, Any]:
+        """Tokens (float32, float16, bfloat16) and offsets, where they lie.
+
+        Without ``look`` nothing is read from a GPU where the form allows it.
+        """
+        tokens, ptr = tokens_of(x if ptr is None else (x, ptr), self.d, mask, look=look)
+        kind = kind_of(tokens, "tokens")
+        home = home_of(tokens, "tokens")
+        if not kind.cuda:  # torch's are viewed
+            tokens, ptr = HOST.bring(tokens), HOST.bring(ptr)
+        if home.kind.code(tokens) not in (F32, F16, BF16):  # float64, 8-bit integers
             with np.errstate(over="ignore"):  # reported below
-                tokens = tokens.astype(np.float32)
-        for i in range(0, len(tokens), 1 << 20):
-            fine = np.isfinite(np.asarray(tokens[i : i + (1 << 20)], np.float32)).all(1)
-            if not fine.all():
+                tokens = home.kind.cast(tokens, F32)
+        for i in range(0, len(tokens) if look or not kind.cuda else 0, 1 << 20):
+            part = home.kind.cast(tokens[i : i + (1 << 20)], F32)
+            if not home.all_finite(part):
+                fine = HOST.bring(home.xp.isfinite(part)).all(1)
                 raise ValueError(f"tokens[{int(fine.argmin()) + i}] holds NaN or infinities")
-        return tokens, np.asarray(HOST.bring(ptr), np.int64)
+        return tokens, ptr
+
+    # ---- where it lives
+    def _lacking(self, home: Home) -> list[str]:
+        return super()._lacking(home) + self._inner._lacking(home)
+
+    def _move(self, home: Home) -> None:
+        super()._move(home)
+        inner = self._inner
+        with inner._changing():
+            inner._move(home)
+        self._tokens.to(home)
+        self._generator = None
+
+    def _why_host(self, device: Any) -> str:
+        inner = self._inner
+        dtype = f" of dtype {inner.dtype!r}" if isinstance(inner, Blocks) else ""
+        return (
+            f"this MultiVector keeps its encodings in {type(inner).__name__}{dtype}, which is for the CPU, "
+            f"so it cannot move to {device!r}; with 'float32', 'float16', 'bfloat16', Flat, IVF, PQ or Codes "
+            "it can"
+        )
 
     # ---- searching
     def search(
@@ -327,58 +378,66 @@ class MultiVector(Index):
             Input that does not fit, NaN, k < 1, an index that is empty or not trained.
         """
         like = _first_array(q)
-        tokens, ptr = self._documents(q, ptr, mask)
+        tokens, ptr = self._documents(q, ptr, mask, look=False)
         k = _checks.integer("k", k, 1)
         _checks.choice("generator", generator, {"encodings": 0, "centroids": 1, "all": 2})
         candidates = self.candidates if candidates is None else _checks.integer("candidates", candidates, 1)
-        wanted = max(k, candidates)
         with self._lock.reading():
-            n = self._ids.n
-            if not n:
+            if not self._ids.n:
                 self._nothing()
-            if generator == "all" or wanted >= n:
-                found = self._exact(tokens, ptr, k, filter)
-                return found if like is None else Neighbors(*deliver(HOST, found, like))
-            if generator == "centroids":
-                keep = None if filter is None else self._keep(HOST, filter)
-                positions = self._centroid_interaction().candidates(tokens, ptr, wanted, keep)
-            else:
-                positions = self._candidates_of(tokens, ptr, wanted, filter)
-            found = self._rank(tokens, ptr, k, positions)
-            return found if like is None else Neighbors(*deliver(HOST, found, like))
+            home = self._home or HOST
+            with home.following(tokens):
+                tokens, ptr = home.bring(tokens), home.bring(ptr)
+                found = self._find(home, tokens, ptr, k, filter, max(k, candidates), generator)
+                return Neighbors(*(map(HOST.bring, found) if like is None else deliver(home, found, like)))
 
-    def _rank(self, tokens: np.ndarray, ptr: np.ndarray, k: int, positions: np.ndarray | None) -> Neighbors:
+    def _find(
+        self, home: Home, tokens: Any, ptr: Any, k: int, filter: Any, wanted: int, generator: str
+    ) -> tuple[Any, Any]:
+        if generator == "all" or wanted >= self._ids.n:
+            return self._exact(home, tokens, ptr, k, filter)
+        if generator == "centroids":
+            keep = None if filter is None else self._keep(home, filter)
+            positions = self._centroid_interaction().candidates(tokens, ptr, wanted, keep)
+        else:
+            positions = self._candidates_of(home, tokens, ptr, wanted, filter)
+        return self._rank(home, tokens, ptr, k, positions)
+
+    def _rank(self, home: Home, tokens: Any, ptr: Any, k: int, positions: Any) -> tuple[Any, Any]:
         """The k best of some positions (nq, count), or of all documents, by MaxSim."""
         store = self._tokens
-        found = scan.maxsim(tokens, ptr, store.docs, store.ptr, candidates=positions, k=k, **store.options)
-        return Neighbors(found.scores, self._ids.of(HOST, found.ids))
+        found = scan.maxsim(
+            tokens, ptr, store.docs, store.offsets, candidates=positions, k=k, **store.options
+        )
+        return found.scores, self._ids.of(home, found.ids)
 
-    def _exact(self, tokens: np.ndarray, ptr: np.ndarray, k: int, filter: Any) -> Neighbors:
-        keep = None if filter is None else self._keep(HOST, filter)
+    def _exact(self, home: Home, tokens: Any, ptr: Any, k: int, filter: Any) -> tuple[Any, Any]:
+        keep = None if filter is None else HOST.bring(self._keep(home, filter))
         if keep is None:
-            return self._rank(tokens, ptr, k, None)
-        allowed = _filters.positions(keep, self._ids.n)
-        step = max(1, (1 << 22) // max(1, len(allowed)))  # queries whose lists are made at a time
+            return self._rank(home, tokens, ptr, k, None)
+        allowed, offsets = _filters.positions(keep, self._ids.n), HOST.bring(ptr)
+        step = max(1, _LISTS // max(1, len(allowed)))  # queries whose lists are made at a time
         found = []
-        for i in range(0, max(1, len(ptr) - 1), step):
-            some = ptr[i : i + step + 1]
-            lists = np.tile(allowed, (len(some) - 1, 1))
-            found.append(self._rank(tokens[some[0] : some[-1]], some - some[0], k, lists))
-        return Neighbors(*(np.concatenate(parts) for parts in zip(*found)))
+        for i in range(0, max(1, len(offsets) - 1), step):
+            some = offsets[i : i + step + 1]
+            lists = home.positions(np.tile(allowed, (len(some) - 1, 1)))
+            part = tokens[int(some[0]) : int(some[-1])]
+            found.append(self._rank(home, part, home.positions(some - some[0]), k, lists))
+        return tuple(home.xp.concatenate(parts) for parts in zip(*found))
 
-    def _candidates_of(self, tokens: np.ndarray, ptr: np.ndarray, count: int, filter: Any) -> np.ndarray:
+    def _candidates_of(self, home: Home, tokens: Any, ptr: Any, count: int, filter: Any) -> Any:
         """Positions (nq, count) by the encodings, rising, -1 where there are fewer."""
         if self.ball_carving is not None:
             from ..address import ball_carving
 
             tokens, ptr = ball_carving(tokens, ptr, self.ball_carving)
-        if isinstance(self.index, Blocks):
+        if home is HOST and isinstance(self.index, Blocks):
             rows = self.encoder.encode_queries(tokens, ptr, sparse=True)
             ids = self.index.search_blocks(rows, count, filter=filter).ids
         else:
             ids = self.index.search(self.encoder.encode_queries(tokens, ptr), count, filter=filter).ids
         # In the order of addition: the tokens lie in that order, and ties go to the lower position.
-        return np.sort(np.where(ids < 0, -1, self._ids.positions(ids)), 1)
+        return home.sort(home.xp.where(ids < 0, -1, self._ids.places(home, ids)))
 
     def _centroid_interaction(self) -> CentroidInteraction:
         if self._tokens.format not in RESIDUAL:
@@ -386,7 +445,8 @@ class MultiVector(Index):
                 "generator='centroids' needs tokens with centroids: tokens='residual2' (or 1, 4, 8)"
             )
         if self._generator is None:
-            self._generator = CentroidInteraction(self._tokens.docs, self._tokens.ptr)
+            store = self._tokens
+            self._generator = CentroidInteraction(store.home, store.docs, store.ptr)
         return self._generator
 
     def tune(  # type: ignore[override]
@@ -418,6 +478,8 @@ class MultiVector(Index):
         here: the exact search ranks by the stored tokens.
         """
         tokens, ptr = self._documents(queries, ptr, mask)
+        home = self._home or HOST
+        tokens, ptr = home.bring(tokens), home.bring(ptr)
         return _multivector_tune.tune(self, tokens, ptr, recall, k)
 
     # ---- files

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from .._arrays import U8
 
 
 def packed_size(m: int, bits: int) -> int:
@@ -23,6 +27,18 @@ def pack(entries: np.ndarray, bits: int) -> np.ndarray:
         return out
     planes = np.unpackbits(entries[:, :, None], axis=2, count=bits, bitorder="little")
     return np.packbits(planes.reshape(n, m * bits), axis=1, bitorder="little")
+
+
+def pack_there(home: Any, entries: Any, bits: int) -> Any:
+    """`pack` of an array in a home; 1, 2, 4 or 8 bits."""
+    if bits == 8:
+        return entries
+    per, (n, m) = 8 // bits, entries.shape
+    out = home.full((n, packed_size(m, bits)), 0, U8)
+    for j in range(per):
+        part = entries[:, j::per]
+        out[:, : part.shape[1]] |= part << (j * bits)
+    return out
 
 
 def unpack(codes: np.ndarray, m: int, bits: int) -> np.ndarray:

@@ -10,18 +10,19 @@ import numpy as np
 
 from .. import _checks, address
 from .._arrays import I32, U8, kind_of
-from ..index._home import HOST, adopt, deliver, to_float32
+from ..index._home import HOST, Home, adopt, deliver, to_float32
 from ..index._kmeans import kmeans
 from ..index._progress import Progress
 from ..scan._maxsim_tokens import ResidualTokens
 from . import _bits
 from ._trained import Trained
-from .base import PART, vectors
+from .base import PART, training_home, vectors
 
 _BITS = {1: 1, 2: 2, 4: 4, 8: 8}
 _HELD_OUT = 20_000  # tokens at most whose residuals give the values
 _ENOUGH = 100  # fewer are not held out: the residuals of the others give the values
 _LLOYD = 100  # iterations at most
+_GPU_PART = 1 << 18  # tokens that are encoded at a time on a GPU
 _LEVELS = {"lloyd": 0, "quantiles": 1}
 _UNIT = 0.02  # how far norms may be from 1 for tokens of unit norm
 
@@ -145,10 +146,12 @@ class ResidualQuantizer(Trained):
 
         Notes
         -----
-        Cost: 2 n nc d flops an iteration (see `lutra.index.kmeans`).
+        Cost: 2 n nc d flops an iteration (see `lutra.index.kmeans`). Of tokens on a GPU the centroids are
+        computed there.
         """
         _checks.choice("levels", levels, _LEVELS)
-        native = HOST.bring(vectors(tokens, "tokens", self.d))
+        native = vectors(tokens, "tokens", self.d)
+        home, native = training_home(native), HOST.bring(native)
         n = len(native)
         wanted, normalize = self._given
         count = wanted or self._rule(n, total)
@@ -168,9 +171,10 @@ class ResidualQuantizer(Trained):
             if wanted is None:  # few tokens for a centroid: that is the rule
                 warnings.simplefilter("ignore", UserWarning)
             centroids = kmeans(
-                points, count, n_iter=n_iter, spherical=normalize, seed=seed, progress=progress,
+                home.bring(points), count, n_iter=n_iter, spherical=normalize, seed=seed, progress=progress,
                 max_points_per_centroid=None,
             ).centroids  # fmt: skip
+        centroids = HOST.bring(centroids)
         if held:
             rows = np.sort(order[:held])
             points = to_float32(HOST, native[rows], "tokens", rows)
@@ -212,24 +216,33 @@ class ResidualQuantizer(Trained):
 
         Notes
         -----
-        Cost: 2 n nc d flops for the nearest centroids (see `lutra.address.nearest`), on the CPU.
+        Cost: 2 n nc d flops for the nearest centroids (see `lutra.address.nearest`). Tokens on a GPU are
+        encoded there.
         """
         self._need_training()
         assert self.centroids is not None and self.values is not None
         native = vectors(tokens, "tokens", self.d)
-        n = native.shape[0]
-        codes = np.empty((n, self.code_size - 4), np.uint8)
-        ids = np.empty(n, np.int32)
+        n, home = int(native.shape[0]), training_home(native)
+        step = PART if home is HOST else _GPU_PART
+        codes = home.empty((n, self.code_size - 4), U8)
+        ids = home.empty((n,), I32)
+        centroids, values = home.bring(self.centroids), home.bring(self.values)
         cuts = (self.values[1:] + self.values[:-1]) / 2
         with Progress(n, "ResidualQuantizer encoding", progress) as bar:
-            for i in range(0, n, PART):
-                part = HOST.kind.dense(to_float32(HOST, native[i : i + PART], "tokens", i))
-                part = HOST.normalise(part) if self.normalize else part
-                nearest = address.nearest(part, self.centroids).ids[:, 0]
-                ids[i : i + PART] = nearest
-                codes[i : i + PART] = _bits.pack(_entries(part - self.centroids[nearest], cuts), self.bits)
+            for i in range(0, n, step):
+                part = home.kind.dense(to_float32(home, native[i : i + step], "tokens", i))
+                part = home.normalise(part) if self.normalize else part
+                nearest = address.nearest(part, centroids).ids[:, 0]
+                ids[i : i + step] = nearest
+                residuals = part - centroids[nearest]
+                if home is HOST:
+                    codes[i : i + step] = _bits.pack(_entries(residuals, cuts), self.bits)
+                else:
+                    codes[i : i + step] = _bits.pack_there(
+                        home, _entries_there(home, residuals, cuts), self.bits
+                    )
                 bar.tick(len(part))
-        codes, ids, centroids, values = deliver(HOST, (codes, ids, self.centroids, self.values), tokens)
+        codes, ids, centroids, values = deliver(home, (codes, ids, centroids, values), tokens)
         return ResidualTokens(codes, ids, centroids, values, bool(self.normalize))
 
     def decode(self, tokens: ResidualTokens) -> Any:
@@ -340,3 +353,11 @@ def _entries(residuals: np.ndarray, cuts: np.ndarray) -> np.ndarray:
     for cut in cuts:
         entries += residuals > cut
     return entries
+
+
+def _entries_there(home: Home, residuals: Any, cuts: np.ndarray) -> Any:
+    """`_entries` in a home."""
+    steps, xp = home.bring(cuts), home.xp
+    if home.kind.name == "torch":
+        return home.kind.cast(xp.searchsorted(steps, home.kind.dense(residuals)), U8)
+    return home.kind.cast(xp.searchsorted(steps, residuals), U8)

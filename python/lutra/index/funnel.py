@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, scan
-from .._arrays import F16, F32
+from .._arrays import F16, F32, F64
 from .._results import Neighbors
+from ..scan._knn import CUDA_MAX_K
 from ._compact import rescore_fetched
 from ._files import File
-from ._home import HOST, check_matrix, deliver, to_float32
+from ._home import HOST, check_matrix, deliver, home_of, to_float32
+from ._refine import rescore_converted
 from ._rows import Rows
 from .base import Index, register
 
@@ -80,9 +82,9 @@ class Funnel(Index):
 
     Notes
     -----
-    It lives on the CPU; arrays on a GPU are copied. Memory: whole vectors, and 4 dims[0] bytes each for a
-    copy of the shortest prefix (normalised for cosine), so that the scan reads nothing else. A search costs
-    2 n dims[0] flops a query, and reads of candidates' rows.
+    Memory: whole vectors, and 4 dims[0] bytes each for a copy of the shortest prefix (normalised for cosine),
+    so that the scan reads nothing else. A search costs 2 n dims[0] flops a query, and reads of candidates'
+    rows. On a GPU the prefixes but the first leave 2048 candidates at most.
 
     References
     ----------
@@ -98,7 +100,7 @@ class Funnel(Index):
     array([0, 1])
     """
 
-    _host_only = True
+    _needs_kernels = ("knn", "rescore")
 
     def __init__(
         self,
@@ -133,16 +135,17 @@ class Funnel(Index):
         check_matrix(x, "x", self.d)
 
     def _encode(self, x, out, first):
-        out["prefix"][:] = self._first(x)
+        home = self._home or HOST
+        out["prefix"][:] = self._first(home, x)
         with np.errstate(over="ignore"):
             out["vectors"][:] = x
-        if self.storage == "float16" and not HOST.all_finite(out["vectors"]):
-            row = int(np.flatnonzero(~np.isfinite(out["vectors"]).all(1))[0])
+        if self.storage == "float16" and not home.all_finite(out["vectors"]):
+            row = int(np.flatnonzero(~HOST.bring(home.xp.isfinite(out["vectors"])).all(1))[0])
             raise ValueError(f"x[{first + row}] holds a value beyond float16: take storage='float32'")
 
-    def _first(self, x):
-        prefix = np.ascontiguousarray(x[:, : self.dims[0]])
-        return HOST.normalise(prefix) if self.metric == "cosine" else prefix
+    def _first(self, home, x):
+        prefix = home.kind.dense(x[:, : self.dims[0]])
+        return home.normalise(prefix) if self.metric == "cosine" else prefix
 
     def search(
         self, q: Any, k: int = 10, *, filter: Any = None, keep: Sequence[int] | None = None
@@ -165,14 +168,15 @@ class Funnel(Index):
         return self._answer(q, k, filter, kept=kept)
 
     def _search(self, q, k, keep, kept):
+        home = self._home or HOST
         counts = plan(kept, len(self.dims), k, self.ntotal)
         options = {} if keep is None else {"filter": keep}
-        metric = "ip" if self.metric == "cosine" else self.metric
-        candidates = scan.knn(self._first(q), self._rows["prefix"].view, counts[0], metric, **options).ids
-        return narrow(q, self._rows["vectors"].view, candidates, k, self.dims, counts, self.metric)
+        metric, first = "ip" if self.metric == "cosine" else self.metric, self._rows["prefix"].view
+        candidates = scan.knn(self._first(home, q), first, counts[0], metric, **options).ids
+        return narrow(home, q, self._rows["vectors"].view, candidates, k, self.dims, counts, self.metric)
 
     def _reconstruct(self, positions):
-        return self._rows["vectors"].view[positions].astype(np.float32)
+        return (self._home or HOST).kind.cast(self._rows["vectors"].view[positions], F32)
 
     def _config(self):
         return {
@@ -187,13 +191,15 @@ class Funnel(Index):
         self._rows["vectors"] = Rows.of(vectors, _KEPT[self.storage], mapped=mapped)
 
 
-def narrow(q, vectors, candidates, k, dims, counts, metric):
+def narrow(home, q, vectors, candidates, k, dims, counts, metric):
     """The stages behind the first: the longer prefixes of the candidates, then whole vectors."""
     for width, count in zip(dims[1:], counts[1:]):
-        prefixes = vectors[:, :width]
-        _, candidates = rescore_fetched(
-            np.ascontiguousarray(q[:, :width]), prefixes.__getitem__, candidates, count, metric
-        )
+        part, prefixes = home.kind.dense(q[:, :width]), vectors[:, :width]
+        if home is HOST:
+            _, candidates = rescore_fetched(part, prefixes.__getitem__, candidates, count, metric)
+        else:
+            count = max(k, min(count, CUDA_MAX_K))
+            _, candidates = rescore_converted(home, part, prefixes, candidates, count, metric)
     return scan.rescore(q, vectors, candidates, k, metric)
 
 
@@ -218,7 +224,7 @@ def funnel(
     Returns
     -------
     scores, ids : arrays, shape (nq, k)
-        In the library of ``queries``; ids are rows of ``vectors``.
+        In the library and on the device of ``queries``, where the search runs; ids are rows of ``vectors``.
 
     Raises
     ------
@@ -238,12 +244,12 @@ def funnel(
     _checks.choice("metric", metric, _METRICS)
     prefixes = check_dims(dims, d)
     counts = plan(check_keep(keep, len(prefixes)), len(prefixes), k, x.shape[0])
-    q = to_float32(HOST, native, "queries")
-    x = HOST.bring(x)
-    if x.dtype == np.float64:
-        x = x.astype(np.float32)
-    first = np.ascontiguousarray(x[:, : prefixes[0]], np.float32)
-    start = np.ascontiguousarray(q[:, : prefixes[0]])
+    home = home_of(native, "queries")
+    q = to_float32(home, native, "queries", finite=not home.kind.cuda)
+    x = home.bring(x)
+    if home.kind.code(x) == F64:
+        x = home.kind.cast(x, F32)
+    first, start = (home.kind.dense(home.kind.cast(a[:, : prefixes[0]], F32)) for a in (x, q))
     candidates = scan.knn(start, first, counts[0], metric).ids
-    results = narrow(q, x, candidates, k, prefixes, counts, metric)
-    return Neighbors(*deliver(HOST, results, queries))
+    results = narrow(home, q, x, candidates, k, prefixes, counts, metric)
+    return Neighbors(*deliver(home, results, queries))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, scan
+from .._arrays import F32
 from .._results import Neighbors
 from ..index._home import HOST, deliver
 from ..index._progress import Progress
@@ -61,7 +62,8 @@ def csls(
     Notes
     -----
     Cost: (m + 2 nq) n multiply-adds of d values. With arrays the result is exact: 2 cos(x, y) - r(y) is an
-    inner product of d + 1 values, so the scan selects by CSLS itself; the database is copied once.
+    inner product of d + 1 values, so the scan selects by CSLS itself; the database is copied once. A database
+    on a GPU is searched there.
 
     References
     ----------
@@ -87,7 +89,7 @@ def csls(
     return Neighbors(*deliver(HOST, results, queries))
 
 
-def _mean_nearest(x: np.ndarray, source: Source, neighbourhood: int, bar: Progress) -> np.ndarray:
+def _mean_nearest(x: Any, source: Source, neighbourhood: int, bar: Progress) -> np.ndarray:
     """The mean cosine of each row of x with its nearest in a collection, float32; 0 without any."""
     count = min(neighbourhood, source.n)
     if count == 0:
@@ -104,20 +106,22 @@ def _mean_nearest(x: np.ndarray, source: Source, neighbourhood: int, bar: Progre
 
 
 def _of_all(q, source, back, k, neighbourhood, bar):
+    home, x = source.home, source.x
     mean_of_queries = _mean_nearest(q, source, neighbourhood, bar)
-    mean_of_rows = _mean_nearest(
-        source.rows(slice(None)), Source.of(back, "background", "cosine"), neighbourhood, bar
-    )
+    backs = Source.of(back, "background", "cosine")
+    mean_of_rows = _mean_nearest(x, backs, neighbourhood, bar)
     # [x, 1] . [2 y, -r(y)] = 2 cos(x, y) - r(y)
-    wide = np.empty((source.n, source.d + 1), np.float32)
-    wide[:, :-1] = 2 * HOST.normalise(source.rows(slice(None)))
-    wide[:, -1] = -mean_of_rows
+    wide = home.empty((source.n, source.d + 1), F32)
+    wide[:, :-1] = 2 * home.normalise(home.kind.cast(x, F32))
+    wide[:, -1] = home.bring(-mean_of_rows)
     scores, ids = np.empty((len(q), k), np.float32), np.empty((len(q), k), np.int64)
     step = source.block(k)
     for i in range(0, len(q), step):
-        part = np.ones((len(q[i : i + step]), source.d + 1), np.float32)
-        part[:, :-1] = HOST.normalise(q[i : i + step])
-        best, ids[i : i + step] = scan.knn(part, wide, k, "ip")
+        some = home.kind.cast(home.bring(q[i : i + step]), F32)
+        part = home.full((len(some), source.d + 1), 1, F32)
+        part[:, :-1] = home.normalise(some)
+        best, found = (HOST.bring(a) for a in scan.knn(part, wide, k, "ip"))
+        ids[i : i + step] = found
         scores[i : i + step] = best - mean_of_queries[i : i + step, None]
         bar.tick(len(part))
     return scores, ids

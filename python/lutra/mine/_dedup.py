@@ -66,7 +66,7 @@ def deduplicate(
     A chain of near neighbours is one group though its ends may differ: choose the threshold high. Cost: n^2 d
     multiply-adds with arrays; vectors with more than 15 duplicates are searched again with more neighbours,
     so that none is missed (bitwise equal ones are found beforehand). Memory: 40 bytes a vector, and blocks of
-    32 MB.
+    32 MB. Arrays on a GPU are searched there; groups are joined on the host.
 
     Examples
     --------

@@ -105,7 +105,8 @@ def hard_negatives(
     -----
     Parameters mean what they do in ``mine_hard_negatives`` of sentence-transformers; a margin is taken from
     each positive by itself. Cost: a search of all queries, with k = range_max and the largest number of
-    positives. Memory: the results, and blocks of 32 MB.
+    positives. Memory: the results, and blocks of 32 MB. Documents on a GPU are searched there; the rest is
+    done on the host.
 
     References
     ----------
@@ -129,7 +130,7 @@ def hard_negatives(
         "relative_margin": _number("relative_margin", relative_margin, 0),
     }
     source = Source.of(documents, "documents", metric)
-    q = matrix(queries, "queries", source.d)
+    q = HOST.bring(matrix(queries, "queries", source.d)).astype(np.float32, copy=False)
     right = _padded(positives, len(q))
     right = np.where(right < 0, -1, source.places(np.maximum(right, 0), "positives") if source.n else -1)
     rng = np.random.default_rng(seed)

@@ -66,7 +66,7 @@ def paraphrase_mining(
     -----
     Cost: n^2 d multiply-adds with arrays, n searches with an index (from what ``reconstruct`` gives). Memory:
     48 bytes for each of max_pairs, and blocks of 32 MB. The same as ``paraphrase_mining`` of
-    sentence-transformers, in exact search.
+    sentence-transformers, in exact search. Arrays on a GPU are searched there; pairs are kept on the host.
 
     Examples
     --------
@@ -99,7 +99,7 @@ def neighbours(source: Source, k: int, bar: Progress, positions: np.ndarray | No
     step = source.block(k + 1)
     for i in range(0, count if k else 0, step):
         who = np.arange(i, min(i + step, count)) if positions is None else positions[i : i + step]
-        scores, found = source.search(source.rows(who), k + 1)
+        scores, found = source.near(who, k + 1)
         # Not oneself; where that is not among them (many equal vectors), not the last.
         other = (found != who[:, None]) & (found >= 0)
         other &= np.cumsum(other, axis=1) <= k

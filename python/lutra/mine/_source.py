@@ -7,19 +7,29 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, scan
-from ..index._home import HOST, check_matrix, to_float32
+from .._arrays import BF16, F16, F32
+from ..index._home import HOST, check_matrix, home_of, to_float32
 from ..index.base import Index
 
 METRICS = {"ip": 0, "l2": 1, "cosine": 2}
 BLOCK = 1 << 25  # bytes of results and vectors that are held at a time
-_PART = 1 << 14
+_PART, _GPU_PART = 1 << 14, 1 << 18  # rows that are looked at a time
 
 
-def matrix(x: Any, name: str, d: int | None = None) -> np.ndarray:
-    """A caller's vectors on the host as float32, checked; a view where they are that already."""
+def matrix(x: Any, name: str, d: int | None = None) -> Any:
+    """A caller's vectors, checked: as float32 on the host, or where they lie on a GPU with kernels.
+
+    A view where they are that already; half precision stays what it is on a GPU.
+    """
     native = check_matrix(x, name)
     if d is not None and native.shape[1] != d:
         raise ValueError(f"{name} has {native.shape[1]} columns; d = {d} is needed")
+    home = home_of(native, name)
+    if home.kind.kernels is not None and home.kind.cuda:
+        for i in range(0, native.shape[0], _GPU_PART):
+            to_float32(home, native[i : i + _GPU_PART], name, i)
+        kept = home.kind.code(native) in (F32, F16, BF16)
+        return home.kind.dense(native if kept else home.kind.cast(native, F32))
     rows = HOST.bring(native)
     if rows.dtype == np.float32:
         for i in range(0, len(rows), _PART):  # NaN and infinities are refused
@@ -56,12 +66,16 @@ class Source:
         return -1 if self.metric == "l2" else 1
 
     def rows(self, positions: Any) -> np.ndarray:
-        """float32 vectors at positions (a slice or an array)."""
+        """float32 vectors at positions (a slice or an array), on the host."""
         raise NotImplementedError
 
-    def search(self, q: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions of the k nearest; -1 where there are fewer."""
+    def search(self, q: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions of the k nearest to vectors that lie anywhere; -1 where there are fewer."""
         raise NotImplementedError
+
+    def near(self, positions: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """`search` for the vectors at positions."""
+        return self.search(self.rows(positions), k)
 
     def named(self, positions: np.ndarray) -> np.ndarray:
         """The ids of positions; -1 stays -1."""
@@ -79,15 +93,26 @@ class Source:
 
 
 class _OfArray(Source):
-    def __init__(self, x: np.ndarray, metric: str) -> None:
-        self.x, self.metric, self.ids = x, metric, None
-        self.n, self.d = x.shape
+    """Arrays, which are searched where they lie."""
+
+    def __init__(self, x: Any, metric: str) -> None:
+        self.x, self.metric, self.ids, self.home = x, metric, None, home_of(x)
+        self.n, self.d = (int(v) for v in x.shape)
+
+    def _part(self, positions):
+        rows = self.x[positions if isinstance(positions, slice) else self.home.positions(positions)]
+        return self.home.kind.cast(rows, F32)
 
     def rows(self, positions):
-        return self.x[positions]
+        return HOST.bring(self._part(positions))
 
     def search(self, q, k):
-        return scan.knn(q, self.x, k, self.metric)
+        home = self.home
+        found = scan.knn(home.kind.cast(home.bring(q), F32), self.x, k, self.metric)
+        return HOST.bring(found.scores), HOST.bring(found.ids)
+
+    def near(self, positions, k):
+        return self.search(self._part(positions), k)
 
     def places(self, ids, name):
         bad = (ids < 0) | (ids >= self.n)
@@ -113,7 +138,7 @@ class _OfIndex(Source):
         return self.index.reconstruct(self.ids[positions])
 
     def search(self, q, k):
-        scores, ids = self.index.search(q, k)
+        scores, ids = (HOST.bring(a) for a in self.index.search(q, k))
         return scores, np.where(ids < 0, -1, self._find(ids))
 
     def _find(self, ids):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from gpu_arrays import FLOATS, SIZES
@@ -70,7 +72,7 @@ def test_offsets_that_are_none(gpu):
     tokens, _ = make(8, (9,))
     for wrong in ([0, 4, 3, 9], [-5, 2, 5, 9], [0, 4, 10, 9], [2**40, 2**41, 5, 9]):
         got = gpu.get(lutra.address.fde(gpu.put(tokens), gpu.put(np.array(wrong)), e))
-        for i, (begin, end) in enumerate(zip(wrong, wrong[1:])):
+        for i, (begin, end) in enumerate(pairwise(wrong)):
             sound = 0 <= begin <= end <= len(tokens)
             assert np.isnan(got[i]).all() != sound and np.isfinite(got[i]).all() == sound
 

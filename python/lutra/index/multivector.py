@@ -122,7 +122,8 @@ class MultiVector(Index):
             index = _inner(index, encoder)
         if not isinstance(index, Index) or isinstance(index, MultiVector):
             raise TypeError(f"index must be a text or a single-vector lutra index, got {index!r}")
-        if index.d != encoder.dim:
+        known = not isinstance(index, Transformed) or "transform" in vars(index)  # a file's comes later
+        if known and index.d != encoder.dim:
             raise ValueError(
                 f"encodings made with these parameters have {encoder.dim} dimensions, "
                 f"the index takes d = {index.d}"
@@ -527,6 +528,8 @@ class MultiVector(Index):
         inside = copy.copy(file)  # the same file, read with the configuration of the index
         inside.config = file.config["index"]["config"]
         self.index._restore(inside, n, mmap)
+        if self.index.d != self.encoder.dim:
+            file.fail(f"encodings have {self.encoder.dim} dimensions, their index takes {self.index.d}")
         self.index._home = HOST
         tokens = file.config.get("token_config")
         self._tokens.restore(file, n, tokens if isinstance(tokens, dict) else {}, mmap)

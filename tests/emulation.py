@@ -44,6 +44,56 @@ def start() -> None:
     _fit_torch()
 
 
+def _watch():
+    """What stands for ``torch.cuda``'s sync debug mode: operators that would wait for a GPU are errors."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+    reading = {
+        aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive,
+        aten.unique_dim, aten.bincount, aten.equal, aten.is_nonzero, aten.item,
+    }  # fmt: skip
+
+    def device_of(a):
+        return a.device.type if isinstance(a, torch.Tensor) else None
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs, op = kwargs or {}, func.overloadpacket
+            on_gpu = device_of(args[0]) == "cuda" if args else False
+            waits = on_gpu and op in reading
+            if op is aten._to_copy and not kwargs.get("non_blocking"):
+                to = torch.device(kwargs.get("device") or args[0].device).type
+                waits = (to == "cuda") != on_gpu
+            elif op is aten.copy_ and not (len(args) > 2 and args[2]):
+                waits = device_of(args[1]) != device_of(args[0]) and args[1].dim() > 0
+            elif op in (aten.index, aten.index_put_) and on_gpu:
+                waits = any(i is not None and i.dtype == torch.bool for i in args[1])
+            elif op is aten.repeat_interleave and on_gpu:
+                waits = kwargs.get("output_size") is None
+            if waits:
+                raise RuntimeError(f"called a synchronizing CUDA operation: {func}")
+            return func(*args, **kwargs)
+
+    now = {"mode": 0, "watch": None}
+
+    def get():
+        return now["mode"]
+
+    def set_(mode):
+        mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+        if now["watch"] is not None:
+            now["watch"].__exit__(None, None, None)
+            now["watch"] = None
+        if mode == 2:
+            now["watch"] = Waits()
+            now["watch"].__enter__()
+        now["mode"] = mode
+
+    return get, set_
+
+
 def _fit_torch() -> None:
     import pytest
     import torch
@@ -76,6 +126,7 @@ def _fit_torch() -> None:
             pytest.skip("CUDA graphs are not emulated")
 
     cuda = torch.cuda
+    get_sync, set_sync = _watch()
     one = Stream()
     for name, value in {
         "_lazy_init": lambda: None,
@@ -90,8 +141,8 @@ def _fit_torch() -> None:
         "stream": lambda s: s,
         "get_device_name": lambda *_: "emulated",
         "get_device_capability": lambda *_: (9, 0),
-        "get_sync_debug_mode": lambda: 0,
-        "set_sync_debug_mode": lambda *_: None,
+        "get_sync_debug_mode": get_sync,
+        "set_sync_debug_mode": set_sync,
         "empty_cache": lambda: None,
         "_sleep": lambda *_: None,
         "manual_seed_all": lambda *_: None,

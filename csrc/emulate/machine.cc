@@ -145,8 +145,8 @@ void prepare(int id) {
   if (!f.stack) f.stack.reset(new char[kStack]);
   f.id = static_cast<unsigned>(id);
   f.done = false;
-  f.groups.assign(1, {});
-  f.products.assign(1, {});
+  if (f.groups.size() > 1 || !f.groups[0].empty()) f.groups.assign(1, {});
+  if (f.products.size() > 1 || !f.products[0].empty()) f.products.assign(1, {});
   const uintptr_t top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t{15};
   void** sp = reinterpret_cast<void**>(top) - 1;
   *sp = nullptr;  // where a call would have left its return address
@@ -319,7 +319,6 @@ const unsigned char* exchange(Exchange kind, unsigned mask, const void* value, i
   if (s.arrived == 0) {
     s.kind = kind;
     s.bytes = bytes;
-    memset(s.values, 0, sizeof(s.values));
   } else if (s.kind != kind || s.bytes != bytes) {
     fail("lanes of a warp take part in different exchanges");
   }

@@ -43,7 +43,7 @@ void moved();  // something happened that others may wait for
 int block_barrier(int kind, int value);  // of all threads that have not returned: 0 or, 1 and, 2 count
 void named_barrier(int id, int threads, bool waits);
 
-// What the lanes of `mask` bring, exchanged. `values` points to 32 times `bytes`; lanes that do not take part are 0.
+// What the lanes of `mask` bring, exchanged: the values of the lanes of *present, kMostBytes apart.
 constexpr int kMostBytes = 64;
 const unsigned char* exchange(Exchange kind, unsigned mask, const void* value, int bytes, unsigned* present);
 void exchanged(unsigned mask);  // the caller has read the values

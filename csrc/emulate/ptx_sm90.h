@@ -101,28 +101,31 @@ template <int N>
 inline void wgmma_hold(float (&)[N]) {}
 
 namespace fragments {
-// A bfloat16 of a swizzled tile: the hardware permutes the address that it computes.
-inline float of_tile(uint64_t tile, int row, int column) {
-  const uint32_t at = static_cast<uint32_t>((tile & 0x3fff) << 4) + static_cast<uint32_t>(row * 128 + column * 2);
-  uint16_t v;
-  memcpy(&v, shared_at(at ^ (at >> 7 & 7) << 4, 2), 2);
-  return __bfloat162float(__ushort_as_bfloat16(v));
+// 16 bfloat16 of a row of a swizzled tile: the hardware permutes the addresses that it computes, 16 bytes at a time.
+inline void of_tile(uint64_t tile, int row, float (&v)[16]) {
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t at = static_cast<uint32_t>((tile & 0x3fff) << 4) + static_cast<uint32_t>(row * 128 + half * 16);
+    uint16_t words[8];
+    memcpy(words, shared_at(at ^ (at >> 7 & 7) << 4, 16), 16);
+    for (int i = 0; i < 8; ++i) v[8 * half + i] = __uint_as_float(static_cast<unsigned>(words[i]) << 16);
+  }
 }
 template <int N>
 inline void wgmma(float* c, uint64_t a, uint64_t b, int add) {
   const int lane = emulate::lane(), g = lane / 4, t = lane % 4, first = emulate::warp() % 4 * 16;
   emulate::product_later([=] {
-    for (int r = 0; r < 2; ++r) {
-      float row[16];
-      for (int k = 0; k < 16; ++k) row[k] = of_tile(a, first + g + 8 * r, k);
-      for (int j = 0; j < N / 4; ++j)
-        for (int e = 0; e < 2; ++e) {
+    float rows[2][16], column[16];
+    for (int r = 0; r < 2; ++r) of_tile(a, first + g + 8 * r, rows[r]);
+    for (int j = 0; j < N / 4; ++j)
+      for (int e = 0; e < 2; ++e) {
+        of_tile(b, 8 * j + 2 * t + e, column);
+        for (int r = 0; r < 2; ++r) {
           float& sum = c[4 * j + 2 * r + e];
           float s = add ? sum : 0.0f;
-          for (int k = 0; k < 16; ++k) s = std::fma(row[k], of_tile(b, 8 * j + 2 * t + e, k), s);
+          for (int k = 0; k < 16; ++k) s = std::fma(rows[r][k], column[k], s);
           sum = s;
         }
-    }
+      }
   });
 }
 }  // namespace fragments

@@ -8,8 +8,9 @@
 //     result is f16 or bf16, of 24 where it is f32 or selected; sums are exact, results rounded to fp32
 //     (packed_digits.h).
 //   Otherwise, and for tokens that hold NaN or infinity (with those that share their pass): sums are fp32, in lanes of
-//   W
-//     columns; where a row is one group its scale and minimum come in at the end.
+//     W columns; where a row is one group its scale and minimum come in at the end.
+//   On CUDA codes and tokens are multiplied as f16 by tensor cores (packed_logits.cu); a NaN comes first in its token's
+//     results, and a token that holds infinities may have NaN where its row holds zeros.
 // Limit: few tokens: reading the packed rows once. Many: in integers 1/32 (16 bits) or 3/64 (24) of an instruction a
 // column, row and token, as many as vdpbf16ps of a dense table; in floats a load, a conversion or a look-up in a
 // register and a multiply-add for each token: from some tokens on it is faster to decode a tile and call a matrix
@@ -29,10 +30,16 @@ struct PackedLogitsArgs {
   int64_t ldo, k;
   float* scores;
   int64_t *ids, *bad;
+  bool half_hidden = false;  // CUDA: f16 or bf16 hold the values of hidden
 };
 
 }  // namespace lutra
 
-#ifndef LUTRA_CUDA_ENTRIES
 LUTRA_KERNEL(packed_logits, ::lutra::PackedLogitsArgs)
+#ifdef LUTRA_CUDA_ENTRIES
+namespace lutra {
+namespace cuda {
+int64_t packed_logits_workspace(const PackedLogitsArgs&, const Launch&);  // of sizes, kind and k
+}  // namespace cuda
+}  // namespace lutra
 #endif

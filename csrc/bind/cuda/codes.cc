@@ -3,6 +3,7 @@
 #include "scan/binary.h"
 #include "scan/fast_scan.h"
 #include "scan/lookups.h"
+#include "scan/packed_logits.h"
 
 namespace lutra {
 
@@ -76,6 +77,26 @@ void register_codes(py::module_& m) {
     a.out = out.p, a.dtype = static_cast<DType>(dtype), a.ldo = n;
     a.k = k, a.scores = scores.as<float>(), a.ids = ids.as<int64_t>();
     cuda::lookups(a, Launch{device, stream.p, workspace.p});
+    return -1;
+  });
+  m.def("packed_logits_workspace", [](int64_t tokens, int kind, int64_t rows, int64_t dim, int64_t group, int64_t k,
+                                      bool half, int device, Address stream) {
+    PackedLogitsArgs a{};
+    a.table = PackedTable{nullptr, rows, dim, group, 0, static_cast<Packed>(kind)};
+    a.tokens = tokens, a.k = k, a.half_hidden = half;
+    return cuda::packed_logits_workspace(a, Launch{device, stream.p});
+  });
+  m.def("packed_logits", [](Address hidden, int64_t tokens, Address packed, int kind, int64_t rows, int64_t dim,
+                            int64_t group, int64_t row_bytes, Address bias, Address out, int dtype, int64_t k,
+                            Address scores, Address ids, bool half, Address workspace, int device, Address stream) {
+    PackedLogitsArgs a{};
+    a.hidden = hidden.as<float>(), a.tokens = tokens;
+    a.table = PackedTable{packed.as<uint8_t>(), rows, dim, group, row_bytes, static_cast<Packed>(kind)};
+    a.bias = bias.as<float>();
+    a.out = out.p, a.dtype = static_cast<DType>(dtype), a.ldo = rows;
+    a.k = k, a.scores = scores.as<float>(), a.ids = ids.as<int64_t>();
+    a.half_hidden = half;
+    cuda::packed_logits(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
 }

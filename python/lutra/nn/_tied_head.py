@@ -185,7 +185,7 @@ class TiedHead(torch.nn.Linear):
     def _topk_scan(self, hidden: Tensor) -> Any:
         """A function (k, bias) that selects inside the scan, where the format has one."""
         layer: Any = self.embedding
-        if not isinstance(layer, Compressed) or not hidden.is_cpu:
+        if not isinstance(layer, Compressed) or not (hidden.is_cpu or hidden.is_cuda):
             return None
         found = self._lookups(hidden)
         if found is not None:
@@ -195,7 +195,8 @@ class TiedHead(torch.nn.Linear):
         if packed is None:
             return None
         codes, kind, group = packed
-        if hidden.shape[0] > fused_tokens(_backend.core, kind, False):
+        cuda, wide = hidden.is_cuda, hidden.dtype == torch.float64
+        if (cuda and wide) or hidden.shape[0] > fused_tokens(_backend.core, kind, False, cuda):
             return None
         return lambda k, bias: scan.packed_topk(hidden, codes, k, bias, kind=kind, group=group)
 

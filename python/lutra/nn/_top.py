@@ -36,7 +36,7 @@ def topk_of_tiles(head: Any, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def best_of(query: Tensor, tile: Tensor, k: int, begin: int) -> tuple[Tensor, Tensor]:
-    if query.is_cpu:
+    if query.is_cpu or query.dtype == torch.float32:
         values, ids = scan.knn(query, tile, k, metric="ip")
     else:
         values, ids = torch.sort(query @ tile.T, dim=1, descending=True, stable=True)

@@ -1,0 +1,201 @@
+"""Logits of packed rows and of codes on CUDA, and their gradients, against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gpu_arrays import SIZES
+
+import lutra
+from lutra import gather, scan
+from lutra.gather._packed import KINDS
+from lutra.reference import packed as packed_reference
+
+UNIT = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@pytest.fixture
+def rng():
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------- packed rows
+def packed_case(rng, tokens, rows, dim, kind, group=None):
+    table = (rng.standard_normal((rows, dim)) * np.exp(rng.standard_normal((rows, 1)))).astype(np.float32)
+    hidden = rng.standard_normal((tokens, dim), dtype=np.float32)
+    packed = gather.pack_rows(table, kind, group)
+    decoded = packed_reference.unpack_rows(packed, dim, kind, group)
+    return hidden, packed, decoded, rng.standard_normal(rows, dtype=np.float32)
+
+
+def close_logits(got, hidden, decoded, bias=None, dtype="float32"):
+    """Within some roundings of the terms' sizes: of the result's type once, of fp32 for the sum."""
+    hidden, decoded = hidden.astype(np.float64), decoded.astype(np.float64)
+    want = hidden @ decoded.T
+    size = np.abs(hidden) @ np.abs(decoded).T + np.abs(hidden).sum(1, keepdims=True) * np.abs(decoded).max(1)
+    if bias is not None:
+        want, size = want + bias, size + np.abs(bias)
+    limit = 4e-6 * size + (UNIT[dtype] * np.abs(want) if dtype != "float32" else 0) + 1e-6
+    assert got.shape == want.shape
+    assert (np.abs(got - want) <= limit).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_logits(gpu, rng, kind):
+    for i, dim in enumerate((*SIZES, 130, 256, 300, 520)):
+        tokens, rows = (1, 2, 7, 8, 9, 16, 17, 33)[i % 8], (*SIZES, 130)[(i * 5 + 3) % 12]
+        for group in (None, 16, 48):
+            hidden, packed, decoded, bias = packed_case(rng, tokens, rows, dim, kind, group)
+            on_gpu = gpu.put(hidden), gpu.put(packed)
+            offsets = gpu.put(bias)
+            with gpu.no_sync():
+                plain = scan.packed_logits(*on_gpu, kind=kind, group=group)
+                moved = scan.packed_logits(*on_gpu, offsets, kind=kind, group=group)
+            assert gpu.owns(plain)
+            close_logits(gpu.get(plain), hidden, decoded)
+            close_logits(gpu.get(moved), hidden, decoded, bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_packed_logits_groups(gpu_torch, rng, kind, group):
+    """Groups that end with 16 bytes of codes and ones that do not, in rows longer than what is copied at a time."""
+    for dim in (group + 1, 1040, 2200):
+        hidden, packed, decoded, _ = packed_case(rng, 5, 19, dim, kind, group)
+        got = scan.packed_logits(gpu_torch.put(hidden), gpu_torch.put(packed), kind=kind, group=group)
+        close_logits(gpu_torch.get(got), hidden, decoded)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_packed_logits_of_16_bits(gpu, rng, dtype):
+    for kind, tokens in (("int8", 3), ("int4", 12), ("nf4", 40), ("fp8_e4m3", 200)):
+        hidden, packed, decoded, bias = packed_case(rng, tokens, 70, 90, kind)
+        h = gpu.put(hidden, dtype)
+        got = scan.packed_logits(h, gpu.put(packed), gpu.put(bias), kind=kind)
+        assert got.dtype == h.dtype
+        share = "float32" if tokens <= 192 else dtype  # beyond, rows are rounded too
+        values = gpu.get(h).astype(np.float64)
+        size = np.abs(values) @ np.abs(decoded.T) + 1
+        want = values @ decoded.T.astype(np.float64) + bias
+        limit = UNIT[dtype] * (np.abs(want) + (0 if share == "float32" else size)) + 4e-6 * size
+        assert (np.abs(gpu.get(got).astype(np.float64) - want) <= 1.1 * limit).all()
+
+
+def test_packed_logits_does_not_depend_on_the_batch(gpu, rng):
+    hidden, packed, _, bias = packed_case(rng, 40, 150, 100, "int4")
+    all_of_them = gpu.get(scan.packed_logits(gpu.put(hidden), gpu.put(packed), gpu.put(bias), kind="int4"))
+    for count in (1, 8, 9, 33):
+        part = scan.packed_logits(gpu.put(hidden[:count]), gpu.put(packed), gpu.put(bias), kind="int4")
+        assert gpu.get(part).tobytes() == all_of_them[:count].tobytes()
+
+
+def test_packed_logits_scales_infinity_and_nan(gpu, rng):
+    hidden, packed, decoded, _ = packed_case(rng, 6, 50, 64, "int8")
+    hidden[1] *= 1e-36
+    hidden[2] = 0
+    hidden[3] *= 1e30
+    hidden[4, 5] = np.nan
+    hidden[5, 3] = np.inf
+    got = gpu.get(scan.packed_logits(gpu.put(hidden), gpu.put(packed)))
+    close_logits(got[:1], hidden[:1], decoded)
+    close_logits(got[1:2] * 1e36, hidden[1:2] * np.float32(1e36), decoded)
+    close_logits(got[3:4] / np.float32(1e30), hidden[3:4] / np.float32(1e30), decoded)
+    assert (got[2] == 0).all() and np.isnan(got[4]).all() and not np.isfinite(got[5]).any()
+    scores, ids = scan.packed_topk(gpu.put(hidden[4:5]), gpu.put(packed), 3)
+    assert np.isnan(gpu.get(scores)).all() and gpu.get(ids).tolist() == [[0, 1, 2]]
+
+
+def test_packed_rows_of_special_floats(gpu, rng):
+    """Every code of the 8-bit floats, and what lies behind a row's codes is not read as one."""
+    for kind in ("fp8_e4m3", "fp8_e5m2"):
+        for dim in (1, 5, 18):
+            codes = rng.integers(0, 256, (256, dim)).astype(np.uint8)
+            codes[:, 0] = np.arange(256)
+            scale = np.full((256, 1), -np.inf, np.float32)
+            packed = np.concatenate([codes, scale.view(np.uint8)], 1)
+            packed[:, -4:] = np.ones((256, 1), np.float32).view(np.uint8)
+            decoded = packed_reference.unpack_rows(packed, dim, kind)
+            finite = np.isfinite(decoded).all(1)
+            hidden = rng.standard_normal((2, dim), dtype=np.float32)
+            got = gpu.get(scan.packed_logits(gpu.put(hidden), gpu.put(packed), kind=kind))
+            close_logits(got[:, finite], hidden, decoded[finite])
+            assert not np.isfinite(got[:, ~finite]).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_topk(gpu, rng, kind):
+    for tokens, rows, k in ((1, 300, 1), (3, 97, 20), (17, 200, 200), (2, 40, 60)):
+        hidden, packed, _, bias = packed_case(rng, tokens, rows, 33, kind)
+        on_gpu = gpu.put(hidden), gpu.put(packed)
+        offsets = gpu.put(bias)
+        with gpu.no_sync():
+            scores, ids = scan.packed_topk(*on_gpu, k, offsets, kind=kind)
+        logits = gpu.get(scan.packed_logits(*on_gpu, offsets, kind=kind))
+        order = np.argsort(-logits, 1, kind="stable")[:, :k]
+        found = order.shape[1]
+        np.testing.assert_array_equal(gpu.get(ids)[:, :found], order)
+        np.testing.assert_array_equal(gpu.get(scores)[:, :found], np.take_along_axis(logits, order, 1))
+        assert (gpu.get(ids)[:, found:] == -1).all() and (gpu.get(scores)[:, found:] == -np.inf).all()
+    same = np.repeat(packed[:1], 50, 0)
+    assert gpu.get(scan.packed_topk(on_gpu[0], gpu.put(same), 4, kind=kind).ids)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_packed_topk_any_k(gpu, rng):
+    hidden, packed, _, _ = packed_case(rng, 2, 2300, 16, "int4")
+    for k in (2048, 2049, 2300, 2400):
+        scores, ids = (gpu.get(a) for a in scan.packed_topk(gpu.put(hidden), gpu.put(packed), k, kind="int4"))
+        logits = gpu.get(scan.packed_logits(gpu.put(hidden), gpu.put(packed), kind="int4"))
+        order = np.argsort(-logits, 1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(ids[:, : order.shape[1]], order)
+        assert (ids[:, order.shape[1] :] == -1).all()
+
+
+def test_packed_logits_unaligned_and_empty(gpu, rng):
+    for kind in ("int8", "int4", "nf4"):
+        hidden, packed, decoded, bias = packed_case(rng, 3, 40, 50, kind)
+        for skip in (1, 2, 4, 8):
+            flat = np.concatenate([np.zeros(skip, np.uint8), packed.ravel()])
+            moved = gpu.put(flat)[skip:].reshape(packed.shape)
+            got = gpu.get(scan.packed_logits(gpu.put(hidden), moved, kind=kind))
+            want = gpu.get(scan.packed_logits(gpu.put(hidden), gpu.put(packed), kind=kind))
+            assert got.tobytes() == want.tobytes()
+        close_logits(want, hidden, decoded)
+    assert scan.packed_logits(gpu.put(hidden[:0]), gpu.put(packed), kind=kind).shape == (0, 40)
+    assert scan.packed_logits(gpu.put(hidden), gpu.put(packed[:0]), kind=kind).shape == (3, 0)
+    assert (gpu.get(scan.packed_topk(gpu.put(hidden), gpu.put(packed[:0]), 2, kind=kind).ids) == -1).all()
+    assert scan.packed_topk(gpu.put(hidden[:0]), gpu.put(packed), 2, kind=kind).ids.shape == (0, 2)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("tokens", [1, 12, 33])
+def test_packed_small_cases(gpu_torch, rng, tokens):
+    for kind in KINDS:
+        for group in (None, 16):
+            hidden, packed, decoded, bias = packed_case(rng, tokens, 35, 70, kind, group)
+            on_gpu = [gpu_torch.put(a) for a in (hidden, packed, bias)]
+            got = scan.packed_logits(*on_gpu, kind=kind, group=group)
+            close_logits(gpu_torch.get(got), hidden, decoded, bias)
+    scan.packed_topk(*on_gpu[:2], 5, on_gpu[2], kind=kind, group=group)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_packed_logits(gpu_torch, rng, dtype):
+    torch = gpu_torch.torch
+    hidden, packed, decoded, bias = packed_case(rng, 5, 60, 48, "int4", 16)
+    h = gpu_torch.put(hidden, dtype).requires_grad_(True)
+    b = gpu_torch.put(bias).requires_grad_(True)
+    out = scan.packed_logits(h, gpu_torch.put(packed), b, kind="int4", group=16)
+    weight = torch.randn_like(out)
+    out.backward(weight)
+    want = gpu_torch.get(weight).astype(np.float64) @ decoded
+    share = 1e-5 if dtype == "float32" else 1.6e-2
+    assert np.abs(gpu_torch.get(h.grad) - want).max() <= share * np.abs(want).max()
+    assert np.allclose(gpu_torch.get(b.grad), gpu_torch.get(weight).sum(0), atol=1e-4)
+
+
+def test_errors(gpu):
+    packed = gather.pack_rows(np.ones((3, 16), np.float32))
+    with pytest.raises(TypeError, match="no float64 kernel"):
+        lutra.scan.packed_topk(gpu.put(np.ones((1, 16))), gpu.put(packed), 2)

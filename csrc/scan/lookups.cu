@@ -5,9 +5,11 @@
 // the row and on the number of tokens; the same call gives the same bits.
 //
 // Limits: writing the sums out; shared memory, 32 look-ups a cycle and multiprocessor. Served are rows of at most 192
-// bytes or so, what shared memory has room for (lookups_fit). k <= 2048, n < 2^32 - 1.
+// bytes or so, what shared memory has room for (lookups_fit). k > 2048: scores are written and selected by radix
+// (any_k.cuh). n < 2^32 - 1.
 #include "scan/lookups.h"
 
+#include "scan/any_k.cuh"
 #include "scan/code_scan.cuh"
 #include "scan/rotated.cuh"
 
@@ -22,6 +24,7 @@ struct LookupsScan {
   const float* image;  // [tokens / W][pieces][256][16][W]
   const float* bias;
   void* out;
+  uint32_t* all;  // instead of out: ordered_bits()
   DType dtype;
   int64_t tokens, n, ldo;
   int bytes, pieces;
@@ -136,7 +139,9 @@ __global__ void __launch_bounds__(kThreads, 3) write_kernel(LookupsScan a) {
         if (t0 + w >= a.tokens) break;
         const float v = p.score(sum[r][w], none[r], w, static_cast<uint32_t>(row));
         const int64_t at = (t0 + w) * a.ldo + row;
-        if (a.dtype == DType::f32)
+        if (a.all)
+          a.all[at] = ordered_bits(v);
+        else if (a.dtype == DType::f32)
           static_cast<float*>(a.out)[at] = v;
         else if (a.dtype == DType::f16)
           static_cast<__half*>(a.out)[at] = __float2half_rn(v);
@@ -151,6 +156,7 @@ constexpr int64_t kListBytes = int64_t{128} << 20, kImageBytes = int64_t{64} << 
 
 struct LookupsPlan {
   int width, pieces;  // width 0: it does not fit
+  bool whole;         // long lists: all scores are written, and selected from
   size_t shared;
   int64_t slots;
   ListPlan lists;  // queries: tokens of a launch
@@ -159,6 +165,8 @@ struct LookupsPlan {
 LookupsPlan plan_for(int64_t tokens, int64_t n, int64_t bytes, int64_t k, int device) {
   LookupsPlan p{};
   const int64_t limit = shared_limit(device);
+  p.whole = k > kMaxK && n > kMaxK;
+  if (p.whole) k = 0;
   const int best = static_cast<int>(k < n ? k : n);
   if (bytes > 1024) return p;
   p.pieces = static_cast<int>(div_up(bytes, 16));
@@ -175,18 +183,23 @@ LookupsPlan plan_for(int64_t tokens, int64_t n, int64_t bytes, int64_t k, int de
   p.lists = cut_lists(tokens, p.width, n, k, kThreads * (p.width == 4 ? 1 : 2), p.slots, kListBytes);
   const int64_t fit = kImageBytes / (p.pieces * int64_t{16384}) / 4 * 4;
   if (p.lists.queries > fit) p.lists.queries = fit;
+  if (p.whole && p.lists.queries > any_k_queries(tokens, n)) p.lists.queries = any_k_queries(tokens, n);
   return p;
 }
 
 struct Arrays {
   float* image;
   Key* keys;
+  void* whole;
 };
-Arrays arrays(const LookupsPlan& p, int64_t k, void* workspace, int64_t* bytes) {
+Arrays arrays(const LookupsPlan& p, int64_t n, int64_t k, void* workspace, int64_t* bytes) {
   Carve c(workspace);
-  Arrays a;
+  Arrays a{};
   a.image = c.take<float>(round_up(p.lists.queries, p.width ? p.width : 1) * p.pieces * 4096);
-  a.keys = c.take<Key>(k > 0 ? p.lists.bytes() / static_cast<int64_t>(sizeof(Key)) : 0);
+  if (p.whole)
+    a.whole = c.take<unsigned char>(any_k_bytes(p.lists.queries, n, k));
+  else
+    a.keys = c.take<Key>(k > 0 ? p.lists.bytes() / static_cast<int64_t>(sizeof(Key)) : 0);
   if (bytes) *bytes = c.used();
   return a;
 }
@@ -204,9 +217,10 @@ void scan_of(const LookupsArgs& a, const LookupsScan& s, const LookupsPlan& p, c
              const Launch& l) {
   launch("lookups", byte_tables_kernel<W>, grid_x(div_up(s.tokens, W) * 16 * p.pieces), 256, 0, l, tables, a.st, a.sj,
          s.tokens, static_cast<int>(a.m), a.bits, p.pieces, image);
-  if (s.bytes % 16 == 0 && aligned(s.codes, 16)) return scan_as<W, 16>(s, p, a.k > 0, l);
-  if (s.bytes % 4 == 0 && aligned(s.codes, 4)) return scan_as<W, 4>(s, p, a.k > 0, l);
-  scan_as<W, 1>(s, p, a.k > 0, l);
+  const bool selects = a.k > 0 && !p.whole;
+  if (s.bytes % 16 == 0 && aligned(s.codes, 16)) return scan_as<W, 16>(s, p, selects, l);
+  if (s.bytes % 4 == 0 && aligned(s.codes, 4)) return scan_as<W, 4>(s, p, selects, l);
+  scan_as<W, 1>(s, p, selects, l);
 }
 
 }  // namespace
@@ -220,18 +234,16 @@ bool lookups_fit(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t
 int64_t lookups_workspace(int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, const Launch& l) {
   const DeviceGuard guard(l.device);
   int64_t bytes = 0;
-  arrays(plan_for(tokens, n, row_bytes, k, l.device), k, nullptr, &bytes);
+  arrays(plan_for(tokens, n, row_bytes, k, l.device), n, k, nullptr, &bytes);
   return bytes;
 }
 
 void lookups(const LookupsArgs& a, const Launch& l) {
-  if (a.k > kMaxK && a.n > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
   if (!lookups_fit(a.tokens, a.n, a.bits, a.row_bytes, a.k, l))
     throw std::length_error("lutra: these codes are too long for lookups on CUDA");
   const DeviceGuard guard(l.device);
   const LookupsPlan p = plan_for(a.tokens, a.n, a.row_bytes, a.k, l.device);
-  const Arrays w = arrays(p, a.k, l.workspace, nullptr);
+  const Arrays w = arrays(p, a.n, a.k, l.workspace, nullptr);
   for (int64_t first = 0; first < a.tokens; first += p.lists.queries) {
     const int64_t count = a.tokens - first < p.lists.queries ? a.tokens - first : p.lists.queries;
     LookupsScan s{};
@@ -241,11 +253,18 @@ void lookups(const LookupsArgs& a, const Launch& l) {
     if (a.out) s.out = static_cast<char*>(a.out) + first * a.ldo * (a.dtype == DType::f32 ? 4 : 2);
     s.bytes = static_cast<int>(a.row_bytes), s.pieces = p.pieces;
     s.lists = p.lists, s.keys = w.keys;
+    AnyK best{};
+    if (p.whole) {
+      best = any_k_arrays(p.lists.queries, a.n, a.k, w.whole);
+      s.all = best.scores, s.ldo = a.n;
+    }
     if (a.n > 0) {
       const float* tables = a.tables + first * a.st;
       p.width == 4 ? scan_of<4>(a, s, p, tables, w.image, l) : scan_of<1>(a, s, p, tables, w.image, l);
     }
-    if (a.k > 0)
+    if (p.whole)
+      any_k(best, count, false, a.scores + first * a.k, a.ids + first * a.k, "lookups", l);
+    else if (a.k > 0)
       merge_lists(Merge{w.keys, count, p.lists.parts, p.lists.best, p.lists.stride, false, p.lists.best,
                         static_cast<int>(a.k), false, a.scores + first * a.k, a.ids + first * a.k},
                   "lookups", l);

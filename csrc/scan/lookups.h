@@ -15,7 +15,8 @@
 // in the L1.
 //
 // lookups_backward: grad of the tables, grad_tables[t st + j sj + c] (+)= sum over i with code(i, j) = c of
-// grad[t ldg + i], in fp32, i in increasing order: the same bits whatever the number of threads.
+// grad[t ldg + i], in fp32, i in increasing order: the same bits whatever the number of threads. (On CUDA, stretches of
+// rows are summed so, then the stretches.)
 #pragma once
 #include "common/levels.h"
 #include "common/types.h"
@@ -51,13 +52,13 @@ struct LookupsBackwardArgs {
 }  // namespace lutra
 
 LUTRA_KERNEL(lookups, ::lutra::LookupsArgs)
+LUTRA_KERNEL(lookups_backward, ::lutra::LookupsBackwardArgs)
 #ifdef LUTRA_CUDA_ENTRIES
 namespace lutra {
 namespace cuda {
+int64_t lookups_backward_workspace(int64_t tokens, int64_t m, int bits, int64_t n, const Launch&);
 bool lookups_fit(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch&);
 int64_t lookups_workspace(int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
-#else
-LUTRA_KERNEL(lookups_backward, ::lutra::LookupsBackwardArgs)
 #endif

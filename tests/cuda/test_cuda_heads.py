@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from gpu_arrays import SIZES
 
 import lutra
-from lutra import gather, scan
+from lutra import _arrays, gather, scan
 from lutra.gather._packed import KINDS
 from lutra.reference import packed as packed_reference
+from lutra.reference import scan as scan_reference
+from lutra.scan import _lookups
 
 UNIT = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -61,7 +65,7 @@ def test_packed_logits(gpu, rng, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_packed_logits_groups(gpu_torch, rng, kind, group):
-    """Groups that end with 16 bytes of codes and ones that do not, in rows longer than what is copied at a time."""
+    """Groups that end with 16 bytes of codes and ones that do not, in rows of some chunks."""
     for dim in (group + 1, 1040, 2200):
         hidden, packed, decoded, _ = packed_case(rng, 5, 19, dim, kind, group)
         got = scan.packed_logits(gpu_torch.put(hidden), gpu_torch.put(packed), kind=kind, group=group)
@@ -145,7 +149,7 @@ def test_packed_topk(gpu, rng, kind):
 def test_packed_topk_any_k(gpu, rng):
     hidden, packed, _, _ = packed_case(rng, 2, 2300, 16, "int4")
     for k in (2048, 2049, 2300, 2400):
-        scores, ids = (gpu.get(a) for a in scan.packed_topk(gpu.put(hidden), gpu.put(packed), k, kind="int4"))
+        ids = gpu.get(scan.packed_topk(gpu.put(hidden), gpu.put(packed), k, kind="int4").ids)
         logits = gpu.get(scan.packed_logits(gpu.put(hidden), gpu.put(packed), kind="int4"))
         order = np.argsort(-logits, 1, kind="stable")[:, :k]
         np.testing.assert_array_equal(ids[:, : order.shape[1]], order)
@@ -154,7 +158,7 @@ def test_packed_topk_any_k(gpu, rng):
 
 def test_packed_logits_unaligned_and_empty(gpu, rng):
     for kind in ("int8", "int4", "nf4"):
-        hidden, packed, decoded, bias = packed_case(rng, 3, 40, 50, kind)
+        hidden, packed, decoded, _ = packed_case(rng, 3, 40, 50, kind)
         for skip in (1, 2, 4, 8):
             flat = np.concatenate([np.zeros(skip, np.uint8), packed.ravel()])
             moved = gpu.put(flat)[skip:].reshape(packed.shape)
@@ -199,3 +203,114 @@ def test_errors(gpu):
     packed = gather.pack_rows(np.ones((3, 16), np.float32))
     with pytest.raises(TypeError, match="no float64 kernel"):
         lutra.scan.packed_topk(gpu.put(np.ones((1, 16))), gpu.put(packed), 2)
+
+
+# ---------------------------------------------------------------- gradients of look-ups
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_lookups_backward(gpu, rng, bits):
+    for m, n, tokens in (
+        (1, 1, 1), (3, 63, 2), (4, 65, 8), (5, 200, 9), (8, 33, 24), (13, 700, 25), (2, 97, 33), (9, 64, 65),
+    ):  # fmt: skip
+        codes = rng.integers(0, 256, (n, (m * bits + 7) // 8)).astype(np.uint8)
+        grad = rng.standard_normal((tokens, n)).astype(np.float32)
+        want = scan_reference.lookups_backward(grad.astype(np.float64), codes, m, bits)
+        size = scan_reference.lookups_backward(np.abs(grad).astype(np.float64), codes, m, bits)
+        on_gpu = gpu.put(grad), gpu.put(codes)
+        with gpu.no_sync():
+            got = lookups_backward(gpu, *on_gpu, m, bits)
+        assert gpu.owns(got)
+        assert (np.abs(gpu.get(got) - want) <= 1e-6 * size + 1e-12).all()
+        again = lookups_backward(gpu, *on_gpu, m, bits)
+        assert gpu.get(again).tobytes() == gpu.get(got).tobytes()
+
+
+def lookups_backward(gpu, grad, codes, m, bits=8, into=None):
+    return _lookups._lookups_backward(_arrays.kind_of(grad, "grad"), grad, codes, m, bits, into)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_lookups_backward_of_16_bits_strides_and_sums(gpu_torch, rng, dtype):
+    codes = rng.integers(0, 256, (300, 5)).astype(np.uint8)
+    wide = gpu_torch.put(rng.standard_normal((40, 333)).astype(np.float32), dtype)
+    grad = wide[:, 7:307]  # rows lie apart
+    want = scan_reference.lookups_backward(gpu_torch.get(grad).astype(np.float64), codes, 5)
+    got = lookups_backward(gpu_torch, grad, gpu_torch.put(codes), 5)
+    np.testing.assert_allclose(gpu_torch.get(got), want, rtol=1e-5, atol=1e-4)
+    total = gpu_torch.put(np.ones((5, 40, 256), np.float32))
+    assert lookups_backward(gpu_torch, grad.T.contiguous().T, gpu_torch.put(codes), 5, 8, total) is total
+    np.testing.assert_allclose(gpu_torch.get(total), want + 1, rtol=1e-5, atol=1e-4)
+
+
+def test_lookups_backward_of_equal_codes_nan_and_empty(gpu, rng):
+    """All rows add to one entry, in the order of their rows; a NaN stays where it belongs."""
+    for tokens in (3, 40):
+        grad = rng.standard_normal((tokens, 130)).astype(np.float32)
+        codes = np.full((130, 4), 7, np.uint8)
+        got = gpu.get(lookups_backward(gpu, gpu.put(grad), gpu.put(codes), 4))
+        np.testing.assert_allclose(got[:, :, 7], np.tile(grad.sum(1, dtype=np.float64), (4, 1)), atol=1e-4)
+        assert (np.delete(got, 7, 2) == 0).all()
+        codes[5] = 200
+        grad[1, 5] = np.nan
+        got = gpu.get(lookups_backward(gpu, gpu.put(grad), gpu.put(codes), 4))
+        assert np.isnan(got[:, 1, 200]).all() and np.isfinite(np.delete(got[:, 1], 200, 1)).all()
+        assert np.isfinite(np.delete(got, 1, 1)).all()
+    assert lookups_backward(gpu, gpu.put(grad[:0]), gpu.put(codes), 4).shape == (4, 0, 256)
+    assert (gpu.get(lookups_backward(gpu, gpu.put(grad[:, :0]), gpu.put(codes[:0]), 4)) == 0).all()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_gradients_of_lookups(gpu_torch, rng, tokens):
+    torch = gpu_torch.torch
+    for bits, m in ((8, 6), (4, 7)):
+        codes = gpu_torch.put(rng.integers(0, 256, (150, (m * bits + 7) // 8)).astype(np.uint8))
+        tables = gpu_torch.put(rng.standard_normal((m, tokens, 1 << bits)).astype(np.float32))
+        bias = gpu_torch.put(rng.standard_normal(150).astype(np.float32))
+        leaves = [a.clone().requires_grad_(True) for a in (tables, bias)]
+        there = [a.cpu().clone().requires_grad_(True) for a in (tables, bias)]
+        weight = torch.randn(tokens, 150)
+        (scan.lookups(leaves[0], codes, leaves[1], bits=bits) * weight.cuda()).sum().backward()
+        (scan.lookups(there[0], codes.cpu(), there[1], bits=bits) * weight).sum().backward()
+        for a, b in zip(leaves, there):
+            torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2048, 2049, 2300, 2500])
+def test_lookups_topk_any_k(gpu, rng, k):
+    codes = rng.integers(0, 256, (2300, 5)).astype(np.uint8)
+    tables = rng.integers(-9, 9, (5, 3, 256)).astype(np.float32)  # sums are exact, and many are equal
+    scores, ids = scan.lookups_topk(gpu.put(tables), gpu.put(codes), k)
+    want_scores, want_ids = scan_reference.lookups_topk(tables, codes, k, 8)
+    np.testing.assert_array_equal(gpu.get(ids), want_ids)
+    np.testing.assert_array_equal(gpu.get(scores), want_scores)
+
+
+# ---------------------------------------------------------------- heads
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", ["pq", "rq", "int8", "int4"])
+def test_tied_heads(gpu_torch, format, dtype):
+    """Logits, the largest of them, the loss and its gradients: as on the CPU."""
+    torch = gpu_torch.torch
+    from lutra.nn import CompressedEmbedding, TiedHead
+
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(300, 32, padding_idx=3)
+    options = {"pq": {"m": 4}, "rq": {"m": 2}}.get(format, {})
+    layer = CompressedEmbedding.from_pretrained(table.weight.detach(), format, padding_idx=3, **options)
+    head = TiedHead(layer, bias=torch.randn(300))
+    x, targets = torch.randn(6, 32), torch.randint(0, 300, (6,))
+    targets[2] = -100
+    found = []
+    for where in ("cpu", "cuda"):
+        there = copy.deepcopy(layer).to(where)
+        own = TiedHead(there, bias=head.bias.detach().to(where))
+        h = x.to(where, getattr(torch, dtype)).requires_grad_(True)
+        loss = own.cross_entropy(h, targets.to(where), label_smoothing=0.1)
+        loss.backward()
+        values, ids = own.topk(h.detach(), 7)
+        found.append([own(h).detach(), values, loss.detach(), h.grad, ids])
+    limit = 1e-4 if dtype == "float32" else 3e-2
+    for a, b in zip(found[0][:4], found[1][:4]):
+        torch.testing.assert_close(b.cpu().float(), a.float(), rtol=limit, atol=limit)
+    if dtype == "float32":
+        assert torch.equal(found[0][4], found[1][4].cpu())

@@ -79,6 +79,19 @@ void register_codes(py::module_& m) {
     cuda::lookups(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
+  m.def("lookups_backward_workspace", [](int64_t tokens, int64_t m_, int bits, int64_t n, int device, Address stream) {
+    return cuda::lookups_backward_workspace(tokens, m_, bits, n, Launch{device, stream.p});
+  });
+  m.def("lookups_backward", [](Address grad, int dtype, int64_t ldg, int64_t tokens, int64_t m_, int bits,
+                               Address codes, int64_t n, int64_t row_bytes, Address out, int64_t st, int64_t sj,
+                               bool accumulate, Address workspace, int device, Address stream) {
+    LookupsBackwardArgs a{};
+    a.grad = grad.p, a.dtype = static_cast<DType>(dtype), a.ldg = ldg;
+    a.tokens = tokens, a.m = m_, a.bits = bits;
+    a.codes = codes.as<uint8_t>(), a.n = n, a.row_bytes = row_bytes;
+    a.grad_tables = out.as<float>(), a.st = st, a.sj = sj, a.accumulate = accumulate;
+    cuda::lookups_backward(a, Launch{device, stream.p, workspace.p});
+  });
   m.def("packed_logits_workspace", [](int64_t tokens, int kind, int64_t rows, int64_t dim, int64_t group, int64_t k,
                                       bool half, int device, Address stream) {
     PackedLogitsArgs a{};

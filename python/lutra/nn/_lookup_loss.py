@@ -66,7 +66,6 @@ def _loss_backward(kind, grad, tables, codes, targets, lse, bias, pad_logits, bi
         some = slice(t0, t0 + TOKENS)
         few, labels, weight = tables[:, some], targets[some], grad[some].to(lse.dtype).unsqueeze(1)
         pads = None if pad_logits is None else pad_logits[some]
-        rows = torch.arange(labels.shape[0], device=labels.device)
         sums = few.new_zeros(few.shape)
         for begin, end in _tiles(n, labels.shape[0]):
             p = _logits(kind, few, codes, bias, begin, end, bits, pad, pads)
@@ -74,7 +73,9 @@ def _loss_backward(kind, grad, tables, codes, targets, lse, bias, pad_logits, bi
             if smoothing:
                 p -= smoothing / n
             here = (labels >= begin) & (labels < end)
-            p[rows[here], labels[here] - begin] -= 1 - smoothing
+            place = (labels - begin).clamp(0, end - begin - 1).unsqueeze(1)
+            target = torch.where(here, 1 - smoothing, 0.0).to(p.dtype).unsqueeze(1)
+            p.scatter_(1, place, p.gather(1, place) - target)
             p *= weight
             if pads is not None and begin <= pad < end:
                 to_pad[some] = p[:, pad - begin]

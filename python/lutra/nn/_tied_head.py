@@ -178,9 +178,13 @@ class TiedHead(torch.nn.Linear):
         """Tables and codes whose look-ups add up to the logits, where there are some and they are faster."""
         layer: Any = self.embedding
         own = getattr(layer.format, "lookups", None) if isinstance(layer, Compressed) else None
-        if own is None or not (hidden.is_cpu or hidden.is_meta) or not lookups_pay(layer, hidden):
+        if own is None or not (hidden.is_cpu or hidden.is_meta or hidden.is_cuda):
             return None
-        return own(layer._data(), layer._shape, hidden)
+        if hidden.is_cuda:
+            m, bits = layer.format.m, layer.format.bits
+            if hidden.dtype == torch.float64 or bits not in (1, 2, 4, 8) or m * bits > 8 * _CUDA_BYTES:
+                return None
+        return own(layer._data(), layer._shape, hidden) if lookups_pay(layer, hidden) else None
 
     def _topk_scan(self, hidden: Tensor) -> Any:
         """A function (k, bias) that selects inside the scan, where the format has one."""
@@ -364,11 +368,18 @@ def _text_of(layer: Any) -> tuple[Any, str]:
 # Nanoseconds on one core of a Zen 4, of the ways to a logit (benchmarks/bench_heads.py): of a look-up, of a
 # multiply-add of the matrix product, and of decoding a value, which all tokens share.
 _LOOKUP, _PRODUCT, _DECODE = {4: 0.076, 2: 0.055}, {4: 0.029, 2: 0.009}, 0.33
+# Picoseconds on an H100 by its limits (nothing of it is measured): 32 look-ups a cycle and multiprocessor,
+# the rates of matrix products, 3 bytes of memory traffic a value.
+_CUDA_LOOKUP, _CUDA_PRODUCT, _CUDA_DECODE = 0.14, {4: 0.039, 2: 0.0027}, 1.0
+_CUDA_BYTES = 128  # of a row of codes that every GPU's shared memory has tables for
 
 
 def lookups_pay(layer: Any, hidden: Tensor) -> bool:
     """Whether look-ups are faster than decoding tiles and multiplying by them."""
     tokens, size = max(hidden.shape[0], 1), min(hidden.element_size(), 4)
+    if hidden.is_cuda:
+        product = layer.embedding_dim * (_CUDA_PRODUCT[size] + _CUDA_DECODE / tokens)
+        return layer.format.m * _CUDA_LOOKUP <= product
     product = layer.embedding_dim * (_PRODUCT[size] + _DECODE / tokens)
     return layer.format.m * _LOOKUP[size] <= product
 

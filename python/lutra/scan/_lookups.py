@@ -9,7 +9,7 @@ from .. import _checks
 from .._arrays import BF16, F16, F32, F64, I64, NAMES, U8, call, is_torch
 from .._results import Neighbors
 from ..reference import scan as reference
-from ._knn import _tuple, check_k
+from ._knn import _tuple
 
 _RESULTS = {"float32": F32, "float16": F16, "bfloat16": BF16, "float64": F64}
 
@@ -47,7 +47,8 @@ def lookups(tables: Any, codes: Any, bias: Any = None, *, bits: int = 8, dtype: 
     elsewhere, and for tables with NaN or infinities, in float32. Gradients (torch): to tables and bias. Cost:
     tokens n m look-ups, 7 vector instructions for 64 of them and each byte of an entry. On CUDA a byte of
     codes is one look-up, 32 a cycle and multiprocessor, for codes of 8, 4, 2 or 1 bits and rows of some 190
-    bytes at most; for others torch computes the sums.
+    bytes at most; for others torch computes the sums. The gradient to tables has a kernel for all codes: each
+    entry's gradients are added in the order of the rows, the same bits every time.
 
     References
     ----------
@@ -213,7 +214,7 @@ def _lookups(kind, tables, codes, bias=None, bits=8, dtype="float32"):
 
 def _lookups_topk(kind, tables, codes, bias=None, k=10, bits=8):
     code, m, tokens, n, size = _check(kind, tables, codes, bias, bits)
-    k = check_k(kind, k)
+    k = _checks.integer("k", k, 1)
     if not _fused(kind, tables, code, bits, tokens, n, size, k):
         if kind.cuda:
             raise TypeError("lookups_topk has no CUDA kernel for these codes; move the arrays to the CPU")
@@ -236,10 +237,11 @@ def _lookups_backward(kind, grad, codes, m, bits=8, into=None):
     """Gradient to the tables, (m, tokens, 2**bits) in float32; ``into``: added to that."""
     tokens, n = grad.shape
     code = _checks.dtype(kind, grad, "grad", (F32, F16, BF16, F64))
-    if kind.cuda or kind.kernels is None or code == F64:
+    if kind.kernels is None or code == F64:
         if kind.name == "torch":
             found = _composed_backward(grad, codes, m, bits)
         else:
+            _checks.no_kernel(kind, "lookups_backward")
             found = reference.lookups_backward(kind.to_numpy(grad), codes, m, bits)
         if into is None:
             return found
@@ -253,11 +255,12 @@ def _lookups_backward(kind, grad, codes, m, bits=8, into=None):
     kind.kernels.lookups_backward(
         kind.ptr(grad), code, ldg, tokens, m, bits, kind.ptr(codes), n, codes.shape[1],
         kind.ptr(out), 1 << bits, tokens << bits, into is not None,
+        *kind.launch(grad, kind.scratch("lookups_backward", grad, tokens, m, bits, n)),
     )  # fmt: skip
     return out
 
 
-# ---------------------------------------------------------------- in torch's own ops: float64, CUDA
+# ------------------------------------------------- in torch's own ops: float64, long codes on CUDA
 def _entries(codes, m, bits):
     """(n, m) int64 of packed codes."""
     import torch

@@ -112,12 +112,6 @@ inline int shared_limit(int device) { return attribute(cudaDevAttrMaxSharedMemor
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool here) {
   copy_part_16(shared, global, here ? 16 : 0);
 }
-// The first `bytes` of 16 (0 to 16; none are read where it is 0), zeros behind them.
-__device__ __forceinline__ void copy_async_part(void* shared, const void* global, int bytes) {
-  const unsigned dst = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(global), "r"(bytes)
-               : "memory");
-}
 __device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool here) {
   copy_part_4(shared, global, here ? 4 : 0);
 }

@@ -19,7 +19,8 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T, int SUM>
-__device__ __forceinline__ void sum_row(const float* q, const T* x, int d, bool vectors, float* sum, float* squares) {
+__device__ __forceinline__ void sum_row(const float* q, const T* x, int d, bool vectors, float* sum,
+                                        SquaresOf<SUM>* squares) {
   constexpr int V = 16 / sizeof(T), kAhead = 4;
   int k = 0;
   if (vectors) {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void sum_row(const float* q, const T* x, int d, bool 
         for (int e = 0; e < V; ++e) {
           const float v = unpacked<T>(piece[p], e);
           add_column<SUM>(q[k + p * V + e], v, sum);
-          if (SUM == kSumProduct) *squares = fmaf(v, v, *squares);
+          add_square<SUM>(v, squares);
         }
       }
     }
@@ -41,7 +42,7 @@ __device__ __forceinline__ void sum_row(const float* q, const T* x, int d, bool 
   for (; k < d; ++k) {
     const float v = to_float(x[k]);
     add_column<SUM>(q[k], v, sum);
-    if (SUM == kSumProduct) *squares = fmaf(v, v, *squares);
+    add_square<SUM>(v, squares);
   }
 }
 
@@ -54,14 +55,22 @@ __global__ void __launch_bounds__(kThreads) candidates_kernel(CandidateArgs a, b
   if (id >= 0 && id < a.n) {
     const float* q = a.q + i / a.c * a.ldq;
     const T* x = static_cast<const T*>(a.x) + id * a.ldx;
-    float sum = 0, squares = 0;
+    float sum = 0, squares = 0, score;
+    if (a.metric == Metric::poincare) {
+      double wide = 0;
+      sum_row<T, kSumPoincare>(q, x, a.d, vectors, &sum, &wide);
+      score = ranked_score<T>(a.metric, sum, wide, x, a.d, nullptr, id, a.rooms[i / a.c]);
+      a.keys[i] = make_key(score, static_cast<uint32_t>(id));
+      return;
+    }
     switch (a.metric) {
       case Metric::l2: sum_row<T, kSumSquares>(q, x, a.d, vectors, &sum, &squares); break;
       case Metric::l1: sum_row<T, kSumAbsolute>(q, x, a.d, vectors, &sum, &squares); break;
       case Metric::linf: sum_row<T, kSumLargest>(q, x, a.d, vectors, &sum, &squares); break;
       default: sum_row<T, kSumProduct>(q, x, a.d, vectors, &sum, &squares);
     }
-    key = make_key(ranked_score<T>(a.metric, sum, squares, x, a.d, a.bias, id), static_cast<uint32_t>(id));
+    score = ranked_score<T>(a.metric, sum, squares, x, a.d, a.bias, id, 0.0);
+    key = make_key(score, static_cast<uint32_t>(id));
   } else if (id != -1) {
     key = make_key(quiet_nan(), 0xffffffffu);
   }
@@ -85,6 +94,18 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t k = lane; k < d; k += 32) squares = fmaf(v[k], v[k], squares);
   const float factor = inverse_norm(warp_sum(squares), v, d);
   for (int64_t k = lane; k < d; k += 32) to[i * d + k] = v[k] * factor;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    rooms_kernel(const float* q, int64_t nq, int64_t ldq, int64_t d, double* to) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) >> 5;
+  const int lane = threadIdx.x & 31;
+  if (i >= nq) return;
+  double squares = 0;
+  for (int64_t k = lane; k < d; k += 32) squares += static_cast<double>(q[i * ldq + k]) * q[i * ldq + k];
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) squares += __shfl_xor_sync(kFullWarp, squares, s);
+  if (lane == 0) to[i] = ball_factor(squares);
 }
 
 }  // namespace
@@ -117,6 +138,10 @@ void score_candidates(const CandidateArgs& a, const Launch& l) {
 
 void normalize_queries(const float* q, int64_t nq, int64_t ldq, int64_t d, float* to, const Launch& l) {
   launch("knn", normalize_kernel, grid_x(div_up(nq * 32, kThreads)), kThreads, 0, l, q, nq, ldq, d, to);
+}
+
+void query_rooms(const float* q, int64_t nq, int64_t ldq, int64_t d, double* to, const Launch& l) {
+  launch("knn", rooms_kernel, grid_x(div_up(nq * 32, kThreads)), kThreads, 0, l, q, nq, ldq, d, to);
 }
 
 }  // namespace cuda

@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
     for (int64_t tile = tile_begin; tile < tile_end; tile += kPassWarps) {
       Key heard = 0;  // lane j: the bar of query j, some time ago
       if (lane < live && a.bars) heard = *static_cast<volatile Key*>(a.bars + first + lane);
-      float sum[NQ], squares = 0;
+      float sum[NQ];
+      SquaresOf<SUM> squares = 0;
 #pragma unroll
       for (int j = 0; j < NQ; ++j) sum[j] = 0;
       for (int chunk = 0; chunk < plan.chunks; ++chunk) {
@@ -154,9 +155,9 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
               add_column<SUM>(u.w, unpacked<T>(piece, e + 3), &sum[j]);
             }
           }
-          if constexpr (SUM == kSumProduct) {
+          if constexpr (SUM == kSumProduct || SUM == kSumPoincare) {
 #pragma unroll
-            for (int e = 0; e < V; ++e) squares = fmaf(unpacked<T>(piece, e), unpacked<T>(piece, e), squares);
+            for (int e = 0; e < V; ++e) add_square<SUM>(unpacked<T>(piece, e), &squares);
           }
         }
         __syncwarp();  // before the stage is filled again
@@ -171,7 +172,9 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
         Key key = 0;
         if (valid) {
           const T* row = x + id * a.ldx;
-          key = make_key(ranked_score<T>(a.metric, sum[j], squares, row, a.d, a.bias, id), static_cast<uint32_t>(id));
+          const double room = SUM == kSumPoincare ? a.rooms[a.which ? a.which[first + j] : first + j] : 0.0;
+          const float score = ranked_score<T>(a.metric, sum[j], squares, row, a.d, a.bias, id, room);
+          key = make_key(score, static_cast<uint32_t>(id));
         }
         if (a.all) {
           if (id < a.n) a.all[(first + j) * a.n + id] = static_cast<uint32_t>(key >> 32);
@@ -273,6 +276,7 @@ void run_sum(const PassArgs& a, const Launch& l) {
     case Metric::l2: return run_pass<T, NQ, kSumSquares>(a, l);
     case Metric::l1: return run_pass<T, NQ, kSumAbsolute>(a, l);
     case Metric::linf: return run_pass<T, NQ, kSumLargest>(a, l);
+    case Metric::poincare: return run_pass<T, NQ, kSumPoincare>(a, l);
     default: return run_pass<T, NQ, kSumProduct>(a, l);
   }
 }

@@ -33,6 +33,7 @@ struct PassArgs {
   float radius = 0;                     // as scores are ranked: distances negated
   Key* hits = nullptr;                  // with it they are written, a query's from offsets[i] on, in no order
   const int64_t* offsets = nullptr;
+  const double* rooms = nullptr;  // [nq], of query_rooms(): poincare
 };
 
 constexpr int kTogether = 128;
@@ -57,6 +58,7 @@ struct CandidateArgs {
   const int64_t* cand;
   int64_t c;
   Key* keys;
+  const double* rooms = nullptr;  // [nq], of query_rooms(): poincare
 };
 void score_candidates(const CandidateArgs& a, const Launch& l);
 
@@ -65,8 +67,9 @@ int64_t sort_bytes(int64_t keys, int64_t lists);  // of temporary memory
 void sort_keys(const Key* from, Key* to, int64_t keys, int64_t lists, const int64_t* offsets, void* temporary,
                int64_t bytes, const Launch& l);
 
-void check_metric(Metric metric);  // an error for one without a kernel
 void normalize_queries(const float* q, int64_t nq, int64_t ldq, int64_t d, float* to, const Launch& l);
+// 1 / (1 - |q|^2) of each query, NaN outside the open unit ball.
+void query_rooms(const float* q, int64_t nq, int64_t ldq, int64_t d, double* to, const Launch& l);
 
 }  // namespace cuda
 }  // namespace lutra

@@ -83,6 +83,7 @@ PassArgs pass_of(const RangeArgs& a, const float* q, int64_t ldq, int device) {
 struct RangeSpace {
   unsigned long long* found;
   float* normalized;
+  double* rooms;
   Key* hits;
   Key* sorted;
   void* temporary;
@@ -94,6 +95,7 @@ RangeSpace lay_out(const RangeArgs& a, int64_t total, void* base) {
   RangeSpace w{};
   w.found = carve.take<unsigned long long>(a.nq);
   if (a.metric == Metric::cosine) w.normalized = carve.take<float>(a.nq * a.d);
+  if (a.metric == Metric::poincare) w.rooms = carve.take<double>(a.nq);
   if (total > 0) {
     w.hits = carve.take<Key>(total);
     w.sorted = carve.take<Key>(total);
@@ -116,7 +118,8 @@ void pass_over(const RangeArgs& a, const RangeSpace& w, const int64_t* offsets, 
   }
   fill_zero("range_search", w.found, a.nq * sizeof(*w.found), l);
   PassArgs p = pass_of(a, q, ldq, l.device);
-  p.found = w.found, p.hits = w.hits, p.offsets = offsets;
+  p.found = w.found, p.hits = w.hits, p.offsets = offsets, p.rooms = w.rooms;
+  if (w.rooms) query_rooms(q, a.nq, ldq, a.d, w.rooms, l);
   if (a.nq > 0 && a.n > 0) exact_pass(p, l);
 }
 

@@ -1,11 +1,11 @@
 // Exact k nearest neighbours on CUDA; formula and conventions are in knn.h.
 //
-// Few queries (8 at most), the metrics l1 and linf, and long lists: one pass over the collection for 8 queries at a
-// time (exact_pass.cuh), whose limit is reading it. More queries: tensor cores give an upper bound of every score and
-// the rows of the largest bounds are kept (knn_screen.cuh), some more than k; their exact scores are computed, and a
-// query whose k-th exact score is not better than the least bound that was kept goes through the exact pass after all.
-// That is decided on the device: the launches of the exact pass return at once where no query needs them. So scores
-// have the same bits whatever the way (exact_score.cuh), and the result is exact whatever the data.
+// Few queries (8 at most), the metrics l1, linf and poincare, and long lists: one pass over the collection for 8
+// queries at a time (exact_pass.cuh), whose limit is reading it. More queries: tensor cores give an upper bound of
+// every score and the rows of the largest bounds are kept (knn_screen.cuh), some more than k; their exact scores are
+// computed, and a query whose k-th exact score is not better than the least bound that was kept goes through the exact
+// pass after all. That is decided on the device: the launches of the exact pass return at once where no query needs
+// them. So scores have the same bits whatever the way (exact_score.cuh), and the result is exact whatever the data.
 //
 // k > 512: the exact pass writes all scores of some queries, which are selected by radix (any_k.cuh). A NaN score comes
 // first, as in torch.topk. Overflow: row offsets are 64-bit, ids have 32 bits
@@ -22,11 +22,6 @@
 
 namespace lutra {
 namespace cuda {
-
-void check_metric(Metric metric) {
-  if (metric == Metric::poincare)
-    throw std::invalid_argument("lutra: metric poincare has no CUDA kernel; move the arrays to the CPU");
-}
 
 namespace {
 
@@ -158,6 +153,7 @@ Plan plan_for(const KnnArgs& a, int device) {
 
 struct Workspace {
   float* normalized;
+  double* rooms;
   unsigned char* panels;
   float* reach;
   double* squares;
@@ -180,6 +176,7 @@ Workspace lay_out(const KnnArgs& a, const Plan& p, int device, void* base) {
   Carve carve(base);
   Workspace w{};
   if (a.metric == Metric::cosine) w.normalized = carve.take<float>(p.queries * a.d);
+  if (a.metric == Metric::poincare) w.rooms = carve.take<double>(p.queries);
   if (p.screened) {
     w.panels = carve.take<unsigned char>(panel_bytes(p.padded, p.slabs, p.query_terms));
     w.reach = carve.take<float>(p.padded);
@@ -323,7 +320,6 @@ void knn_paths(bool sm90, int64_t screen_rows) {
 }
 
 int64_t knn_workspace(const KnnArgs& a, const Launch& l) {
-  check_metric(a.metric);
   const DeviceGuard guard(l.device);
   check_sizes(a);
   const bool sm90 = hopper_kernels(l.device);
@@ -332,7 +328,6 @@ int64_t knn_workspace(const KnnArgs& a, const Launch& l) {
 }
 
 void knn(const KnnArgs& a, const Launch& l) {
-  check_metric(a.metric);
   const DeviceGuard guard(l.device);
   check_sizes(a);
   if (is_nearest(a, l.device)) return nearest(a, hopper_kernels(l.device), l);
@@ -349,7 +344,9 @@ void knn(const KnnArgs& a, const Launch& l) {
       normalize_queries(q, part.nq, ldq, a.d, w.normalized, l);
       q = w.normalized, ldq = a.d;
     }
+    if (a.metric == Metric::poincare) query_rooms(q, part.nq, ldq, a.d, w.rooms, l);
     PassArgs pass = pass_args(part, p, w, q, ldq, part.nq);
+    pass.rooms = w.rooms;
     if (p.whole) {
       const AnyK all = any_k_arrays(p.queries, a.n, a.k, w.whole);
       pass.all = all.scores;

@@ -7,7 +7,6 @@
 //   l1, linf: score = sum, max |q - x|          smaller is better
 //   poincare: arcosh(1 + 2 |q - x|^2 / ((1 - |q|^2) (1 - |x|^2)))  smaller is better; NaN outside the open unit ball.
 //             The norms and the last step are fp64.
-//   The last has no CUDA kernel.
 //   scores, ids (nq, k): the k best, best first, equal scores by increasing id. Where k > n the rest is
 //   id -1 and score -inf (ip, cosine) or +inf (distances).
 //   keep: bit (i & 7) of byte i >> 3 says whether row i may be found; the bits behind n are 0. Null: all may.

@@ -1,11 +1,11 @@
 // Products of queries with all rows of a packed table on CUDA, written out or selected; see packed_logits.h.
 //
-// Codes are multiplied as they are, by tensor cores: integers of 8, 4 or 2 bits (counted from the middle of their
-// range), 8-bit floats are f16 values exactly, levels of nf4 are two of them. A token is multiplied by a power of two
-// that makes its largest value some 2^14 and is the sum of two f16 terms, which hold 23 bits; values of f16 or bf16 are
-// one term. Sums are fp32, of 256 bytes of codes in the tensor cores (which do not round to nearest), then in
-// registers, where scale and minimum of a group come in: <h, row> = scale <h, code - middle> + (minimum + scale
-// middle) sum(h).
+// Codes are multiplied as they are, by tensor cores: integers of 8, 4 or 2 bits (counted from the code nearest to the
+// value 0, so that nothing large cancels), 8-bit floats are f16 values exactly, levels of nf4 are two of them. A token
+// is multiplied by a power of two that makes its largest value some 2^14 and is the sum of two f16 terms, which hold 23
+// bits; values of f16 or bf16 are one term. Sums are fp32, of 256 bytes of codes in the tensor cores (which do not
+// round to nearest), then in registers, where scale and minimum of a group come in: <h, row> = scale <h, code - zero> +
+// (minimum + scale zero) sum(h).
 //
 // A warp takes 16 rows; 256 bytes of each at a time come to shared memory (cp.async, 16 bytes a copy, wherever rows
 // begin), and each thread reads 4 bytes of a row as its part of a matrix of 16 x 16 codes. Which columns these are does
@@ -145,21 +145,19 @@ __device__ __forceinline__ uint32_t subtract_halves(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&d);
 }
 
-constexpr int middle_of(Packed k) {
-  return k == Packed::int8 ? 128 : k == Packed::int4 ? 8 : k == Packed::int2 ? 2 : 0;
-}
-
-// The codes of a thread in step s of a unit: columns 0, 1 of column_of() in a[0], 2 and 3 in a[1]. nf4: `low` receives
-// what f16 does not hold of the levels.
+// The codes of a thread in step s of a unit: columns 0, 1 of column_of() in a[0], 2 and 3 in a[1]. Integers: less
+// `zero`, which is twice in f16, 1024 larger. nf4: `low` receives what f16 does not hold of the levels.
 template <Packed K, bool WIDE>
-__device__ __forceinline__ void decode(uint32_t word, int s, const uint32_t* levels, uint32_t (&a)[2],
+__device__ __forceinline__ void decode(uint32_t word, int s, uint32_t zero, const uint32_t* levels, uint32_t (&a)[2],
                                        uint32_t (&low)[2]) {
   constexpr int bits = packed_bits(K);
   if constexpr (packed_affine(K)) {
     // 1024 + code in f16 has the code in its lowest bits
     constexpr uint32_t base = 0x64006400u, one = (1u << bits) - 1, mask = one | one << 16;
-    constexpr uint32_t zero = 0x6400u + middle_of(K), zeros = zero | zero << 16;
-    if constexpr (!WIDE) word |= word << (16 - 2 * bits);  // codes 2, 3 behind 0, 1 in the upper half
+    if constexpr (!WIDE) {  // four codes: the last two go to the upper half
+      word &= (1u << (4 * bits)) - 1;
+      word |= word << (16 - 2 * bits);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t codes;
@@ -168,7 +166,7 @@ __device__ __forceinline__ void decode(uint32_t word, int s, const uint32_t* lev
       } else {
         codes = (word >> (bits * (2 * s + i)) & mask) | base;
       }
-      a[i] = subtract_halves(codes, zeros);
+      a[i] = subtract_halves(codes, zero);
     }
   } else if constexpr (K == Packed::nf4) {
 #pragma unroll
@@ -182,7 +180,7 @@ __device__ __forceinline__ void decode(uint32_t word, int s, const uint32_t* lev
     for (int i = 0; i < 2; ++i) {
       uint32_t h = __byte_perm(word, 0, i == 0 ? 0x1404 : 0x3424);  // upper halves of f16
       if constexpr (K == Packed::e4m3) {                            // see packed_rows.cuh: 256 times too small
-        const uint32_t nan = (h & 0x7f007f00u) + 0x01000100u & 0x80008000u;
+        const uint32_t nan = ((h & 0x7f007f00u) + 0x01000100u) & 0x80008000u;
         h = (h & 0x80008000u) | (h >> 1 & 0x3f803f80u) | (nan - (nan >> 6));
       }
       a[i] = h;
@@ -197,13 +195,18 @@ __device__ __forceinline__ uint32_t load_word(const unsigned char* row, int at) 
 }
 
 struct ScaleOf {
-  float scale, middle;
+  float scale, rest;  // of a code, and of the zero
+  uint32_t zero;
 };
 template <Packed K>
 __device__ __forceinline__ ScaleOf scale_of(const PackedRaw& raw) {
   const PackedSource<K, false> source{};
   const float scale = source.scale(raw);
-  return {scale, packed_affine(K) ? fmaf(scale, static_cast<float>(middle_of(K)), source.minimum(raw)) : 0.0f};
+  if (!packed_affine(K)) return {scale, 0.0f, 0};
+  const float minimum = source.minimum(raw), most = static_cast<float>((1 << packed_bits(K)) - 1);
+  const float zero = fminf(fmaxf(rintf(-minimum / scale), 0.0f), most);  // of a NaN 0
+  const uint32_t half = 0x6400u + static_cast<uint32_t>(zero);
+  return {scale, fmaf(scale, zero, minimum), half | half << 16};
 }
 
 // ---- the scan
@@ -250,11 +253,11 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
             16 * piece;
         const bool here = id < p.rows && piece < pieces && from < data_end;
         const int64_t rest = static_cast<int64_t>(data_end - from);
-        copy_async_part(to + row * kPitch + piece * 16,
-                        reinterpret_cast<const void*>(here ? from : data & ~static_cast<uintptr_t>(15)),
-                        !here       ? 0
-                        : rest < 16 ? static_cast<int>(rest)
-                                    : 16);
+        copy_part_16(to + row * kPitch + piece * 16,
+                     reinterpret_cast<const void*>(here ? from : data & ~static_cast<uintptr_t>(15)),
+                     !here       ? 0
+                     : rest < 16 ? static_cast<int>(rest)
+                                 : 16);
       };
 #pragma unroll
       for (int i = 0; i < kTileRows / 2; ++i) copy(2 * i + (lane >> 4), lane & 15);
@@ -270,31 +273,28 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
   const int64_t tile_pitch = a.steps * 32 * TERMS;
   const bool grouped = a.groups > 1;
   const int units_of_group = grouped ? static_cast<int>(p.group / C::columns) : 0;
-  int stage = 0;
-  for (int64_t tile = slot * kWarps + warp; tile < tiles; tile += stride) {
-    // this thread's rows: g and g + 8 of the tile
-    const uint8_t* rows[2];
-    int64_t ids[2];
+  PackedRaw tail[2];
+  const auto load_tail = [&](int64_t tile, int64_t group) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      ids[r] = tile * kTileRows + g + 8 * r;
-      rows[r] = p.data + (ids[r] < p.rows ? ids[r] : p.rows - 1) * p.row_bytes;
+      const int64_t id = tile * kTileRows + g + 8 * r, row = id < p.rows ? id : p.rows - 1;
+      load_bytes<packed_tail_bytes(K)>(p.data + row * p.row_bytes + a.code_bytes + group * packed_tail_bytes(K),
+                                       a.align, tail[r].tail);
     }
-    PackedRaw tail[2];
-    const auto load_tail = [&](int64_t group) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        load_bytes<packed_tail_bytes(K)>(rows[r] + a.code_bytes + group * packed_tail_bytes(K), a.align, tail[r].tail);
-    };
-    load_tail(0);
+  };
+  load_tail(slot * kWarps + warp, 0);
+  int stage = 0;
+  for (int64_t tile = slot * kWarps + warp; tile < tiles; tile += stride) {
+    const int64_t ids[2] = {tile * kTileRows + g, tile * kTileRows + g + 8};  // this thread's rows
+    // The scales of this group, and what was loaded of the next one's: of this tile, or of the next tile.
+    ScaleOf of[2] = {scale_of<K>(tail[0]), scale_of<K>(tail[1])};
+    load_tail(a.groups > 1 ? tile : tile + stride, a.groups > 1 ? 1 : 0);
 
     float total[TILES][4] = {}, sum[TILES][TERMS][4] = {};
     int units_left = units_of_group;
     int64_t group = 0;
-    // What has been summed goes into the total, with the scale and middle of its group.
+    // What has been summed goes into the total, with the scale and the rest of its group.
     const auto close = [&](const float (&from)[TILES][4]) {
-      const ScaleOf of[2] = {scale_of<K>(tail[0]), scale_of<K>(tail[1])};
-      if (group + 1 < a.groups) load_tail(group + 1);
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
         float2 sums = {0, 0};
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
           sums = *reinterpret_cast<const float2*>(a.sums + group * a.padded + first + 8 * n + 2 * t);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float v = of[e >> 1].scale * from[n][e] + of[e >> 1].middle * (e & 1 ? sums.y : sums.x);
+          const float v = of[e >> 1].scale * from[n][e] + of[e >> 1].rest * (e & 1 ? sums.y : sums.x);
           total[n][e] = grouped ? total[n][e] + v : v;
         }
       }
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
         for (int s = 0; s < C::steps; ++s) {
           uint32_t codes[2][2], low[2][2];
 #pragma unroll
-          for (int r = 0; r < 2; ++r) decode<K, WIDE>(word[r], s, levels, codes[r], low[r]);
+          for (int r = 0; r < 2; ++r) decode<K, WIDE>(word[r], s, of[r].zero, levels, codes[r], low[r]);
           const uint32_t x[4] = {codes[0][0], codes[1][0], codes[0][1], codes[1][1]};
           const uint2* at = from + static_cast<int64_t>(u * C::steps + s) * 32 * TERMS;
 #pragma unroll
@@ -377,6 +377,11 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
           take(now);
           close(now);
           units_left = units_of_group, ++group;
+          if (group < a.groups) {
+            of[0] = scale_of<K>(tail[0]), of[1] = scale_of<K>(tail[1]);
+            const bool more = group + 1 < a.groups;
+            load_tail(more ? tile : tile + stride, more ? group + 1 : 0);
+          }
         }
       }
       __syncwarp();  // before the stage is filled again

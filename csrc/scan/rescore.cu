@@ -18,11 +18,11 @@ int64_t rescore_workspace(int64_t nq, int64_t c, int64_t d, Metric metric, const
   Carve carve(nullptr);
   carve.take<Key>(queries * c);
   if (metric == Metric::cosine) carve.take<float>(queries * d);
+  if (metric == Metric::poincare) carve.take<double>(queries);
   return carve.used();
 }
 
 void rescore(const RescoreArgs& a, const Launch& l) {
-  check_metric(a.metric);
   if (a.k > kMaxK && a.c > kMaxK)
     throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
   if (a.n > kMaxRows || a.d > 0x7ffffff0)
@@ -34,6 +34,7 @@ void rescore(const RescoreArgs& a, const Launch& l) {
   Carve carve(l.workspace);
   Key* keys = carve.take<Key>(chunk * a.c);
   float* normalized = cosine ? carve.take<float>(chunk * a.d) : nullptr;
+  double* rooms = a.metric == Metric::poincare ? carve.take<double>(chunk) : nullptr;
   for (int64_t first = 0; first < a.nq; first += chunk) {
     const int64_t count = a.nq - first < chunk ? a.nq - first : chunk;
     const float* q = a.q + first * a.ldq;
@@ -42,8 +43,9 @@ void rescore(const RescoreArgs& a, const Launch& l) {
       normalize_queries(q, count, ldq, a.d, normalized, l);
       q = normalized, ldq = a.d;
     }
+    if (rooms) query_rooms(q, count, ldq, a.d, rooms, l);
     score_candidates(CandidateArgs{q, a.x, count, a.n, ldq, a.ldx, static_cast<int>(a.d), a.storage, a.metric, nullptr,
-                                   a.cand + first * a.c, a.c, keys},
+                                   a.cand + first * a.c, a.c, keys, rooms},
                      l);
     const int c = static_cast<int>(a.c), best = static_cast<int>(a.k < a.c ? a.k : a.c);
     merge_lists(Merge{keys, count, 1, c, c, true, best, static_cast<int>(a.k), smaller, a.scores + first * a.k,

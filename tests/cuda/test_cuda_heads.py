@@ -291,20 +291,24 @@ def test_lookups_topk_any_k(gpu, rng, k):
 def test_tied_heads(gpu_torch, format, dtype):
     """Logits, the largest of them, the loss and its gradients: as on the CPU."""
     torch = gpu_torch.torch
-    from lutra.nn import CompressedEmbedding, TiedHead
+    from lutra import nn
+    from lutra.compress import FORMATS
 
     torch.manual_seed(0)
-    table = torch.nn.Embedding(300, 32, padding_idx=3)
     options = {"pq": {"m": 4}, "rq": {"m": 2}}.get(format, {})
-    layer = CompressedEmbedding.from_pretrained(table.weight.detach(), format, padding_idx=3, **options)
-    head = TiedHead(layer, bias=torch.randn(300))
+    cls = getattr(nn, f"{FORMATS[format].layer}Embedding")
+    chosen = FORMATS[format](**options)
+    layer = cls.from_pretrained(
+        torch.randn(300, 32).to(getattr(torch, dtype)), format=chosen, padding_idx=3, progress=False
+    )
+    bias = torch.randn(300).to(getattr(torch, dtype))
     x, targets = torch.randn(6, 32), torch.randint(0, 300, (6,))
     targets[2] = -100
     found = []
     for where in ("cpu", "cuda"):
         there = copy.deepcopy(layer).to(where)
-        own = TiedHead(there, bias=head.bias.detach().to(where))
-        h = x.to(where, getattr(torch, dtype)).requires_grad_(True)
+        own = nn.TiedHead(there, bias=bias.to(where))
+        h = x.to(where, getattr(torch, dtype)).detach().requires_grad_(True)
         loss = own.cross_entropy(h, targets.to(where), label_smoothing=0.1)
         loss.backward()
         values, ids = own.topk(h.detach(), 7)

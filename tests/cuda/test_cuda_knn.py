@@ -241,10 +241,79 @@ def test_small(gpu_torch, kernels, dtype):
         np.testing.assert_array_equal(gpu_torch.get(ids), reference.knn(part, x, 5, "l2")[1])
 
 
-def test_poincare_is_refused(gpu):
-    a = gpu.put(np.zeros((2, 3), np.float32))
-    with pytest.raises(NotImplementedError, match="poincare"):
-        lutra.scan.knn(a, a, 1, "poincare")
+# ---------------------------------------------------------------- the open unit ball
+def in_ball(rng, n, d, dtype="float32"):
+    x = rng.standard_normal((n, d))
+    x *= (0.98 * rng.random((n, 1))) / np.linalg.norm(x, axis=1, keepdims=True)
+    return rounded(x.astype(np.float32), dtype)
+
+
+def check_poincare(gpu, q, x, got, k):
+    """Scores against float64, and that the ids are as good as any."""
+    scores, ids = (gpu.get(a) for a in got)
+    exact = reference.pairwise(q.astype(np.float64), x.astype(np.float64), "poincare")
+    found = min(k, len(x))
+    np.testing.assert_allclose(scores[:, :found], np.sort(exact, 1)[:, :found], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        np.take_along_axis(exact, ids[:, :found], 1), np.sort(exact, 1)[:, :found], rtol=2e-5, atol=2e-6
+    )
+    assert all(len(set(row)) == found for row in ids[:, :found].tolist())
+    assert (ids[:, found:] == -1).all() and (scores[:, found:] == np.inf).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("nq", [1, 3, 9, 17])
+def test_poincare(gpu, nq, dtype):
+    rng = np.random.default_rng()
+    for n, d, k in ((1, 3, 2), (63, 16, 5), (130, 65, 30), (700, 8, 600), (300, 129, 1)):
+        q, x = in_ball(rng, nq, d), in_ball(rng, n, d, dtype)
+        q[0] = 0
+        a, b = gpu.put(q), gpu.put(x, dtype)
+        with gpu.no_sync():
+            found = lutra.scan.knn(a, b, k, "poincare")
+            everything = lutra.scan.rescore(a, b, gpu.put(np.tile(np.arange(n), (nq, 1))), k, "poincare")
+        check_poincare(gpu, q, x, found, k)
+        for one, other in zip(found, everything):  # the same bits from both
+            same_bits(gpu.get(one), gpu.get(other))
+        best = gpu.get(found.scores)[:, 0]
+        offsets, scores, ids = lutra.scan.range_search(a, b, float(best.max()), "poincare")
+        offsets, scores, ids = (gpu.get(v) for v in (offsets, scores, ids))
+        for i in range(nq):
+            assert scores[offsets[i]] == best[i] and ids[offsets[i]] == gpu.get(found.ids)[i, 0]
+
+
+@pytest.mark.sanitize
+def test_poincare_ties_filter_and_points_outside(gpu_torch):
+    rng = np.random.default_rng()
+    x = in_ball(rng, 90, 6)
+    x[40:] = x[:50]
+    q = np.concatenate([x[3:5], in_ball(rng, 9, 6)])
+    keep = rng.random(90) < 0.5
+    keep[[3, 43]] = True
+    for some in (q[:2], q):
+        a, b = gpu_torch.put(some), gpu_torch.put(x)
+        scores, ids = lutra.scan.knn(a, b, 4, "poincare")
+        assert gpu_torch.get(ids)[:2, :2].tolist() == [[3, 43], [4, 44]]
+        assert (gpu_torch.get(scores)[:2, :2] == 0).all()
+        filtered = lutra.scan.knn(a, b, 100, "poincare", filter=keep)
+        assert set(gpu_torch.get(filtered.ids)[0].tolist()) == {*np.flatnonzero(keep).tolist(), -1}
+    y = x.copy()
+    y[57] = 2  # comes first, as every NaN
+    for some in (q[:2], q):
+        scores, ids = lutra.scan.knn(gpu_torch.put(some), gpu_torch.put(y), 3, "poincare")
+        assert np.isnan(gpu_torch.get(scores)[:, 0]).all() and (gpu_torch.get(ids)[:, 0] == 57).all()
+    scores = lutra.scan.knn(gpu_torch.put(q * 100), gpu_torch.put(x), 3, "poincare").scores
+    assert np.isnan(gpu_torch.get(scores)).all()
+
+
+def test_poincare_index(gpu_torch):
+    rng = np.random.default_rng()
+    x, q = in_ball(rng, 200, 8), in_ball(rng, 5, 8)
+    index = lutra.index.Flat(8, "poincare")
+    index.add(x)
+    want = index.search(q, 7)
+    found = index.to("cuda").search(gpu_torch.put(q), 7)
+    np.testing.assert_allclose(gpu_torch.get(found.scores), want.scores, rtol=2e-5, atol=2e-6)
 
 
 # ---------------------------------------------------------------- the nearest of many

@@ -60,8 +60,6 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip", *, filter:
         there a NaN score comes first in its query's results, and k of `rescore` is at most 2048.
     IndexError
         A row number in ``filter`` outside [0, n); in an array on CUDA it is passed over.
-    NotImplementedError
-        On CUDA: metric 'poincare'.
 
     Notes
     -----
@@ -118,7 +116,7 @@ def rescore(queries: Any, database: Any, candidates: Any, k: int, metric: str = 
     IndexError
         A candidate outside [-1, n). On CUDA, where nothing waits for the device, it is named once among its
         query's results, first, with a NaN score and id -1.
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError
         As `knn`.
 
     Notes
@@ -161,11 +159,8 @@ def _dtype(a):
 
 
 def exact_metric(kind, metric):
-    """The number of a metric; the CUDA kernels have all but one."""
-    code = _checks.choice("metric", metric, EXACT_METRICS)
-    if kind.cuda and metric == "poincare":
-        raise NotImplementedError(f"metric {metric!r} has no CUDA kernel; move the arrays to the CPU")
-    return code
+    """The number of a metric."""
+    return _checks.choice("metric", metric, EXACT_METRICS)
 
 
 def device_keep(kind, keep, like):

@@ -41,8 +41,6 @@ def range_search(
     ------
     TypeError, ValueError, IndexError
         As `knn`; a radius that is no number, or NaN.
-    NotImplementedError
-        On CUDA: metric 'poincare'.
 
     Notes
     -----

@@ -245,6 +245,39 @@ class CupyKind(Kind):
         return a.astype(self._dtypes[code], copy=False)
 
 
+def to_cupy(a: Any, device: Any) -> Any:
+    """An array on a GPU, of torch or CuPy, as a CuPy array on a device.
+
+    CuPy copies between devices on the current stream of the one that it copies to. That waits for the stream
+    that wrote the array, and that stream for the copy: what is freed then may be written again at once.
+    """
+    import cupy
+
+    torch = None
+    if is_torch(a):
+        a = a.detach()
+        torch = a.float() if kind_of(a, "array").code(a) == BF16 else a
+        a = cupy.from_dlpack(torch.contiguous())
+    if a.device == device:
+        with device:
+            return cupy.asarray(a)
+    with a.device:
+        dense = cupy.ascontiguousarray(a)
+        written = cupy.cuda.Event(disable_timing=True)
+        written.record()
+    with device:
+        stream = cupy.cuda.get_current_stream()
+        stream.wait_event(written)
+        copy = cupy.asarray(dense)
+        read = cupy.cuda.Event(disable_timing=True)
+        read.record()
+        if torch is not None:  # whose own stream does not know of the copy
+            stream.synchronize()
+    with a.device:
+        cupy.cuda.get_current_stream().wait_event(read)
+    return copy
+
+
 NUMPY = NumpyKind()
 _lazy: dict[str, Kind] = {}
 _torch_types: set[type] = set()

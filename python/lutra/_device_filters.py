@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ._arrays import I64, U8, Kind, _adopt, is_native, kind_of
+from ._arrays import I64, U8, Kind, _adopt, is_native, kind_of, to_cupy
 
 _INTEGERS = ("int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")  # uint8 holds packed bits
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the bits in the highest byte, without a carry
@@ -123,8 +123,7 @@ def _zeros(kind: Kind, like: Any, n: int) -> Any:
 
 def _beside(kind: Kind, a: Any, like: Any) -> Any:
     """An array on a GPU in the library and on the device of ``like``."""
-    xp, of = sys.modules[kind.name], kind_of(a, "filter")
-    if kind.name == "torch":
-        return (a.detach() if of is kind else xp.from_dlpack(a)).to(like.device)
-    with like.device:
-        return xp.asarray(a if of is kind else xp.from_dlpack(a.detach().contiguous()))
+    if kind.name == "cupy":
+        return to_cupy(a, like.device)
+    of = kind_of(a, "filter")
+    return (a.detach() if of is kind else sys.modules["torch"].from_dlpack(a)).to(like.device)

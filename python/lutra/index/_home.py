@@ -8,7 +8,8 @@ that the first of them came with.
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from math import isfinite
 from typing import Any
 
@@ -28,6 +29,7 @@ from .._arrays import (
     _hand_back,
     is_native,
     kind_of,
+    to_cupy,
     type_name,
 )
 from .._ranges import ranges
@@ -92,12 +94,9 @@ class Home:
                 dense = np.require(NUMPY.to_numpy(a), requirements=["C", "W"])
                 return self.xp.from_numpy(dense).to(self.anchor.device)
             return self.xp.from_dlpack(a).to(self.anchor.device)
+        if kind.cuda:
+            return to_cupy(a, self.anchor.device)
         with self.anchor.device:
-            if kind.name == "cupy":
-                return self.xp.asarray(a)
-            if kind.cuda:
-                a = a.detach().float() if kind.code(a) == BF16 else a.detach()
-                return self.xp.asarray(self.xp.from_dlpack(a.contiguous()))
             return self.xp.asarray(kind.to_numpy(a))
 
     def positions(self, a: np.ndarray) -> Any:
@@ -121,15 +120,19 @@ class Home:
         elif self.kind.cuda:
             self.anchor.device.synchronize()
 
+    def here(self) -> Any:
+        """A context for work on the home's device: CuPy works on the current one, wherever its arrays lie."""
+        return self.anchor.device if self.kind.name == "cupy" else nullcontext()
+
     def following(self, like: Any) -> Any:
-        """A context in which work goes to the stream that is current for the library of ``like``.
+        """A context, `here`, in which work goes to the stream that is current for the library of ``like``.
 
         There is something to do where the libraries differ: with a caller's CuPy arrays and an index of torch
         tensors on one device, torch works on CuPy's stream.
         """
         kind = kind_of(like, "q") if is_native(like) else None
         if kind is None or not self.kind.cuda or not kind.cuda or kind.name == self.kind.name:
-            return nullcontext()
+            return self.here()
         number = self.anchor.device.index if self.kind.name == "torch" else self.anchor.device.id
         if kind.name == "cupy":
             if like.device.id != number:
@@ -138,10 +141,14 @@ class Home:
             torch = self.xp
             return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.anchor.device))
         if like.device.index != number:
-            return nullcontext()
-        return self.xp.cuda.ExternalStream(
-            sys.modules["torch"].cuda.current_stream(number).cuda_stream, number
-        )
+            return self.here()
+        stream = sys.modules["torch"].cuda.current_stream(number).cuda_stream
+        return self._on_stream(self.xp.cuda.ExternalStream(stream, number))
+
+    @contextmanager
+    def _on_stream(self, stream: Any) -> Iterator[None]:
+        with self.here(), stream:  # a stream of CuPy is current on its own device only
+            yield
 
     # ---- integers whose counts the host knows
     def ranges(self, begins: Any, lengths: np.ndarray) -> Any:

@@ -186,9 +186,10 @@ class Index:
         any stream may search.
         """
         with self._lock.writing():
-            if self._home is not None:
-                self._home.wait()
-            yield
+            home = self._home or HOST
+            home.wait()
+            with home.here():
+                yield
             if self._home is not None:
                 self._home.wait()
 
@@ -198,6 +199,11 @@ class Index:
         count = native.shape[0]
         new = self._ids.check_new(ids, count)
         home = self._settle(native)
+        with home.here():
+            self._add_to(home, native, new)
+
+    def _add_to(self, home: Home, native: Any, new: np.ndarray | None) -> None:
+        count = native.shape[0]
         step = max(1, (_PART if home is HOST else _GPU_PART) // (4 * self.d))
         room = {name: rows.room(count) for name, rows in self._rows.items()}
         self._begin(count)
@@ -326,7 +332,8 @@ class Index:
                 f"ids{where} is {int(np.atleast_1d(wanted)[missing[0]])}, which is not in the index"
             )
         home = self._home or HOST
-        return home, self._reconstruct(home.positions(positions))
+        with home.here():
+            return home, self._reconstruct(home.positions(positions))
 
     def remove_ids(self, ids: Any) -> int:
         """Remove vectors.

@@ -114,7 +114,8 @@ class Shards:
         found = [shard.search(part, k, filter=filter, **options) for shard, part in zip(filled, parts)]
         target = home_of(native, "q")
         brought = [tuple(target.bring(adopt(a, "result")) for a in result) for result in found]
-        return Neighbors(*deliver(target, merged(target, brought, k, self.metric), q))
+        with target.here():
+            return Neighbors(*deliver(target, merged(target, brought, k, self.metric), q))
 
     def add(self, x: Any, ids: Any = None) -> None:
         """Add vectors, as `Index.add`: in pieces, so that all shards come to hold as many as each other."""

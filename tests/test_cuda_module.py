@@ -63,12 +63,6 @@ def test_addresses_are_integers_or_none():
         cuda.sign_hash(np.zeros(8), 0, 1, 1, 8, 0, 1.0, 0, 0, 0, 0)
 
 
-def test_the_limit_of_k_is_the_module_s():
-    from lutra.scan import _knn
-
-    assert cuda.max_k == _knn.CUDA_MAX_K
-
-
 def test_scratch_is_for_cuda_alone():
     assert _arrays.NUMPY.scratch("knn", np.zeros(1), 1, 2, 3, 4) is None
     assert _arrays.NUMPY.launch(np.zeros(1), None) == ()

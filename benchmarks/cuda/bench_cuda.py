@@ -24,7 +24,7 @@ from harness import GB, RATES, Case, captured, kernels, limits, milliseconds
 
 from lutra import _backend
 
-PARTS = ("address", "gather", "memory", "exact", "codes", "lists")
+PARTS = ("address", "gather", "memory", "exact", "codes", "heads", "lists")
 
 
 def run(case: Case, limit: dict[str, float], budget: float) -> dict[str, Any]:

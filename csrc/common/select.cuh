@@ -268,8 +268,14 @@ struct Merge {
   // they replace.
   const int* which = nullptr;
   const int* count = nullptr;
+  void* scratch = nullptr;  // where best is above kMaxK: long_lists_bytes()
 };
 void merge_lists(const Merge& m, const char* what, const Launch& l);
+
+// The same for any k, by sorting the lists (scan/long_lists.cu); merge_lists calls it where there is scratch memory.
+int64_t long_lists_bytes(int64_t queries, int64_t total);  // total: keys of a query
+void long_lists(const Merge& m, const char* what, const Launch& l);
+inline bool is_long(int64_t k, int64_t total) { return k > kMaxK && total > kMaxK; }
 
 }  // namespace cuda
 }  // namespace lutra

@@ -51,7 +51,7 @@ LUTRA_KERNEL(rescore_bits, ::lutra::RescoreBitsArgs)
 namespace lutra {
 namespace cuda {
 int64_t binary_workspace(int64_t nq, int64_t n, int64_t b, int64_t k, const void* x, const Launch&);
-int64_t rescore_bits_workspace(int64_t nq, int64_t c, const Launch&);
+int64_t rescore_bits_workspace(int64_t nq, int64_t c, int64_t k, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
 #endif

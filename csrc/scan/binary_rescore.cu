@@ -1,7 +1,7 @@
 // Asymmetric scores of candidates among packed bits; see binary.h. A warp a candidate: lane l adds or subtracts the
 // dimensions 32 i + l, word i of the row having its bits. Limit: random reads of rows.
 //
-// An id outside [-1, n) shows as NaN, with id -1. k <= 2048.
+// An id outside [-1, n) shows as NaN, with id -1.
 #include "common/select.cuh"
 #include "scan/binary.h"
 
@@ -55,32 +55,55 @@ int64_t queries_of(int64_t nq, int64_t c) {  // per launch
   return fit < 1 ? 1 : fit < nq ? fit : nq;
 }
 
+struct Arrays {
+  Key* keys;
+  void* scratch;
+  int64_t bytes;
+};
+Arrays arrays(int64_t queries, int64_t c, int64_t k, void* workspace) {
+  Carve carve(workspace);
+  Arrays w{};
+  w.keys = carve.take<Key>(queries * c);
+  if (is_long(k, c)) w.scratch = carve.take<unsigned char>(long_lists_bytes(queries, c));
+  w.bytes = carve.used();
+  return w;
+}
+
 }  // namespace
 
-int64_t rescore_bits_workspace(int64_t nq, int64_t c, const Launch&) {
-  return queries_of(nq, c) * c * static_cast<int64_t>(sizeof(Key));
+int64_t rescore_bits_workspace(int64_t nq, int64_t c, int64_t k, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  return arrays(queries_of(nq, c), c, k, nullptr).bytes;
 }
 
 void rescore_bits(const RescoreBitsArgs& a, const Launch& l) {
-  if (a.k > kMaxK && a.c > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
   if (a.n > kMaxRows) throw std::length_error("lutra: rescore_bits on CUDA takes fewer than 2^32 - 1 rows");
   if (a.c > 0x7fffffff) throw std::length_error("lutra: rescore_bits on CUDA takes fewer than 2^31 candidates a query");
   const DeviceGuard guard(l.device);
-  auto* keys = static_cast<Key*>(l.workspace);
   const bool words = a.b % 4 == 0 && aligned(a.x, 4);
   const int64_t chunk = queries_of(a.nq, a.c);
+  const Arrays w = arrays(chunk, a.c, a.k, l.workspace);
   for (int64_t first = 0; first < a.nq; first += chunk) {
     RescoreBitsArgs part = a;
     part.nq = a.nq - first < chunk ? a.nq - first : chunk;
     part.q += first * a.d;
     part.cand += first * a.c;
     launch("rescore_bits", words ? rescore_bits_kernel<true> : rescore_bits_kernel<false>,
-           grid_x(div_up(part.nq * a.c, kWarps)), kThreads, 0, l, part, keys);
+           grid_x(div_up(part.nq * a.c, kWarps)), kThreads, 0, l, part, w.keys);
     const int c = static_cast<int>(a.c), best = static_cast<int>(a.k < a.c ? a.k : a.c);
-    merge_lists(Merge{keys, part.nq, 1, c, c, true, best, static_cast<int>(a.k), false, a.scores + first * a.k,
-                      a.ids + first * a.k},
-                "rescore_bits", l);
+    Merge m{w.keys,
+            part.nq,
+            1,
+            c,
+            c,
+            true,
+            best,
+            static_cast<int>(a.k),
+            false,
+            a.scores + first * a.k,
+            a.ids + first * a.k};
+    m.scratch = w.scratch;
+    merge_lists(m, "rescore_bits", l);
   }
 }
 

@@ -312,8 +312,6 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
 
 }  // namespace
 
-int max_k() { return kMaxK; }
-
 void knn_paths(bool sm90, int64_t screen_rows) {
   g_sm90 = sm90;
   g_screen_rows = screen_rows > 0 ? screen_rows : kScreenRows;

@@ -60,11 +60,10 @@ LUTRA_KERNEL(rescore, ::lutra::RescoreArgs)
 #ifdef LUTRA_CUDA_ENTRIES
 namespace lutra {
 namespace cuda {
-int max_k();  // on CUDA; more are asked for only where the collection holds fewer
 // For tests: whether kernels for Hopper are used there, and from how many rows on the screen is (0: as usual).
 void knn_paths(bool sm90, int64_t screen_rows);
 int64_t knn_workspace(const KnnArgs&, const Launch&);  // of sizes, metric and storage
-int64_t rescore_workspace(int64_t nq, int64_t c, int64_t d, Metric, const Launch&);
+int64_t rescore_workspace(int64_t nq, int64_t c, int64_t d, int64_t k, Metric, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
 #endif

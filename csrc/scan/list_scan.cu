@@ -46,6 +46,11 @@ Key* list_keys(const ListScanPlan& p, Carve* c) { return c->take<Key>(p.queries 
 
 Key* list_bars(const ListScanPlan& p, Carve* c) { return p.barred ? c->take<Key>(p.queries) : nullptr; }
 
+void* list_sort(const ListScanPlan& p, Carve* c) {
+  if (p.wanted <= kMaxK) return nullptr;
+  return c->take<unsigned char>(long_lists_bytes(p.queries, p.runs * p.stretches * p.best));
+}
+
 __global__ void __launch_bounds__(256)
     probe_keys_kernel(const int64_t* probes, int n, int64_t nlist, uint32_t* lists, int32_t* numbers) {
   const int i = static_cast<int>(blockIdx.x * 256u + threadIdx.x);
@@ -115,12 +120,12 @@ __global__ void __launch_bounds__(kMergeWarps * 32) merge_short_kernel(Merge m) 
 }  // namespace
 
 ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const ListScanShape& shape, int device) {
-  if (a.k > kMaxK && a.npositions > kMaxK)
-    throw std::invalid_argument("lutra: k is " + std::to_string(a.k) + "; on CUDA it must be <= 2048");
   if (a.npositions > 0x7fffffff || a.nlist > 0x7ffffff0 || a.arena_rows > kMaxRows)
     throw std::length_error("lutra: lists on CUDA take fewer than 2^31 vectors and lists");
   ListScanPlan p{};
-  p.best = static_cast<int>(a.k < a.npositions ? a.k : a.npositions);
+  p.wanted = a.k < a.npositions ? a.k : a.npositions;
+  const bool all = p.wanted > kMaxK;  // a block leaves all rows of its stretch
+  p.best = static_cast<int>(all ? kMaxK : p.wanted);
   p.capacity = list_capacity(p.best);
   const int64_t nq = a.nq > 0 ? a.nq : 1, nprobe = a.nprobe > 0 ? a.nprobe : 1, nlist = a.nlist > 0 ? a.nlist : 1;
   const double each = static_cast<double>(nq) * static_cast<double>(nprobe) / static_cast<double>(nlist);
@@ -140,7 +145,7 @@ ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const Li
   // Several probes a block where there are enough of them: it has the query's tables and threshold already.
   // A position that is in two lists must not come twice into one block's candidates.
   const int64_t spare = sizes.repeated ? 1 : nq * nprobe / (4 * slots);
-  p.run = static_cast<int>(spare < 1 ? 1 : spare > shape.most_run ? shape.most_run : spare);
+  p.run = static_cast<int>(spare < 1 || all ? 1 : spare > shape.most_run ? shape.most_run : spare);
   p.runs = div_up(nprobe, p.run);
   int64_t blocks = nq * p.runs;
   if (p.grouped) blocks = static_cast<int64_t>(static_cast<double>(blocks) / (each < kGroup ? each : kGroup)) + 1;
@@ -155,8 +160,13 @@ ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const Li
   if (most > 65535) most = 65535;
   if (most < 1) most = 1;
   if (div_up(longest, p.stretch) > most) p.stretch = round_up(div_up(longest, most), tile);
+  if (all) {
+    p.stretch = kMaxK / tile * tile;
+    if (p.stretch < 1 || div_up(longest, p.stretch) > 65535)
+      throw std::length_error("lutra: a list is too long for a k above 2048 on CUDA");
+  }
   p.stretches = static_cast<int>(div_up(longest, p.stretch));
-  p.barred = blocks * div_up(typical, p.stretch) > 2 * slots && p.runs * p.stretches > 1;
+  p.barred = !all && blocks * div_up(typical, p.stretch) > 2 * slots && p.runs * p.stretches > 1;
 
   int64_t fit = kKeyBytes / (place * p.stretches);
   if (fit > kMostProbes / nprobe) fit = kMostProbes / nprobe;
@@ -171,6 +181,7 @@ int64_t list_scan_bytes(const ListScanPlan& p, const ListsArgs& a) {
   sorted_probes(p, a, &c);
   list_keys(p, &c);
   list_bars(p, &c);
+  list_sort(p, &c);
   return c.used();
 }
 
@@ -180,6 +191,7 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
   const SortedProbes w = sorted_probes(p, a, &c);
   Key* keys = list_keys(p, &c);
   Key* bars = list_bars(p, &c);
+  void* sort = list_sort(p, &c);
   for (int64_t q0 = 0; q0 < a.nq; q0 += p.queries) {
     ListScan s{};
     s.lists = a;
@@ -214,17 +226,18 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
       call.scan(call.context, s, q0, grid);
     }
     const int parts = p.best > 0 ? static_cast<int>(p.runs) * p.stretches : 0;
-    const Merge m{keys,
-                  s.lists.nq,
-                  parts,
-                  p.best,
-                  p.best,
-                  p.repeated,
-                  p.best,
-                  static_cast<int>(a.k),
-                  a.metric == Metric::l2,
-                  a.scores + q0 * a.k,
-                  a.ids + q0 * a.k};
+    Merge m{keys,
+            s.lists.nq,
+            parts,
+            p.best,
+            p.best,
+            p.repeated,
+            static_cast<int>(p.wanted),
+            static_cast<int>(a.k),
+            a.metric == Metric::l2,
+            a.scores + q0 * a.k,
+            a.ids + q0 * a.k};
+    m.scratch = sort;
     if (p.best <= 16 && !p.repeated && static_cast<int64_t>(parts) * p.best > 32)
       launch(what, merge_short_kernel, grid_x(s.lists.nq), kMergeWarps * 32, 0, l, m);
     else

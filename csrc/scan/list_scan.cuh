@@ -7,12 +7,13 @@
 // kGroup probes of one list, which share each load of its rows; the blocks of the others return at once. Nothing of
 // this is read by the host: it knows the sizes of the lists from the index (`longest`, `typical`), and they decide no
 // more than how the work is cut.
+// k > 2048: stretches are so short that a block leaves all their rows, and these are sorted (long_lists.cu).
 //
 // The candidates of a block lie in shared memory. Positions and the filter are looked up for those only that pass the
 // query's threshold, which a block does not find by trial: with a k of up to 128 it begins with the k-th largest of
 // the threads' best scores of the first tile, for so many rows are at least as good. And in calls of more blocks than
 // run at once, blocks leave their thresholds to those that come later. Which blocks do changes no result, only how much
-// they look at. k <= 2048; fewer than 2^31 probes of a launch, positions below 2^31.
+// they look at. Fewer than 2^31 probes of a launch, positions below 2^31.
 #pragma once
 #include "common/select.cuh"
 #include "scan/list_cuda.h"
@@ -46,6 +47,7 @@ struct ListScanPlan {
   bool grouped, repeated, barred;
   int best, capacity, stretches, run;
   int64_t stretch, runs, queries;  // queries of a launch
+  int64_t wanted;                  // of a query; best: of a block
 };
 
 struct ListScanShape {

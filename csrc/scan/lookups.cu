@@ -4,8 +4,9 @@
 // name. The tables of 4 tokens (of one) lie in shared memory (rotated.cuh). Sums are fp32, in an order that depends on
 // the row and on the number of tokens; the same call gives the same bits.
 //
-// Limits: writing the sums out; shared memory, 32 look-ups a cycle and multiprocessor. Served are rows of at most 192
-// bytes or so, what shared memory has room for (lookups_fit). k > 2048: scores are written and selected by radix
+// Limits: writing the sums out; shared memory, 32 look-ups a cycle and multiprocessor. So rows of at most 192 bytes or
+// so are served, what shared memory has room for. Longer ones, and codes of 3, 5, 6 or 7 bits, are looked up in memory,
+// j in increasing order, at an eighth of that. There, and with k > 2048, scores are written and selected by radix
 // (any_k.cuh). n < 2^32 - 1.
 #include "scan/lookups.h"
 
@@ -50,6 +51,43 @@ __global__ void __launch_bounds__(256) byte_tables_kernel(const float* tables, i
     }
   }
   store_pack<float, W>(image + (((group * pieces + byte / 16) * 256 + c) * 16 + byte % 16) * W, sum);
+}
+
+__device__ __forceinline__ void write_sum(const LookupsScan& a, int64_t at, float v) {
+  if (a.all)
+    a.all[at] = ordered_bits(v);
+  else if (a.dtype == DType::f32)
+    static_cast<float*>(a.out)[at] = v;
+  else if (a.dtype == DType::f16)
+    static_cast<__half*>(a.out)[at] = __float2half_rn(v);
+  else
+    static_cast<__nv_bfloat16*>(a.out)[at] = __float2bfloat16_rn(v);
+}
+
+// Any codes: a thread a row, tables in memory; all rows of a block read the same one at about the same time.
+constexpr int kPlainTokens = 4;
+__global__ void __launch_bounds__(kThreads)
+    plain_kernel(LookupsScan a, const float* tables, int64_t st, int64_t sj, int m, int bits) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, t0 = blockIdx.y * kPlainTokens;
+  if (row >= a.n) return;
+  const uint8_t* codes = a.codes + row * a.bytes;
+  const float* of[kPlainTokens];
+  float sum[kPlainTokens] = {};
+#pragma unroll
+  for (int w = 0; w < kPlainTokens; ++w) of[w] = tables + (t0 + w < a.tokens ? t0 + w : t0) * st;
+  uint32_t held = 0;
+  int have = 0, byte = 0;
+  for (int j = 0; j < m; ++j) {
+    if (have < bits) held |= static_cast<uint32_t>(codes[byte++]) << have, have += 8;
+    const uint32_t c = held & ((1u << bits) - 1);
+    held >>= bits, have -= bits;
+#pragma unroll
+    for (int w = 0; w < kPlainTokens; ++w) sum[w] += __ldg(of[w] + j * sj + c);
+  }
+  const float bias = a.bias ? a.bias[row] : 0.0f;
+#pragma unroll
+  for (int w = 0; w < kPlainTokens; ++w)
+    if (t0 + w < a.tokens) write_sum(a, (t0 + w) * a.ldo + row, a.bias ? sum[w] + bias : sum[w]);
 }
 
 template <int W, int VEC>
@@ -139,14 +177,7 @@ __global__ void __launch_bounds__(kThreads, 3) write_kernel(LookupsScan a) {
         if (t0 + w >= a.tokens) break;
         const float v = p.score(sum[r][w], none[r], w, static_cast<uint32_t>(row));
         const int64_t at = (t0 + w) * a.ldo + row;
-        if (a.all)
-          a.all[at] = ordered_bits(v);
-        else if (a.dtype == DType::f32)
-          static_cast<float*>(a.out)[at] = v;
-        else if (a.dtype == DType::f16)
-          static_cast<__half*>(a.out)[at] = __float2half_rn(v);
-        else
-          static_cast<__nv_bfloat16*>(a.out)[at] = __float2bfloat16_rn(v);
+        write_sum(a, at, v);
       }
     }
   }
@@ -155,20 +186,29 @@ __global__ void __launch_bounds__(kThreads, 3) write_kernel(LookupsScan a) {
 constexpr int64_t kListBytes = int64_t{128} << 20, kImageBytes = int64_t{64} << 20;  // of the workspace, about
 
 struct LookupsPlan {
-  int width, pieces;  // width 0: it does not fit
+  int width, pieces;  // width 0: it does not fit, and the plain kernel serves it
   bool whole;         // long lists: all scores are written, and selected from
   size_t shared;
   int64_t slots;
   ListPlan lists;  // queries: tokens of a launch
 };
 
-LookupsPlan plan_for(int64_t tokens, int64_t n, int64_t bytes, int64_t k, int device) {
+LookupsPlan plan_plain(int64_t tokens, int64_t n, int64_t k) {
   LookupsPlan p{};
+  p.whole = k > 0;
+  const int64_t most = p.whole ? any_k_queries(tokens, n) : 4 * 65535;
+  p.lists.queries = tokens < most ? tokens : most;
+  return p;
+}
+
+LookupsPlan plan_for(int64_t tokens, int64_t n, int bits, int64_t bytes, int64_t k, int device) {
+  LookupsPlan p{};
+  const int64_t wanted = k;
   const int64_t limit = shared_limit(device);
   p.whole = k > kMaxK && n > kMaxK;
   if (p.whole) k = 0;
   const int best = static_cast<int>(k < n ? k : n);
-  if (bytes > 1024) return p;
+  if (bytes > 1024 || 8 % bits != 0) return plan_plain(tokens, n, wanted);
   p.pieces = static_cast<int>(div_up(bytes, 16));
   for (const int width : {4, 1}) {
     const int64_t shared = rotated::unit_bytes(width, 256, p.pieces) +
@@ -177,7 +217,7 @@ LookupsPlan plan_for(int64_t tokens, int64_t n, int64_t bytes, int64_t k, int de
     p.width = width;
     p.shared = static_cast<size_t>(shared);
   }
-  if (!p.width) return p;
+  if (!p.width) return plan_plain(tokens, n, wanted);
   const int64_t at_once = limit / static_cast<int64_t>(p.shared + 1024);
   p.slots = (at_once < 1 ? 1 : at_once > 3 ? 3 : at_once) * multiprocessors(device);
   p.lists = cut_lists(tokens, p.width, n, k, kThreads * (p.width == 4 ? 1 : 2), p.slots, kListBytes);
@@ -225,24 +265,18 @@ void scan_of(const LookupsArgs& a, const LookupsScan& s, const LookupsPlan& p, c
 
 }  // namespace
 
-bool lookups_fit(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch& l) {
-  if (bits != 8 && bits != 4 && bits != 2 && bits != 1) return false;
-  const DeviceGuard guard(l.device);
-  return n <= kMaxRows && plan_for(tokens, n, row_bytes, k, l.device).width > 0;
-}
-
-int64_t lookups_workspace(int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, const Launch& l) {
+int64_t lookups_workspace(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch& l) {
   const DeviceGuard guard(l.device);
   int64_t bytes = 0;
-  arrays(plan_for(tokens, n, row_bytes, k, l.device), n, k, nullptr, &bytes);
+  arrays(plan_for(tokens, n, bits, row_bytes, k, l.device), n, k, nullptr, &bytes);
   return bytes;
 }
 
 void lookups(const LookupsArgs& a, const Launch& l) {
-  if (!lookups_fit(a.tokens, a.n, a.bits, a.row_bytes, a.k, l))
-    throw std::length_error("lutra: these codes are too long for lookups on CUDA");
+  if (a.n > kMaxRows || a.row_bytes > 0x7ffffff)
+    throw std::length_error("lutra: lookups on CUDA take fewer than 2^32 - 1 rows of fewer than 2^27 bytes");
   const DeviceGuard guard(l.device);
-  const LookupsPlan p = plan_for(a.tokens, a.n, a.row_bytes, a.k, l.device);
+  const LookupsPlan p = plan_for(a.tokens, a.n, a.bits, a.row_bytes, a.k, l.device);
   const Arrays w = arrays(p, a.n, a.k, l.workspace, nullptr);
   for (int64_t first = 0; first < a.tokens; first += p.lists.queries) {
     const int64_t count = a.tokens - first < p.lists.queries ? a.tokens - first : p.lists.queries;
@@ -260,7 +294,14 @@ void lookups(const LookupsArgs& a, const Launch& l) {
     }
     if (a.n > 0) {
       const float* tables = a.tables + first * a.st;
-      p.width == 4 ? scan_of<4>(a, s, p, tables, w.image, l) : scan_of<1>(a, s, p, tables, w.image, l);
+      if (p.width == 4)
+        scan_of<4>(a, s, p, tables, w.image, l);
+      else if (p.width == 1)
+        scan_of<1>(a, s, p, tables, w.image, l);
+      else
+        launch("lookups", plain_kernel,
+               dim3(grid_x(div_up(a.n, kThreads)), static_cast<unsigned>(div_up(count, kPlainTokens))), kThreads, 0, l,
+               s, tables, a.st, a.sj, static_cast<int>(a.m), a.bits);
     }
     if (p.whole)
       any_k(best, count, false, a.scores + first * a.k, a.ids + first * a.k, "lookups", l);

@@ -57,8 +57,7 @@ LUTRA_KERNEL(lookups_backward, ::lutra::LookupsBackwardArgs)
 namespace lutra {
 namespace cuda {
 int64_t lookups_backward_workspace(int64_t tokens, int64_t m, int bits, int64_t n, const Launch&);
-bool lookups_fit(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch&);
-int64_t lookups_workspace(int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, const Launch&);
+int64_t lookups_workspace(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch&);
 }  // namespace cuda
 }  // namespace lutra
 #endif

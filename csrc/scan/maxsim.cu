@@ -216,6 +216,22 @@ int64_t queries_at_once(int64_t nq, int64_t columns) {
   return most < 1 ? 1 : most < nq ? most : nq;
 }
 
+struct Arrays {
+  Key* keys;
+  void* scratch;
+  int64_t bytes;
+};
+Arrays arrays(int64_t nq, int64_t columns, int64_t k, void* workspace) {
+  Carve carve(workspace);
+  Arrays w{};
+  if (k < 1) return w;
+  const int64_t queries = queries_at_once(nq, columns);
+  w.keys = carve.take<Key>(queries * columns);
+  if (is_long(k, columns)) w.scratch = carve.take<unsigned char>(long_lists_bytes(queries, columns));
+  w.bytes = carve.used();
+  return w;
+}
+
 }  // namespace
 
 MaxsimPlan maxsim_plan(const MaxsimArgs& a, int warps, int64_t first, int64_t count, Key* keys, int device) {
@@ -239,8 +255,9 @@ void maxsim_again(const MaxsimArgs& a, const MaxsimPlan& p, const Launch& l) {
   launch("maxsim", maxsim_again_kernel, dim3(grid_x(blocks < most ? blocks : most)), kThreads, 0, l, a, p);
 }
 
-int64_t maxsim_workspace(int64_t nq, int64_t columns, int64_t k) {
-  return k > 0 ? queries_at_once(nq, columns) * columns * static_cast<int64_t>(sizeof(Key)) : 0;
+int64_t maxsim_workspace(int64_t nq, int64_t columns, int64_t k, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  return arrays(nq, columns, k, nullptr).bytes;
 }
 
 void maxsim(const MaxsimArgs& a, const Launch& l) {
@@ -249,7 +266,8 @@ void maxsim(const MaxsimArgs& a, const Launch& l) {
   if (a.argmax)  // -1, for pairs that have no maxima
     check(cudaMemsetAsync(a.argmax, 0xff, static_cast<size_t>(columns * a.q_rows) * 4, stream_of(l)), "maxsim");
   if (a.nq == 0 || columns == 0) return;
-  Key* keys = a.k > 0 ? static_cast<Key*>(l.workspace) : nullptr;
+  const Arrays w = arrays(a.nq, columns, a.k, l.workspace);
+  Key* keys = w.keys;
   const int64_t step = keys ? queries_at_once(a.nq, columns) : a.nq;
   for (int64_t first = 0; first < a.nq; first += step) {
     const int64_t count = first + step < a.nq ? step : a.nq - first;
@@ -269,6 +287,7 @@ void maxsim(const MaxsimArgs& a, const Launch& l) {
     m.k = static_cast<int>(a.k);
     m.scores = a.scores + first * a.k;
     m.ids = a.ids + first * a.k;
+    m.scratch = w.scratch;
     merge_lists(m, "maxsim", l);
   }
 }

@@ -89,7 +89,7 @@ LUTRA_KERNEL(maxsim_backward, ::lutra::MaxsimBackwardArgs)
 #ifdef LUTRA_CUDA_ENTRIES
 namespace lutra {
 namespace cuda {
-int64_t maxsim_workspace(int64_t nq, int64_t columns, int64_t k);  // bytes
+int64_t maxsim_workspace(int64_t nq, int64_t columns, int64_t k, const Launch&);  // bytes
 }
 }  // namespace lutra
 #endif

@@ -210,6 +210,7 @@ __global__ void __launch_bounds__(kSelectThreads) block_select_kernel(Merge m, i
 }  // namespace
 
 void merge_lists(const Merge& m, const char* what, const Launch& l) {
+  if (m.scratch) return long_lists(m, what, l);
   const int64_t total = static_cast<int64_t>(m.parts) * m.per_part;
   if (total <= 32) {
     Merge small = m;

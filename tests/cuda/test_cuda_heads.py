@@ -318,3 +318,22 @@ def test_tied_heads(gpu_torch, format, dtype):
         torch.testing.assert_close(b.cpu().float(), a.float(), rtol=limit, atol=limit)
     if dtype == "float32":
         assert torch.equal(found[0][4], found[1][4].cpu())
+
+
+@pytest.mark.parametrize(("bits", "m"), [(8, 300), (3, 11), (5, 7), (6, 20), (7, 33), (4, 500), (3, 1)])
+def test_lookups_in_memory(gpu, rng, bits, m):
+    """Codes whose tables have no place in shared memory: any bits, any length."""
+    codes = rng.integers(0, 256, (300, (m * bits + 7) // 8)).astype(np.uint8)
+    bias = rng.integers(-9, 9, 300).astype(np.float32)
+    for tokens in (1, 5):
+        tables = rng.integers(-9, 9, (m, tokens, 1 << bits)).astype(np.float32)  # sums are exact
+        on_gpu = gpu.put(tables), gpu.put(codes), gpu.put(bias)
+        with gpu.no_sync():
+            got = scan.lookups(*on_gpu, bits=bits)
+            scores, ids = scan.lookups_topk(on_gpu[0], on_gpu[1], 40, on_gpu[2], bits=bits)
+        np.testing.assert_array_equal(gpu.get(got), scan_reference.lookups(tables, codes, bits, bias))
+        want_scores, want_ids = scan_reference.lookups_topk(tables, codes, 40, bits, bias)
+        np.testing.assert_array_equal(gpu.get(ids), want_ids)
+        np.testing.assert_array_equal(gpu.get(scores), want_scores)
+        half = scan.lookups(*on_gpu, bits=bits, dtype="float16")
+        np.testing.assert_allclose(gpu.get(half), gpu.get(got), rtol=1e-3)

@@ -148,9 +148,14 @@ def test_limits_and_errors(gpu):
     index = IVF(D, 12, nprobe=3)
     index.train(gpu.put(x), n_iter=1)
     index.add(gpu.put(x))
-    with pytest.raises(ValueError, match="k must be at most 2048 on CUDA"):
-        index.search(gpu.put(x[:2]), 2049)
-    assert gpu.get(index.search(gpu.put(x[:2]), 2048).ids).shape == (2, 2048)
+    for k in (2048, 2049, 4000):  # sorted from 2049 on
+        found = index.search(gpu.put(x[:2]), k)
+        assert gpu.get(found.ids).shape == (2, k)
+        best = index.search(gpu.put(x[:2]), 20)
+        np.testing.assert_array_equal(gpu.get(found.ids)[:, :20], gpu.get(best.ids))
+        ids = gpu.get(found.ids)
+        assert all(len(set(row[row >= 0])) == (row >= 0).sum() > 200 for row in ids)
+        assert (np.diff(gpu.get(found.scores)[ids >= 0].reshape(-1)[:200]) >= 0).all()
     bad = x[:2].copy()
     bad[1, 3] = np.nan
     assert np.isnan(gpu.get(index.search(gpu.put(bad), 3).scores)[1]).all()

@@ -154,12 +154,6 @@ def test_a_query_has_the_same_scores_in_any_batch(gpu):
         same_bits(gpu.get(lutra.scan.knn(gpu.put(part), gpu.put(x), 10, "l2").scores), whole[: len(part)])
 
 
-def test_the_limit_of_k_is_named(gpu):
-    x = gpu.put(np.ones((3, 4), np.float32))
-    with pytest.raises(ValueError, match="k must be at most 2048 on CUDA, got 2049"):
-        lutra.scan.rescore(x, x, gpu.put(np.zeros((3, 1), np.int64)), 2049)
-
-
 # ---------------------------------------------------------------- rescore
 @pytest.mark.parametrize("metric", METRICS)
 def test_rescore(gpu, metric):

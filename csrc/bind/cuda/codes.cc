@@ -22,8 +22,8 @@ void register_codes(py::module_& m) {
     cuda::binary(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
-  m.def("rescore_bits_workspace", [](int64_t nq, int64_t c, int device, Address stream) {
-    return cuda::rescore_bits_workspace(nq, c, Launch{device, stream.p});
+  m.def("rescore_bits_workspace", [](int64_t nq, int64_t c, int64_t k, int device, Address stream) {
+    return cuda::rescore_bits_workspace(nq, c, k, Launch{device, stream.p});
   });
   m.def("rescore_bits", [](Address q, Address x, int64_t nq, int64_t n, int64_t d, Address candidates, int64_t c,
                            int64_t k, Address scores, Address ids, Address workspace, int device, Address stream) {
@@ -59,13 +59,10 @@ void register_codes(py::module_& m) {
     cuda::unpack4(Unpack4Args{codes.as<uint8_t>(), rows.as<int64_t>(), n, m_, first, entries.as<uint8_t>()},
                   Launch{device, stream.p});
   });
-  m.def("lookups_fit",
+  m.def("lookups_workspace",
         [](int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, int device, Address stream) {
-          return cuda::lookups_fit(tokens, n, bits, row_bytes, k, Launch{device, stream.p});
+          return cuda::lookups_workspace(tokens, n, bits, row_bytes, k, Launch{device, stream.p});
         });
-  m.def("lookups_workspace", [](int64_t tokens, int64_t n, int64_t row_bytes, int64_t k, int device, Address stream) {
-    return cuda::lookups_workspace(tokens, n, row_bytes, k, Launch{device, stream.p});
-  });
   m.def("lookups", [](Address tables, int64_t st, int64_t sj, int64_t tokens, int64_t m_, int bits, Address codes,
                       int64_t n, int64_t row_bytes, Address bias, Address out, int dtype, int64_t k, Address scores,
                       Address ids, Address workspace, int device, Address stream) {

@@ -7,8 +7,9 @@ namespace lutra {
 // The arguments of the CPU's binding, then scratch memory, device and stream. Results only: what is wrong is NaN in
 // them.
 void register_maxsim(py::module_& m) {
-  m.def("maxsim_workspace",
-        [](int64_t nq, int64_t columns, int64_t k, int, Address) { return cuda::maxsim_workspace(nq, columns, k); });
+  m.def("maxsim_workspace", [](int64_t nq, int64_t columns, int64_t k, int device, Address stream) {
+    return cuda::maxsim_workspace(nq, columns, k, Launch{device, stream.p});
+  });
   m.def("maxsim", [](Address q, int q_type, int64_t ldq, Address q_ptr, Address q_mask, int64_t nq, int64_t q_rows,
                      Address x, int x_type, int64_t ldx, Address x_ptr, Address x_mask, Address x_scale,
                      int64_t documents, int64_t x_rows, int64_t d, Address centroid_ids, Address centroids,

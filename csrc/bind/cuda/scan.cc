@@ -7,7 +7,6 @@
 namespace lutra {
 
 void register_scan(py::module_& m) {
-  m.attr("max_k") = cuda::max_k();
   m.def("knn_paths", &cuda::knn_paths);
   m.def("knn_workspace", [](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, bool bf16_queries,
                             int device, Address stream) {
@@ -28,8 +27,8 @@ void register_scan(py::module_& m) {
     cuda::knn(a, Launch{device, stream.p, workspace.p});
     return -1;
   });
-  m.def("rescore_workspace", [](int64_t nq, int64_t c, int64_t d, int metric, int device, Address stream) {
-    return cuda::rescore_workspace(nq, c, d, static_cast<Metric>(metric), Launch{device, stream.p});
+  m.def("rescore_workspace", [](int64_t nq, int64_t c, int64_t d, int64_t k, int metric, int device, Address stream) {
+    return cuda::rescore_workspace(nq, c, d, k, static_cast<Metric>(metric), Launch{device, stream.p});
   });
   m.def("rescore", [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d,
                       Address candidates, int64_t c, int64_t k, int metric, Address scores, Address ids, int storage,

@@ -132,15 +132,6 @@ def distinct(home: Home, scores: Any, ids: Any, k: int, metric: str) -> tuple[An
     return xp.where(gone, worst, scores), xp.where(gone, -1, ids)
 
 
-def order_of(home: Home, keys: Any) -> Any:
-    """The stable order of each row of float32 keys."""
-    xp = home.xp
-    if home.kind.name == "torch":
-        return xp.argsort(keys, dim=1, stable=True)
-    bits = (keys + 0.0).view(xp.int32).astype(xp.int64)  # integers that grow with the keys
-    return _stable(home, xp.where(bits < 0, -(bits & 0x7FFFFFFF), bits))
-
-
 def _stable(home: Home, a: Any) -> Any:
     """The stable order of each row."""
     if home.kind.name == "torch":

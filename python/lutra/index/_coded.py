@@ -11,12 +11,11 @@ import numpy as np
 from .. import _backend, _checks, scan
 from .._arrays import BF16, F16, F32, I8, I32, I64
 from .._checks import METRICS
-from ..scan._knn import CUDA_MAX_K
 from ..scan._lists import Lists, list_rows, query_tables
 from . import _files
 from ._arena import BLOCK, Arena, Field
 from ._codec import ROWS, Codec, merge, to_rows, to_rows_on_gpu
-from ._codec_gpu import GpuScan, distinct, order_of
+from ._codec_gpu import GpuScan, distinct
 from ._home import HOST, Home
 from ._quantizer_files import quantizer_of, quantizer_tensors, restore_quantizer
 from ._refine import rescore_converted
@@ -279,15 +278,13 @@ class CodedIndex(Index):
     def _find_on_gpu(self, q: Any, k: int, keep: Any, nprobe: int, factor: int) -> tuple[Any, Any]:
         """The same where the index lives on a GPU. Nothing is read back, so that a CUDA graph can hold it."""
         home, there = self._here, self._searcher
-        if k > CUDA_MAX_K:
-            raise ValueError(f"k must be at most {CUDA_MAX_K} on CUDA, got {k}; the CPU has no such limit")
         if there is None:
             there = _There(self)
             home.wait()  # other streams may search with it at once
             self._searcher = there
         copies, count = self._copies, k
         if factor or copies > 1:
-            count = min(copies * k * max(1, factor), copies * self.ntotal, CUDA_MAX_K)
+            count = min(copies * k * max(1, factor), copies * self.ntotal)
         step, parts = max(1, there.scan.part(count)), []
         for i in range(0, max(1, len(q)), step):
             part = q[i : i + step]
@@ -509,17 +506,12 @@ class _There:
         """Scores and numbers of the lists that queries look into."""
         if self.columns is None:
             return None, self.home.full((len(q), 1), 0, I64)
-        if nprobe < min(self.nlist, CUDA_MAX_K + 1):
+        if nprobe < self.nlist:
             if self.rows is not None and nprobe <= _FEW[1]:  # whatever the batch: its size changes no bit
                 lists = self.whole._replace(probes=self.home.full((len(q), 1), 0, I64))
                 return list_rows(self.home.kind.dense(q), self.rows, lists, nprobe, self.inner)
             return scan.knn(q, self.centers, nprobe, self.inner)
         base = query_tables(q, self.columns, distances=self.inner == "l2")[:, 0]
-        if nprobe == self.nlist:
-            probes = self.home.empty((len(q), self.nlist), I64)
-            probes[:] = self.every
-            return base, probes
-        order = order_of(self.home, base if self.inner == "l2" else -base)[:, :nprobe]
-        if self.home.kind.name == "torch":
-            return base.gather(1, order), order.contiguous()
-        return self.home.xp.take_along_axis(base, order, 1), self.home.kind.dense(order)
+        probes = self.home.empty((len(q), self.nlist), I64)
+        probes[:] = self.every
+        return base, probes

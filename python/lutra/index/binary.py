@@ -11,7 +11,6 @@ from .._arrays import F16, F32, I8, U8, kind_of
 from .._results import Neighbors
 from ..reference.binary import signs
 from ..scan._binary import BINARY_METRICS
-from ..scan._knn import CUDA_MAX_K
 from . import _files
 from ._compact import rescore_fetched
 from ._home import HOST, Home, adopt, check_matrix, deliver, to_float32
@@ -57,7 +56,7 @@ class Binary(Index):
     Notes
     -----
     Memory: d / 8 bytes a vector, the vectors that are kept, and 8 for an id where ids are not simply 0, 1, 2,
-    ... On a GPU k, and k * refine_factor at each stage, are at most 2048.
+    ...
 
     Examples
     --------
@@ -302,11 +301,10 @@ class Binary(Index):
         bits = address.binarize(q, limits)
         if rescore is None:
             return self._nearest(bits, k, keep)
-        most = CUDA_MAX_K if home.kind.cuda else self.ntotal
-        wanted = min(k * factor * (factor if rescore == "both" else 1), self.ntotal, most)
+        wanted = min(k * factor * (factor if rescore == "both" else 1), self.ntotal)
         candidates = self._nearest(bits, wanted, keep).ids
         if rescore != "vectors":
-            wanted = k if rescore == "bits" else min(k * factor, self.ntotal, most)
+            wanted = k if rescore == "bits" else min(k * factor, self.ntotal)
             scores, candidates = scan.rescore_bits(q - limits, self._rows["codes"].view, candidates, wanted)
             if rescore == "bits":
                 return scores, candidates

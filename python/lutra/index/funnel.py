@@ -11,7 +11,6 @@ import numpy as np
 from .. import _checks, scan
 from .._arrays import F16, F32, F64
 from .._results import Neighbors
-from ..scan._knn import CUDA_MAX_K
 from ._compact import rescore_fetched
 from ._files import File
 from ._home import HOST, check_matrix, deliver, home_of, to_float32
@@ -84,7 +83,7 @@ class Funnel(Index):
     -----
     Memory: whole vectors, and 4 dims[0] bytes each for a copy of the shortest prefix (normalised for cosine),
     so that the scan reads nothing else. A search costs 2 n dims[0] flops a query, and reads of candidates'
-    rows. On a GPU the prefixes but the first leave 2048 candidates at most.
+    rows.
 
     References
     ----------
@@ -198,7 +197,6 @@ def narrow(home, q, vectors, candidates, k, dims, counts, metric):
         if home is HOST:
             _, candidates = rescore_fetched(part, prefixes.__getitem__, candidates, count, metric)
         else:
-            count = max(k, min(count, CUDA_MAX_K))
             _, candidates = rescore_converted(home, part, prefixes, candidates, count, metric)
     return scan.rescore(q, vectors, candidates, k, metric)
 

@@ -10,7 +10,6 @@ from .. import _checks, address, scan
 from .._arrays import F16, F32, I64, U8, kind_of
 from .._results import Neighbors
 from ..reference.scan import pq_tables
-from ..scan._knn import CUDA_MAX_K
 from ..scan._lists import Lists, lut8, query_tables
 from . import _files
 from ._home import HOST, Home, adopt, check_matrix, deliver, home_of, to_float32
@@ -260,7 +259,6 @@ class PQ(Index):
         Notes
         -----
         Cost: 2 d 2**bits flops a query for its tables, then n m look-ups, and k * refine reads of a vector.
-        On CUDA k * refine is at most 2048.
         """
         if refine is None:
             refine = 0 if self.refine is None else _REFINE
@@ -280,8 +278,6 @@ class PQ(Index):
         if not refine:
             return self._scan(coded, codes, k, metric, keep)
         count = max(1, min(k * refine, self.ntotal))
-        if self._here.kind.cuda:
-            count = min(count, CUDA_MAX_K)
         candidates = self._scan(coded, codes, count, metric, keep)[1]
         vectors = self._rows["vectors"].view
         if self._here.kind.cuda:
@@ -304,8 +300,6 @@ class PQ(Index):
 
     def _scan_on_gpu(self, home, q, codes, k, metric, keep):
         """A filtered scan, as one list of all rows."""
-        if k > CUDA_MAX_K:
-            raise ValueError(f"k must be at most {CUDA_MAX_K} on CUDA, got {k}; the CPU has no such limit")
         n = len(codes)
         books = home.kind.dense(home.xp.swapaxes(self._codebooks, 1, 2))
         begin, rows = home.full((1,), 0, I64), home.full((1,), n, I64)

@@ -11,7 +11,7 @@ from .._arrays import F32, F64, I32, I64, NUMPY, U8, call
 from .._results import Neighbors
 from ..reference import binary as reference
 from ..reference.scan import nan_message
-from ._knn import _tuple, check_k
+from ._knn import _tuple
 
 BINARY_METRICS = {"hamming": 0, "jaccard": 1}
 
@@ -151,7 +151,7 @@ def rescore_bits(queries: Any, database: Any, candidates: Any, k: int) -> Neighb
 
 
 def _rescore_bits(kind, queries, database, candidates, k):
-    k = check_k(kind, k)
+    k = _checks.integer("k", k, 1)
     for a, name in ((queries, "queries"), (database, "database"), (candidates, "candidates")):
         _checks.same_kind(kind, a, name, queries, "queries")
         _checks.ndim(a, name, 2)
@@ -176,7 +176,7 @@ def _rescore_bits(kind, queries, database, candidates, k):
         scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
         kind.kernels.rescore_bits(
             kind.ptr(queries), kind.ptr(database), nq, n, d, kind.ptr(candidates), c, k, kind.ptr(scores),
-            kind.ptr(ids), *kind.launch(queries, kind.scratch("rescore_bits", queries, nq, c)),
+            kind.ptr(ids), *kind.launch(queries, kind.scratch("rescore_bits", queries, nq, c, k)),
         )  # fmt: skip
         return scores, ids
     picks = kind.to_numpy(candidates)

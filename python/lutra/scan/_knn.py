@@ -14,8 +14,6 @@ from ..reference import scan as reference
 
 _tuple = tuple.__new__  # builds a named tuple in half the time of calling its class
 _quick = quick("knn")
-#: Largest k of the CUDA kernels: their selection lives in shared memory.
-CUDA_MAX_K = 2048
 #: What a database may be stored as.
 STORAGE = (F32, F16, BF16, I8, U8)
 
@@ -57,7 +55,7 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip", *, filter:
     ValueError
         Shapes that do not fit, k < 1, an unknown metric, a NaN score (its row is named; for 'poincare' also a
         row or query of norm >= 1). CUDA kernels raise nothing that would need the device to be waited for:
-        there a NaN score comes first in its query's results, and k of `rescore` is at most 2048.
+        there a NaN score comes first in its query's results.
     IndexError
         A row number in ``filter`` outside [0, n); in an array on CUDA it is passed over.
 
@@ -182,15 +180,6 @@ def wide_numpy(kind, a, code):
     return a if code == F64 else a.astype("float32", copy=False)
 
 
-def check_k(kind, k):
-    """k as an int; CUDA has a largest one."""
-    if type(k) is not int or k < 1 or kind.cuda:
-        k = _checks.integer("k", k, 1)
-        if kind.cuda and k > CUDA_MAX_K:
-            raise ValueError(f"k must be at most {CUDA_MAX_K} on CUDA, got {k}; the CPU has no such limit")
-    return k
-
-
 def search(kind, queries, database, k, metric, names, op, keep=None, bias=None):
     """knn under the argument names of its caller (`lutra.address.nearest` is the same kernel).
 
@@ -234,7 +223,7 @@ def _knn(kind, queries, database, k=10, metric="ip", keep=None, bias=None):
 
 
 def _rescore(kind, queries, database, candidates, k, metric="ip"):
-    k = check_k(kind, k)
+    k = k if type(k) is int and k > 0 else _checks.integer("k", k, 1)
     metric_code = exact_metric(kind, metric)
     queries, code = pair(kind, queries, database)
     _checks.same_kind(kind, candidates, "candidates", queries, "queries")
@@ -253,7 +242,7 @@ def _rescore(kind, queries, database, candidates, k, metric="ip"):
         return kind.from_numpy(scores, code, queries), kind.from_numpy(ids, I64, queries)
     queries, database, candidates = kind.dense(queries), kind.dense(database), kind.dense(candidates)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
-    more = code, *kind.launch(queries, kind.scratch("rescore", queries, nq, c, d, metric_code))
+    more = code, *kind.launch(queries, kind.scratch("rescore", queries, nq, c, d, k, metric_code))
     bad = kind.kernels.rescore(
         kind.ptr(queries), d, kind.ptr(database), d, nq, n, d, kind.ptr(candidates), c, k, metric_code,
         kind.ptr(scores), kind.ptr(ids), *more,

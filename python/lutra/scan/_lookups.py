@@ -47,8 +47,8 @@ def lookups(tables: Any, codes: Any, bias: Any = None, *, bits: int = 8, dtype: 
     elsewhere, and for tables with NaN or infinities, in float32. Gradients (torch): to tables and bias. Cost:
     tokens n m look-ups, 7 vector instructions for 64 of them and each byte of an entry. On CUDA a byte of
     codes is one look-up, 32 a cycle and multiprocessor, for codes of 8, 4, 2 or 1 bits and rows of some 190
-    bytes at most; for others torch computes the sums. The gradient to tables has a kernel for all codes: each
-    entry's gradients are added in the order of the rows, the same bits every time.
+    bytes at most; others are looked up in memory, at an eighth of that. The gradient to tables has a kernel
+    for all codes: each entry's gradients are added in the order of the rows, the same bits every time.
 
     References
     ----------
@@ -82,7 +82,7 @@ def lookups_topk(tables: Any, codes: Any, k: int, bias: Any = None, *, bits: int
     ValueError
         A sum that is NaN (on CUDA it comes first); and as `lookups`.
     TypeError
-        On CUDA, codes that `lookups` has no kernel for there.
+        As `lookups`; float64 on CUDA.
     """
     return _tuple(Neighbors, call("lookups_topk", _lookups_topk, (tables, codes, bias), (k, bits)))
 
@@ -183,23 +183,13 @@ def _ready(kind, tables, codes, bias):
     return tables, sj, st, kind.dense(codes), bias
 
 
-def _fused(kind, tables, code, bits, tokens, n, size, k=0):
-    """Whether a kernel serves the call: on CUDA the tables must fit in shared memory."""
-    if kind.kernels is None or code == F64:
-        return False
-    return not kind.cuda or kind.kernels.lookups_fit(tokens, n, bits, size, k, *kind.launch(tables))
-
-
 def _lookups(kind, tables, codes, bias=None, bits=8, dtype="float32"):
     code, m, tokens, n, size = _check(kind, tables, codes, bias, bits)
     result = _checks.choice("dtype", dtype, _RESULTS)
-    if not _fused(kind, tables, code, bits, tokens, n, size) or result == F64:
+    if kind.kernels is None or F64 in (code, result):
         if kind.name == "torch":
             return _composed(tables, codes, bias, bits).to(kind._dtypes[result])
-        if kind.cuda:
-            raise TypeError(
-                "lookups has no CUDA kernel for these codes; use torch tensors, or move the arrays to the CPU"
-            )
+        _checks.no_kernel(kind, "lookups")
         arrays = [None if a is None else kind.to_numpy(a) for a in (tables, codes, bias)]
         return kind.from_numpy(reference.lookups(arrays[0], arrays[1], bits, arrays[2]), result, tables)
     tables, sj, st, codes, bias = _ready(kind, tables, codes, bias)
@@ -207,7 +197,7 @@ def _lookups(kind, tables, codes, bias=None, bits=8, dtype="float32"):
     kind.kernels.lookups(
         kind.ptr(tables), st, sj, tokens, m, bits, kind.ptr(codes), n, size,
         None if bias is None else kind.ptr(bias), kind.ptr(out), result, 0, None, None,
-        *kind.launch(tables, kind.scratch("lookups", tables, tokens, n, size, 0)),
+        *kind.launch(tables, kind.scratch("lookups", tables, tokens, n, bits, size, 0)),
     )  # fmt: skip
     return out
 
@@ -215,9 +205,8 @@ def _lookups(kind, tables, codes, bias=None, bits=8, dtype="float32"):
 def _lookups_topk(kind, tables, codes, bias=None, k=10, bits=8):
     code, m, tokens, n, size = _check(kind, tables, codes, bias, bits)
     k = _checks.integer("k", k, 1)
-    if not _fused(kind, tables, code, bits, tokens, n, size, k):
-        if kind.cuda:
-            raise TypeError("lookups_topk has no CUDA kernel for these codes; move the arrays to the CPU")
+    if kind.kernels is None or code == F64:
+        _checks.no_kernel(kind, "lookups_topk")
         arrays = [None if a is None else kind.to_numpy(a) for a in (tables, codes, bias)]
         scores, ids = reference.lookups_topk(arrays[0], arrays[1], k, bits, arrays[2])
         return kind.from_numpy(scores, code, tables), kind.from_numpy(ids, I64, tables)
@@ -226,7 +215,7 @@ def _lookups_topk(kind, tables, codes, bias=None, k=10, bits=8):
     bad = kind.kernels.lookups(
         kind.ptr(tables), st, sj, tokens, m, bits, kind.ptr(codes), n, size,
         None if bias is None else kind.ptr(bias), None, F32, k, kind.ptr(scores), kind.ptr(ids),
-        *kind.launch(tables, kind.scratch("lookups", tables, tokens, n, size, k)),
+        *kind.launch(tables, kind.scratch("lookups", tables, tokens, n, bits, size, k)),
     )  # fmt: skip
     if bad >= 0:
         raise ValueError(reference.nan_message("codes", bad))
@@ -260,7 +249,7 @@ def _lookups_backward(kind, grad, codes, m, bits=8, into=None):
     return out
 
 
-# ------------------------------------------------- in torch's own ops: float64, long codes on CUDA
+# ---------------------------------------------------------------- in torch's own ops: float64
 def _entries(codes, m, bits):
     """(n, m) int64 of packed codes."""
     import torch

@@ -88,7 +88,7 @@ def maxsim(
     float queries with int8 docs in 16 bits of each token's largest value (d to 128), other types and residual
     codes as sums of three bfloat16 terms, six products each, which is as close as float32 (d to 256); beyond
     these d, and where a score came out as NaN, float32 multiply-adds. Candidates and centroids out of range
-    give NaN. CuPy arrays: k to 2048, and no ``symmetric`` with candidates or k.
+    give NaN. CuPy arrays: no ``symmetric`` with candidates or k.
 
     Gradient (torch): of the scores, to queries and float docs (to queries only where docs are codes); ties go
     to the lowest row. Sums are in float32 in a fixed order, the same bits every time. float64 is computed by

@@ -13,8 +13,6 @@ from ._maxsim_call import Call, rows_of
 
 _BAD = ("", "nan", "query_ptr", "doc_ptr", "candidates", "centroid_ids")  # MaxsimBad in csrc/scan/maxsim.h
 
-_CUDA_K = 2048  # kMaxK in csrc/common/select.cuh
-
 
 def _kernel(c):
     """Whether a kernel serves the call."""
@@ -113,13 +111,11 @@ def _maxsim_topk(
     c.unit = unit
     if c.columns * c.nq == 0:
         return _filled(c, k)
-    if kind.cuda and not (_kernel(c) and k <= _CUDA_K):
+    if kind.cuda and not _kernel(c):
         from ._maxsim_symmetric import select
 
         if kind.name != "torch":
-            raise NotImplementedError(
-                f"maxsim selects at most {_CUDA_K} of CuPy arrays, k is {k}; take the scores without k"
-            )
+            _checks.no_kernel(kind, "maxsim")
         return tuple(select(_on_cuda(c, False)[0], k, c.cand))
     if _kernel(c):
         return _run(c, k, False)

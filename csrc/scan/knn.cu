@@ -1,15 +1,16 @@
 // Exact k nearest neighbours on CUDA; formula and conventions are in knn.h.
 //
-// Few queries (8 at most), the metrics l1, linf and poincare, and long lists: one pass over the collection for 8
-// queries at a time (exact_pass.cuh), whose limit is reading it. More queries: tensor cores give an upper bound of
-// every score and the rows of the largest bounds are kept (knn_screen.cuh), some more than k; their exact scores are
-// computed, and a query whose k-th exact score is not better than the least bound that was kept goes through the exact
-// pass after all. That is decided on the device: the launches of the exact pass return at once where no query needs
-// them. So scores have the same bits whatever the way (exact_score.cuh), and the result is exact whatever the data.
+// Few queries (8 at most) and the metrics l1, linf and poincare: one pass over the collection for 8 queries at a time
+// (exact_pass.cuh), whose limit is reading it. More queries: tensor cores give an upper bound of every score and the
+// rows of the largest bounds are kept (knn_screen.cuh), some more than k, or for k > 128 all above a bar that a sample
+// gives; their exact scores are computed, and a query whose k-th exact score is not better than the least bound that
+// was kept, or than the bar, goes through the exact pass after all. That is decided on the device: the launches of the
+// exact pass return at once where no query needs them. So scores have the same bits whatever the way (exact_score.cuh),
+// and the result is exact whatever the data.
 //
-// k > 512: the exact pass writes all scores of some queries, which are selected by radix (any_k.cuh). A NaN score comes
-// first, as in torch.topk. Overflow: row offsets are 64-bit, ids have 32 bits
-// (n < 2^32 - 1, checked); a score that overflows fp32 becomes infinite, as in the reference.
+// k > 512 without a screen (2048 with one): the exact pass writes all scores of some queries, which are selected by
+// radix (any_k.cuh). A NaN score comes first, as in torch.topk. Overflow: row offsets are 64-bit, ids have 32 bits (n <
+// 2^32 - 1, checked); a score that overflows fp32 becomes infinite, as in the reference.
 #include "scan/knn.h"
 
 #include <cmath>
@@ -28,6 +29,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kListBytes = int64_t{256} << 20;  // of the workspace, about
 constexpr int kSampleStep = 32, kScreenK = 128, kListK = 512, kPassQueries = 8;
+constexpr int kMostRank = 128;  // seed_bars has 256 places
 
 // Below so many rows the exact pass is as fast as the screen.
 constexpr int64_t kScreenRows = 4096;
@@ -36,7 +38,8 @@ int64_t g_screen_rows = kScreenRows;
 
 struct Plan {
   bool screened, sm90;
-  bool whole;  // long lists: all scores are written, and selected from
+  bool counted;  // the screen's candidates are counted, and `keep` is how many a query may have
+  bool whole;    // long lists: all scores are written, and selected from
   int best, keep;
   int64_t queries, padded;  // per launch
   int slabs, query_terms;
@@ -69,7 +72,8 @@ void plan_pass(const KnnArgs& a, int64_t queries, int device, Plan* p) {
   const int slots = pass_blocks(device);
   // A few failed queries of a screen are shared by all multiprocessors.
   int64_t parts = p->screened ? slots : parts_of(groups, slots, slots);
-  const int64_t fit = kListBytes / (queries * p->best * pass_lists(p->best) * static_cast<int64_t>(sizeof(Key)) + 1);
+  const int64_t room = p->counted ? kListBytes / 4 : kListBytes;
+  const int64_t fit = room / (queries * p->best * pass_lists(p->best) * static_cast<int64_t>(sizeof(Key)) + 1);
   if (parts > fit) parts = fit > 1 ? fit : 1;
   if (parts > tiles) parts = tiles > 1 ? tiles : 1;
   p->tiles_per_part = div_up(tiles > 0 ? tiles : 1, parts) * kPassWarps;
@@ -85,8 +89,12 @@ void take_sample(int64_t k, Plan* p) {
   p->sampled = p->sample_step > 1 ? div_up(p->tiles, p->sample_step) : 0;
   const double expected = static_cast<double>(k) / (p->sample_step > 1 ? p->sample_step : 1);
   p->rank = static_cast<int>(expected + 3.5 * sqrt(expected) + 5);
-  if (p->rank > p->sampled * 2) p->sampled = 0;
+  if (p->rank > p->sampled * 2 || p->rank > kMostRank) p->sampled = 0;
 }
+
+// Room for the candidates that a bar of the sample should give, where the best of 256 of its places stand for many rows
+// each, and for some more.
+int counted_room(const Plan& p) { return static_cast<int>(round_up(int64_t{3} * p.rank * p.sample_step + 512, 32)); }
 
 void check_sizes(const KnnArgs& a) {
   if (a.n > kMaxRows || a.d > 0x7ffffff0)
@@ -101,14 +109,24 @@ bool hopper_kernels(int device) {
 #endif
 }
 
+// Whether a sample gives a bar for more than kScreenK candidates.
+bool can_count(const KnnArgs& a, const ScreenShape& shape) {
+  Plan p{};
+  p.tiles = div_up(a.n, shape.rows);
+  take_sample(a.k, &p);
+  return p.sampled > 0 && counted_room(p) < a.n;
+}
+
 Plan plan_for(const KnnArgs& a, int device) {
   Plan p{};
-  p.whole = a.k > kListK && a.n > kListK;
-  p.best = p.whole ? 0 : static_cast<int>(a.k < a.n ? a.k : a.n);
   p.queries = a.nq > 0 ? a.nq : 1;
   const bool product = a.metric == Metric::ip || a.metric == Metric::l2 || a.metric == Metric::cosine;
   p.sm90 = hopper_kernels(device);
-  p.screened = product && a.nq > kPassQueries && a.k <= kScreenK && a.n >= g_screen_rows && a.d > 0 && a.d <= 65536;
+  p.screened = product && a.nq > kPassQueries && a.n >= g_screen_rows && a.d > 0 && a.d <= 65536;
+  p.counted = p.screened && a.k > kScreenK && a.k <= kMaxK && can_count(a, screen_shape(a.storage));
+  p.screened = p.screened && (a.k <= kScreenK || p.counted);
+  p.whole = a.k > kListK && a.n > kListK && !p.counted;
+  p.best = p.whole ? 0 : static_cast<int>(a.k < a.n ? a.k : a.n);
   const bool cosine = a.metric == Metric::cosine;
   const int64_t row = cosine ? a.d * 4 : 0;
   if (p.whole) {
@@ -133,6 +151,7 @@ Plan plan_for(const KnnArgs& a, int device) {
 #ifdef LUTRA_CUDA_SM90A
     if (p.sm90) p.shape = screen_shape_sm90(p.queries, a.d, a.storage, p.query_terms);
 #endif
+    if (p.counted) p.shape = screen_shape(a.storage);  // blocks of 128 queries, which both kernels have
     p.padded = round_up(p.queries, p.shape.queries);
     const int64_t tiles = div_up(a.n, p.shape.rows), groups = p.padded / p.shape.queries;
     int64_t parts = parts_of(groups, multiprocessors(device), div_up(tiles, 4));
@@ -142,9 +161,11 @@ Plan plan_for(const KnnArgs& a, int device) {
     p.tiles = tiles;
     p.screen_tiles_per_part = div_up(tiles, parts);
     s.parts = static_cast<int>(div_up(tiles, p.screen_tiles_per_part));
-    s.pitch = static_cast<int64_t>(s.parts) * 4 * s.per_lane;
+    s.pitch = p.counted ? 0 : static_cast<int64_t>(s.parts) * 4 * s.per_lane;
     take_sample(a.k, &p);
-    const int64_t bytes = p.padded * (s.pitch * static_cast<int64_t>(sizeof(Key)) + p.sampled * 4 * 4 + panels + row);
+    if (p.counted) p.keep = s.capacity = counted_room(p);
+    const int64_t lists = (s.pitch + (p.counted ? 2 * p.keep : 0)) * static_cast<int64_t>(sizeof(Key));
+    const int64_t bytes = p.padded * (lists + p.sampled * 4 * 4 + panels + row);
     if (bytes <= 2 * kListBytes || p.queries <= p.shape.queries) break;
   }
   plan_pass(a, p.queries, device, &p);
@@ -161,6 +182,7 @@ struct Workspace {
   unsigned* bars;
   float* sample;
   float* bounds;  // of the candidates: [queries][keep]
+  int* counts;
   int64_t* candidates;
   Key* exact;
   int* failed;
@@ -184,8 +206,9 @@ Workspace lay_out(const KnnArgs& a, const Plan& p, int device, void* base) {
     w.bars = carve.take<unsigned>(p.padded);
     w.lists = carve.take<Key>(p.padded * p.lists.pitch);
     w.sample = carve.take<float>(p.padded * p.sampled * 4);
-    w.bounds = carve.take<float>(p.queries * p.keep);
-    w.candidates = carve.take<int64_t>(p.queries * p.keep);
+    if (p.counted) w.counts = carve.take<int>(p.padded);
+    w.bounds = carve.take<float>(p.counted ? 0 : p.queries * p.keep);
+    w.candidates = carve.take<int64_t>((p.counted ? p.padded : p.queries) * p.keep);
     w.exact = carve.take<Key>(p.queries * p.keep);
     w.failed = carve.take<int>(p.queries);
     w.failures = carve.take<int>(1);
@@ -205,6 +228,7 @@ Workspace lay_out(const KnnArgs& a, const Plan& p, int device, void* base) {
 struct CheckArgs {
   const float* bounds;        // [nq][keep], falling
   const int64_t* candidates;  // [nq][keep]
+  const int* counts;          // or the candidates are what exceeded the bar, if so many had room; null: see above
   const float* scores;        // [nq][k]
   const float* reach;
   const double* squares;
@@ -221,9 +245,10 @@ __global__ void __launch_bounds__(kThreads) check_kernel(CheckArgs a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.nq) return;
   if (a.n <= a.keep) return;  // every row is a candidate
-  const bool whole = a.candidates[i * a.keep + a.keep - 1] >= 0;
+  const bool overfull = a.counts && a.counts[i] > a.keep;
+  const bool whole = !a.counts && a.candidates[i * a.keep + a.keep - 1] >= 0;
   const unsigned bar = a.bars[i];
-  if (!whole && bar <= 0x007fffffu) return;  // nor was any row left out here
+  if (!whole && !overfull && bar <= 0x007fffffu) return;  // nor was any row left out here
   const float bound = whole ? a.bounds[i * a.keep + a.keep - 1] : from_ordered_bits(bar);
   const double least = bound, score = a.scores[i * a.k + a.best - 1];
   bool safe;
@@ -233,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(CheckArgs a) {
   } else {
     safe = score > (a.metric == Metric::cosine ? least + 1.001 * a.reach[i] : least);
   }
-  if (!safe) a.failed[atomicAdd(a.failures, 1)] = static_cast<int>(i);
+  if (!safe || overfull) a.failed[atomicAdd(a.failures, 1)] = static_cast<int>(i);
 }
 
 PassArgs pass_args(const KnnArgs& a, const Plan& p, const Workspace& w, const float* q, int64_t ldq, int64_t count) {
@@ -285,6 +310,7 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
   s.bias = a.bias, s.keep = a.keep;
   s.lists = p.lists;
   s.lists.keys = w.lists, s.lists.bars = w.bars;
+  s.lists.counts = w.counts, s.lists.candidates = w.candidates;
   if (p.sampled) {
     ScreenArgs some = s;
     some.tiles = p.sampled, some.tile_step = p.sample_step;
@@ -295,19 +321,24 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
     seed_bars(SeedArgs{w.sample, a.nq, p.sampled * 4, p.rank, w.bars}, l);
   }
   s.tiles = p.tiles, s.tiles_per_part = p.screen_tiles_per_part, s.tile_step = 1;
+  if (p.counted) {
+    fill_zero("knn", w.counts, static_cast<size_t>(p.padded) * sizeof(int), l);
+    check(cudaMemsetAsync(w.candidates, 0xff, static_cast<size_t>(p.padded * p.keep) * 8, stream_of(l)), "knn");
+  }
   run_screen(s, p, l);
   const int per_part = 4 * p.lists.per_lane;
-  merge_lists(
-      Merge{w.lists, a.nq, p.lists.parts, per_part, per_part, false, p.keep, p.keep, false, w.bounds, w.candidates},
-      "knn", l);
+  if (!p.counted)
+    merge_lists(
+        Merge{w.lists, a.nq, p.lists.parts, per_part, per_part, false, p.keep, p.keep, false, w.bounds, w.candidates},
+        "knn", l);
   score_candidates(
       CandidateArgs{q, a.x, a.nq, a.n, ldq, a.ldx, d, a.storage, a.metric, a.bias, w.candidates, p.keep, w.exact}, l);
   merge_lists(Merge{w.exact, a.nq, 1, p.keep, p.keep, false, p.best, static_cast<int>(a.k), s.l2, a.scores, a.ids},
               "knn", l);
   fill_zero("knn", w.failures, sizeof(int), l);
   launch("knn", check_kernel, grid_x(div_up(a.nq, kThreads)), kThreads, 0, l,
-         CheckArgs{w.bounds, w.candidates, a.scores, w.reach, w.squares, w.bars, a.nq, a.n, a.k, p.best, p.keep, d,
-                   a.metric, w.failed, w.failures});
+         CheckArgs{w.bounds, w.candidates, w.counts, a.scores, w.reach, w.squares, w.bars, a.nq, a.n, a.k, p.best,
+                   p.keep, d, a.metric, w.failed, w.failures});
 }
 
 }  // namespace

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
     ring ^= 1;
   }
   if (NEAREST) return write_best<1>(a, best, query);
-  if (a.sample) return;
+  if (a.sample || a.lists.counts) return;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     Key* to = own.list + query_offset<1>(i) * a.lists.pitch + (lane & 3);

@@ -15,7 +15,8 @@
 // the rows of this block. A list that could overflow at the next tile is cut to its `keep` best and some more, whereby
 // its bar rises; the bar goes to all blocks through memory: `keep` rows have scores at or above it, so that a row at or
 // below it is not missed whatever the time at which a block hears of it. A score that is NaN always passes. The first
-// bars come from a sample of the tiles, so that cuts are rare.
+// bars come from a sample of the tiles, so that cuts are rare. For long lists (k above 128) there are only these bars,
+// and what exceeds them is counted and written.
 #pragma once
 #include "common/mma.cuh"
 #include "common/select.cuh"
@@ -178,6 +179,15 @@ __device__ __forceinline__ float any_score(bool cosine, float product, float rea
   return cosine ? fmaf(product, r0, r1) : fmaf(reach, r0, product + r1);
 }
 
+// Of a query that has more candidates than there is room for, no more are wanted: it goes through the exact pass.
+__device__ __forceinline__ void add_candidate(const ScreenLists& lists, int64_t query, uint32_t row) {
+  const int place = atomicAdd(lists.counts + query, 1);
+  if (place < lists.capacity)
+    lists.candidates[query * lists.capacity + place] = row;
+  else
+    atomicMax(lists.bars + query, 0xff800000u);  // infinity
+}
+
 // Pushes what passes of a warp's scores; `hit`: the thread's queries that have some.
 template <int MT, int BN>
 __device__ __forceinline__ void push(const float (&acc)[MT][BN / 2], const float* r0, const float* r1, uint32_t row0,
@@ -200,7 +210,8 @@ __device__ __forceinline__ void push(const float (&acc)[MT][BN / 2], const float
       }
     }
   }
-  make_room<MT>(a, own, mask, bars);
+  const bool counted = MT == 1 && a.lists.counts;
+  if (!counted) make_room<MT>(a, own, mask, bars);
 #pragma unroll
   for (int i = 0; i < 2 * MT; ++i) {
     Key* to = own.list + query_offset<MT>(i) * a.lists.pitch + t;
@@ -216,7 +227,11 @@ __device__ __forceinline__ void push(const float (&acc)[MT][BN / 2], const float
       const float w = r0[column], v = r1[column];
       const float s = any_score(cosine, product, own.reach[i], w, v);
       const bool valid = (cosine ? v : w) != -__int_as_float(0x7f800000);
-      if (!(s <= own.bar[i]) && valid) to[4 * own.count[i]++] = make_key(s, row0 + column);
+      if (s <= own.bar[i] || !valid) continue;
+      if (!counted)
+        to[4 * own.count[i]++] = make_key(s, row0 + column);
+      else
+        add_candidate(a.lists, bars - a.lists.bars + query_offset<MT>(i), row0 + column);
     }
   }
   __syncwarp();  // the next cut reads what other lanes wrote

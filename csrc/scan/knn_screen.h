@@ -20,6 +20,10 @@ struct ScreenLists {
   int parts;
   int per_lane, keep;
   int64_t pitch;  // of queries: parts * 4 * per_lane
+  // Long lists (in blocks of 128 queries): bars stay as the sample made them, and what exceeds them is a candidate.
+  int* counts;          // [padded queries], 0 at first, and how many there were at the end; null: lists as above
+  int64_t* candidates;  // [padded queries][capacity], -1 at first
+  int capacity;
 };
 
 // k = 1 and no lists: the two rows of the largest bounds and the third bound.

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
     }
     if (plan.turns && group == 0) named_sync(1, 256);  // the last warpgroup's last arrival, or the first one's
     if (NEAREST) return write_best<MT>(a, best, query);
-    if (a.sample) return;
+    if (a.sample || a.lists.counts) return;
 #pragma unroll
     for (int i = 0; i < 2 * MT; ++i) {
       Key* to = own.list + query_offset<MT>(i) * a.lists.pitch + (lane & 3);

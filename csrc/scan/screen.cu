@@ -46,7 +46,10 @@ KnnArgs knn_args(const Args& a) {
 }
 
 // About so many rows of each query should pass: as many as the bounds let reach the k-th best score, and some more.
-int64_t wanted_candidates(int64_t k) { return 8 * k + 432; }
+// What the codes lose grows with the root of the dimension against the scores' spread.
+int64_t wanted_candidates(int64_t k, int64_t d) {
+  return 432 + static_cast<int64_t>(static_cast<double>(k) * (5 + 0.25 * sqrt(static_cast<double>(d))));
+}
 
 Plan plan_for(const Args& a, int device) {
   Plan p{};
@@ -54,12 +57,12 @@ Plan plan_for(const Args& a, int device) {
   p.screened = p.width > 0 && a.nq > 0 && a.d > 0 && a.n >= g_rows && a.n > a.k && a.k <= kMostK && a.n <= kMaxRows;
   if (!p.screened) return p;
   p.best = static_cast<int>(a.k);
-  const int64_t wanted = wanted_candidates(a.k), sms = multiprocessors(device);
+  const int64_t wanted = wanted_candidates(a.k, a.d), sms = multiprocessors(device);
   // The bar may come from rows that stand beside their like, of which a bucket of the sample has the best of four.
   p.capacity = static_cast<int>(g_capacity > 0 ? g_capacity : 4 * wanted + 512);
   p.tiles = div_up(a.n, kScreenTile);
-  const int64_t step = p.tiles / 256;
-  p.step = static_cast<int>(step < 2 ? 2 : step > kMostStep ? kMostStep : step);
+  const int64_t step = p.tiles / 32, most = wanted > kMostStep * 64 ? 2 * kMostStep : kMostStep;
+  p.step = static_cast<int>(step < 2 ? 2 : step > most ? most : step);
   p.sampled = p.tiles >= 2 * kScreenWarps ? div_up(p.tiles, p.step) : 0;
 
   const int64_t pass = kPassWarps * int64_t{p.best} * static_cast<int64_t>(sizeof(Key));
@@ -81,9 +84,11 @@ Plan plan_for(const Args& a, int device) {
     p.rank = static_cast<int>(div_up(wanted, p.step));
     const int64_t buckets = p.sample_parts * kBuckets < 256 ? p.sample_parts * kBuckets : 256;
     const int64_t some = buckets < 8 * p.sampled ? buckets : 8 * p.sampled;
-    if (p.rank > some / 4) p.rank = static_cast<int>(some / 4);
+    if (p.rank > some / 3) p.rank = static_cast<int>(some / 3);
     if (p.rank < 1) p.rank = 1;
   }
+  // Where the sample cannot give such a bar most queries would need the exact pass.
+  if (g_rows == kLeastRows && int64_t{4} * p.rank * p.step < 3 * wanted) p.screened = false;
 
   const int64_t pass_tiles = div_up(a.n, 32 * kPassWarps);
   int64_t parts = pass_blocks(device);

@@ -102,6 +102,21 @@ def test_dimensions(gpu_torch, kernels, d, dtype):
         same_as_by_eights(gpu_torch, gpu_torch.put(gpu_torch.get(q), dtype), x, 10, "l2")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "metric"), [("float32", "ip"), ("float32", "l2"), ("float32", "cosine"), ("bfloat16", "ip")]
+)
+def test_long_lists(gpu_torch, kernels, dtype, metric):
+    """k above 128: what the screen lets through is counted. Where many rows are alike, it is too much."""
+    rng = np.random.default_rng()
+    n = 11_000 if dtype == "float32" else 21_000  # of which a sample makes a bar
+    normal = values(rng, dtype, n, 8)
+    alike, rising = normal.copy(), np.sort(normal, 0)
+    alike[n // 2 :] = alike[-1]
+    for x in (normal, alike, rising) if metric == "ip" else (normal,):
+        q = np.concatenate([values(rng, "float32", 8, 8), x[-1:]])
+        same_as_by_eights(gpu_torch, gpu_torch.put(q), gpu_torch.put(x, dtype), 140, metric)
+
+
 def hard_cases(rng, n, d):
     normal = rng.standard_normal((n, d)).astype(np.float32)
     near = 1 + normal * 1e-6

@@ -68,7 +68,7 @@ def knn(queries: Any, database: Any, k: int = 10, metric: str = "ip", *, filter:
     pass: the others are not read (on CUDA they are). float64 is computed by the reference. Gradient (torch):
     of the scores, to queries and database, for 'ip', 'l2' and 'cosine'.
 
-    On CUDA, for these three metrics, more than 8 queries and k <= 128, tensor cores bound all scores by
+    On CUDA, for these three metrics, more than 8 queries and k <= 2048, tensor cores bound all scores by
     products of bfloat16 terms (one for bfloat16 arrays, two for float32 queries of them, three for float32).
     The rows of the largest bounds are scored exactly, and a query that the bounds do not decide is searched
     for without them.

@@ -67,6 +67,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   bool done = true;
   unsigned id = 0;
+  // Waits until *watched is no longer `seen`; null: to be resumed in any case.
+  const unsigned* watched = nullptr;
+  unsigned seen = 0;
   std::vector<std::vector<Copy>> groups{1};  // the last one is not committed
   std::vector<std::vector<std::function<void()>>> products{1};
 };
@@ -75,6 +78,7 @@ struct Fiber {
 struct Slot {
   unsigned arrived = 0, read = 0;
   bool full = false;
+  unsigned filled = 0, emptied = 0;  // times
   Exchange kind = Exchange::sync;
   int bytes = 0;
   unsigned present = 0;
@@ -119,6 +123,24 @@ void back() {  // to the scheduler
   LUTRA_FIBER_END(fake);
 }
 
+void release_if_all_came() {  // at the block's barrier
+  if (barrier_arrived == 0 || barrier_arrived < alive_threads) return;
+  barrier_arrived = 0;
+  for (int i = 0; i < 3; ++i) barrier_result[i] = barrier_value[i];
+  barrier_value[0] = 0, barrier_value[1] = 1, barrier_value[2] = 0;
+  ++barrier_generation;
+  progress = true;
+}
+
+void fill_if_all_came(Slot& s, unsigned mask, unsigned lanes) {
+  if (s.full || s.arrived == 0 || (mask & lanes & ~s.arrived) != 0) return;
+  s.full = true;
+  ++s.filled;
+  s.present = s.arrived;
+  s.read = 0;
+  progress = true;
+}
+
 struct Stop {};
 
 void entry() {
@@ -136,6 +158,10 @@ void entry() {
   alive[f.id / 32] &= ~(1u << (f.id % 32));
   --alive_threads;
   progress = true;
+  release_if_all_came();  // nobody waits for a thread that has returned
+  const int w = static_cast<int>(f.id / 32);
+  for (auto it = slots.lower_bound({w, 0u}); it != slots.end() && it->first.first == w; ++it)
+    fill_if_all_came(*it->second, it->first.second, alive[w]);
   back();
   abort();
 }
@@ -145,6 +171,7 @@ void prepare(int id) {
   if (!f.stack) f.stack.reset(new char[kStack]);
   f.id = static_cast<unsigned>(id);
   f.done = false;
+  f.watched = nullptr;
   if (f.groups.size() > 1 || !f.groups[0].empty()) f.groups.assign(1, {});
   if (f.products.size() > 1 || !f.products[0].empty()) f.products.assign(1, {});
   const uintptr_t top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t{15};
@@ -153,6 +180,19 @@ void prepare(int id) {
   *--sp = reinterpret_cast<void*>(&entry);
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
   f.stack_pointer = sp;
+}
+
+bool ready(int id) {
+  const Fiber& f = fibers[id];
+  return !f.done && (!f.watched || *f.watched != f.seen);
+}
+
+void wait_for(const unsigned& number, unsigned seen) {
+  Fiber& f = fibers[current];
+  f.watched = &number;
+  f.seen = seen;
+  back();
+  fibers[current].watched = nullptr;
 }
 
 void resume(int id) {
@@ -194,18 +234,41 @@ void clear_block(int threads) {
   barrier_value[0] = 0, barrier_value[1] = 1, barrier_value[2] = 0;
 }
 
+// One round: a warp after the other, each as far as it comes by itself.
+void round_of_warps(int threads, bool reverse) {
+  const int warps = (threads + 31) / 32;
+  for (int i = 0; i < warps; ++i) {
+    const int w = reverse ? warps - 1 - i : i, lanes = threads - w * 32 < 32 ? threads - w * 32 : 32;
+    bool again = true;
+    while (again) {
+      const bool before = progress;
+      progress = false;
+      for (int k = 0; k < lanes; ++k) {
+        const int t = w * 32 + (reverse ? lanes - 1 - k : k);
+        if (ready(t)) resume(t);
+        if (!failure.empty()) return;
+      }
+      again = progress;
+      progress |= before;
+    }
+  }
+}
+
 void run_block(const char* what, int threads, std::vector<int>& order) {
   clear_block(threads);
   for (int t = 0; t < threads; ++t) prepare(t);
   int idle = 0;
   while (alive_threads > 0) {
     progress = false;
-    if (settings().order == Order::shuffle) std::shuffle(order.begin(), order.end(), settings().random);
-    for (int t : order)
-      if (!fibers[t].done) {
-        resume(t);
+    if (settings().order == Order::shuffle) {
+      std::shuffle(order.begin(), order.end(), settings().random);
+      for (int t : order) {
+        if (ready(t)) resume(t);
         if (!failure.empty()) break;
       }
+    } else {
+      round_of_warps(threads, settings().order == Order::reverse);
+    }
     if (failure.empty() && !progress && ++idle > 4)
       failure = std::to_string(alive_threads) + " of " + std::to_string(threads) +
                 " threads wait for ever (a barrier or an exchange that others do not reach)";
@@ -267,17 +330,8 @@ int block_barrier(int kind, int value) {
   const unsigned mine = barrier_generation;
   ++barrier_arrived;
   progress = true;
-  while (mine == barrier_generation) {
-    if (barrier_arrived >= alive_threads) {
-      barrier_arrived = 0;
-      for (int i = 0; i < 3; ++i) barrier_result[i] = barrier_value[i];
-      barrier_value[0] = 0, barrier_value[1] = 1, barrier_value[2] = 0;
-      ++barrier_generation;
-      progress = true;
-      break;
-    }
-    wait();
-  }
+  release_if_all_came();
+  while (mine == barrier_generation) wait_for(barrier_generation, mine);
   return barrier_result[kind];
 }
 
@@ -291,7 +345,7 @@ void named_barrier(int id, int threads, bool waits) {
     n.arrived = 0;
     ++n.generation;
   }
-  while (waits && mine == n.generation) wait();
+  while (waits && mine == n.generation) wait_for(n.generation, mine);
 }
 
 namespace {
@@ -315,7 +369,7 @@ const unsigned char* exchange(Exchange kind, unsigned mask, const void* value, i
   const int l = lane(), w = warp();
   if (!(mask >> l & 1)) fail("a lane takes part in an exchange whose mask does not name it");
   Slot& s = slot_of(mask);
-  while (s.full) wait();  // others read the exchange before this one
+  while (s.full) wait_for(s.emptied, s.emptied);  // others read the exchange before this one
   if (s.arrived == 0) {
     s.kind = kind;
     s.bytes = bytes;
@@ -325,16 +379,8 @@ const unsigned char* exchange(Exchange kind, unsigned mask, const void* value, i
   memcpy(s.values + l * kMostBytes, value, static_cast<size_t>(bytes));
   s.arrived |= 1u << l;
   progress = true;
-  while (!s.full) {
-    if (((mask & alive[w]) & ~s.arrived) == 0) {
-      s.full = true;
-      s.present = s.arrived;
-      s.read = 0;
-      progress = true;
-      break;
-    }
-    wait();
-  }
+  fill_if_all_came(s, mask, alive[w]);
+  while (!s.full) wait_for(s.filled, s.filled);
   *present = s.present;
   return s.values;
 }
@@ -345,6 +391,7 @@ void exchanged(unsigned mask) {
   if (s.read == s.present) {
     s.arrived = 0;
     s.full = false;
+    ++s.emptied;
   }
   progress = true;
 }

@@ -1,10 +1,14 @@
-// Codes of product quantization on CUDA; the formula is in pq_encode.h. The squared error only (threshold 0).
+// Codes of product quantization on CUDA; the formula is in pq_encode.h.
 //
-// A block takes some rows through the sub-spaces one after another: a codebook lies in shared memory, from where each
-// of its values serves a warp's threads at once, and a thread has its rows' values of the sub-space in registers, so
-// that one read serves several multiply-adds. Minima are kept as the centroids go by. Sums are in the order of the
-// dimensions by fused multiply-adds.
-// Limit: two fp32 instructions a dimension of a centroid (the difference, and its square added).
+// The squared error: a block takes some rows through the sub-spaces one after another: a codebook lies in shared
+// memory, from where each of its values serves a warp's threads at once, and a thread has its rows' values of the
+// sub-space in registers, so that one read serves several multiply-adds. Minima are kept as the centroids go by. Sums
+// are in the order of the dimensions by fused multiply-adds. Limit: two fp32 instructions a dimension of a centroid
+// (the difference, and its square added).
+//
+// The anisotropic error begins with these codes. Then a warp improves a row's: lanes share the centroids of a
+// sub-space, errors are computed anew for each round (to keep them takes 8 bytes a centroid and sub-space of a row).
+// Limit: reads of the codebooks from the L1 cache, and three instructions a dimension of a centroid and round.
 #include "address/pq_encode.h"
 
 #include "common/device.cuh"
@@ -96,11 +100,89 @@ void run(const PqEncodeArgs& a, const Launch& l) {
   launch("pq_encode", pq_encode_kernel<D, R, Whole>, grid, kThreads, shared, l, a, static_cast<int>(in_shared));
 }
 
-}  // namespace
+constexpr int kImprovers = 8;  // rows of a block
 
-void pq_encode(const PqEncodeArgs& a, const Launch& l) {
-  const DeviceGuard guard(l.device);
-  if (a.n == 0 || a.m == 0) return;
+// Dynamic shared memory, of a warp: vector and direction (m dsub each), what each entry leaves along the direction (m),
+// the entries (m).
+__global__ void __launch_bounds__(32 * kImprovers) improve_kernel(PqEncodeArgs a) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  const int m = static_cast<int>(a.m), ksub = static_cast<int>(a.ksub), dsub = static_cast<int>(a.dsub), d = m * dsub;
+  float* const x = dynamic_shared<float>() + warp * 2 * (d + m);
+  float *const u = x + d, *const along = u + d;
+  int* const codes = reinterpret_cast<int*>(along + m);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * warps + warp;
+  if (row >= a.n) return;
+  const float* toward = (a.directions ? a.directions : a.x) + row * d;
+  float squares = 0;
+  for (int k = lane; k < d; k += 32) {
+    const float v = toward[k];
+    x[k] = a.x[row * d + k], u[k] = v;
+    squares = fmaf(v, v, squares);
+  }
+  squares = warp_sum(squares);
+  if (!(squares > 0)) return;
+  const float share = fminf(a.threshold * a.threshold / squares, 0.81f);
+  const float weight = static_cast<float>(d - 1) * share / (1 - share) - 1, unit = 1 / sqrtf(squares);
+  if (!(weight > 0)) return;
+  for (int k = lane; k < d; k += 32) u[k] *= unit;
+  __syncwarp();
+  float total = 0;
+  for (int j = lane; j < m; j += 32) {
+    const int c = a.entries[row * m + j];
+    const float* book = a.books + (static_cast<int64_t>(j) * ksub + c) * dsub;
+    float sum = 0;
+    for (int k = 0; k < dsub; ++k) sum = fmaf(x[j * dsub + k] - book[k], u[j * dsub + k], sum);
+    codes[j] = c, along[j] = sum, total += sum;
+  }
+  total = warp_sum(total);
+  __syncwarp();
+  bool changed = true, ever = false;
+  for (int round = 0; round < a.rounds && changed; ++round) {
+    changed = false;
+    for (int j = 0; j < m; ++j) {
+      const float others = total - along[j];
+      const int old = codes[j];
+      const float *book = a.books + static_cast<int64_t>(j) * ksub * dsub, *xj = x + j * dsub, *uj = u + j * dsub;
+      float best = __int_as_float(0x7f800000), part = 0;
+      int code = 0;
+      for (int c = lane; c < ksub; c += 32) {
+        const float* centroid = book + static_cast<int64_t>(c) * dsub;
+        float error = 0, p = 0;
+        for (int k = 0; k < dsub; ++k) {
+          const float r = xj[k] - __ldg(centroid + k);
+          error = fmaf(r, r, error);
+          p = fmaf(r, uj[k], p);
+        }
+        const float sum = others + p, loss = fmaf(weight * sum, sum, error);
+        if (loss < best) best = loss, part = p, code = c;
+      }
+      // The least loss, of equal ones the lowest entry. A lane that found none has infinity and 0.
+#pragma unroll
+      for (int s = 16; s > 0; s >>= 1) {
+        const float loss = __shfl_xor_sync(kFullWarp, best, s), p = __shfl_xor_sync(kFullWarp, part, s);
+        const int c = __shfl_xor_sync(kFullWarp, code, s);
+        if (loss < best || (loss == best && c < code)) best = loss, part = p, code = c;
+      }
+      if (code == old) continue;
+      __syncwarp();  // all have read the entry
+      if (lane == 0) codes[j] = code, along[j] = part;
+      __syncwarp();
+      total = others + part;
+      changed = ever = true;
+    }
+  }
+  if (!ever) return;
+  for (int j = lane; j < m; j += 32) a.entries[row * m + j] = static_cast<uint8_t>(codes[j]);
+}
+
+void improve(const PqEncodeArgs& a, const Launch& l) {
+  const int64_t each = 8 * a.m * (a.dsub + 1), fit = shared_limit(l.device) / each;
+  if (fit < 1) throw std::length_error("lutra: pq_encode: vectors are too long for the anisotropic error on CUDA");
+  const int warps = static_cast<int>(fit < kImprovers ? fit : kImprovers);
+  launch("pq_encode", improve_kernel, grid_x(div_up(a.n, warps)), 32 * warps, static_cast<size_t>(warps * each), l, a);
+}
+
+void nearest_entries(const PqEncodeArgs& a, const Launch& l) {
   switch (a.dsub) {
     case 1: return run<1, 8, true>(a, l);
     case 2: return run<2, 8, true>(a, l);
@@ -112,6 +194,15 @@ void pq_encode(const PqEncodeArgs& a, const Launch& l) {
     case 32: return run<32, 2, true>(a, l);
     default: return run<16, 2, false>(a, l);
   }
+}
+
+}  // namespace
+
+void pq_encode(const PqEncodeArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  if (a.n == 0 || a.m == 0) return;
+  nearest_entries(a, l);
+  if (a.threshold > 0 && a.rounds > 0) improve(a, l);
 }
 
 }  // namespace cuda

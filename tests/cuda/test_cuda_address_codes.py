@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from gpu_arrays import FLOATS, SIZES, close, rounded
@@ -82,6 +84,64 @@ def test_pq_encode(gpu, dsub):
             there = gpu.put(x)
             got = _on_cuda.pq_entries(kind_of(there, "x"), there, books, _on_cuda.Copies())
             np.testing.assert_array_equal(gpu.get(got), quant.pq_encode(x, books))
+
+
+def anisotropic_loss(x, toward, books, entries, threshold):
+    """|r|^2 + (w - 1) <r, u>^2 of each vector."""
+    m, _, dsub = books.shape
+    r = (x - quant.pq_decode(entries, books)).astype(np.float64)
+    squares = np.square(toward, dtype=np.float64).sum(1)
+    share = np.minimum(threshold**2 / np.where(squares > 0, squares, 1), 0.81)
+    more = np.where(squares > 0, np.maximum((m * dsub - 1) * share / (1 - share) - 1, 0), 0)
+    u = toward / np.sqrt(np.where(squares > 0, squares, 1))[:, None]
+    return np.square(r).sum(1) + more * np.square((r * u).sum(1))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dsub", (1, 2, 3, 8, 17))
+def test_pq_encode_anisotropic(gpu, dsub):
+    from lutra._arrays import kind_of
+    from lutra.quant import _on_cuda
+    from lutra.quant._kernels import ROUNDS
+
+    rng = np.random.default_rng(dsub)
+    for n in (1, 7, 65):
+        for m, ksub in ((1, 256), (3, 16), (9, 40), (33, 4), (2, 1)):
+            x, other = (rng.standard_normal((n, m * dsub)).astype(np.float32) for _ in range(2))
+            books = rng.standard_normal((m, ksub, dsub)).astype(np.float32)
+            other[n // 2] = 0  # has no direction
+            for toward in (None, other):
+                there = gpu.put(x)
+                given = None if toward is None else gpu.put(toward)
+                got = _on_cuda.pq_entries(kind_of(there, "x"), there, books, _on_cuda.Copies(), given, 0.5)
+                got, along = gpu.get(got), x if toward is None else toward
+                want = quant.pq_encode(x, books, toward, 0.5, ROUNDS)
+                losses = [anisotropic_loss(x, along, books, e, 0.5) for e in (got, want)]
+                same = (got == want).all(1)
+                assert same.sum() >= 0.9 * n - 1  # sums in another order may swap near ties
+                np.testing.assert_allclose(losses[0].mean(), losses[1].mean(), rtol=0.05, atol=1e-3)
+                np.testing.assert_array_equal(got[n // 2] == want[n // 2], True)
+
+
+@pytest.mark.parametrize("kind", ("PQ", "OPQ"))
+def test_quantizers_of_the_anisotropic_loss(gpu, kind):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((600, 16)).astype(np.float32)
+    left = x - rng.standard_normal((600, 16)).astype(np.float32) / 4
+    quantizer = getattr(lutra.quant, kind)(16, 4, 4).train(left, loss="anisotropic", directions=x)
+    for options in ({}, {"directions": x}):
+        want = quantizer.encode(left, **options)
+        got = quantizer.encode(gpu.put(left), **{name: gpu.put(a) for name, a in options.items()})
+        assert gpu.owns(got)
+        assert (gpu.get(got) == want).all(1).mean() > 0.98
+    index = lutra.index.IVF(16, 4, lutra.quant.PQ(16, 4, 4, loss="anisotropic"), "ip", nprobe=4)
+    index.train(x, n_iter=1)
+    moved = copy.deepcopy(index).to("cuda")
+    index.add(x)
+    moved.add(gpu.put(x))
+    found, want = moved.search(gpu.put(x[:5]), 20), index.search(x[:5], 20)
+    same = [len(set(a) & set(b)) for a, b in zip(gpu.get(found.ids).tolist(), want.ids.tolist())]
+    assert np.mean(same) > 18
 
 
 @pytest.mark.sanitize

@@ -139,8 +139,9 @@ void register_address(py::module_& m) {
     cuda::hash_features(a, Launch{device, stream.p});
   });
   m.def("pq_encode", [](Address x, Address books, int64_t n, int64_t m, int64_t ksub, int64_t dsub, Address entries,
-                        int device, Address stream) {
-    PqEncodeArgs a{x.as<float>(), books.as<float>(), n, m, ksub, dsub, entries.as<uint8_t>(), nullptr, 0, 0};
+                        Address directions, float threshold, int rounds, int device, Address stream) {
+    PqEncodeArgs a{x.as<float>(),         books.as<float>(),      n,         m,     ksub, dsub,
+                   entries.as<uint8_t>(), directions.as<float>(), threshold, rounds};
     cuda::pq_encode(a, Launch{device, stream.p});
   });
   m.def("rq_encode_fits", [](int64_t m, int64_t ksub, int64_t beam, int64_t width, int device, Address) {

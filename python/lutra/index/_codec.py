@@ -31,6 +31,8 @@ import numpy as np
 from .. import address
 from .._arrays import F32, I64, U8
 from ..quant import _bits
+from ..quant._on_cuda import pq_entries
+from ..quant.pq import LONGEST
 from ..reference.lists import scalar_codes, scalar_rows
 from ..scan import _lists
 from ..scan._lists import Lists
@@ -180,21 +182,27 @@ class Codec:
             rows = to_rows_on_gpu(home, x, CODES[self.dtype.name], first, self.name)
             return {"vectors_in_lists": rows[:, :, None]}
         quantizer = self.quantizer
-        if type(quantizer).__name__ != "PQ" or quantizer._uses_directions:
+        if type(quantizer).__name__ != "PQ" or (quantizer._uses_directions and quantizer.d > LONGEST):
             center = None if centroids is None else HOST.bring(centroids)
             values = self.encode(HOST.bring(x), center, first)
         else:
-            return self._product_codes(home, x - centroids if self.residual else x, centroids)
+            return self._product_codes(home, x - centroids if self.residual else x, centroids, x)
         return {name: home.bring(np.ascontiguousarray(value)) for name, value in values.items()}
 
-    def _product_codes(self, home: Home, x: Any, centroids: Any) -> dict[str, Any]:
+    def _product_codes(self, home: Home, x: Any, centroids: Any, vectors: Any) -> dict[str, Any]:
         """Values of the arrays for (residuals of) vectors on a GPU, by a `PQ`."""
         quantizer, kind = self.quantizer, home.kind
         n, m, books = len(x), quantizer.m, home.bring(np.ascontiguousarray(quantizer._books))
-        entries = home.empty((n, m), U8)
-        for j in range(m):
-            columns = kind.dense(x[:, j * quantizer.dsub : (j + 1) * quantizer.dsub])
-            entries[:, j] = kind.cast(address.nearest(columns, books[j], 1, "l2").ids[:, 0], U8)
+        if quantizer._uses_directions:  # its loss is about the vector
+            toward = kind.dense(vectors) if self.residual else None
+            entries = pq_entries(
+                kind, kind.dense(x), quantizer._books, quantizer._copies, toward, quantizer.threshold
+            )
+        else:
+            entries = home.empty((n, m), U8)
+            for j in range(m):
+                columns = kind.dense(x[:, j * quantizer.dsub : (j + 1) * quantizer.dsub])
+                entries[:, j] = kind.cast(address.nearest(columns, books[j], 1, "l2").ids[:, 0], U8)
         if self.form == "lut4":
             groups = home.full((n, (m + 7) // 8, 2, 4), 0, U8)
             groups.reshape(n, -1)[:, :m] = entries

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays import F32, U8
+from ._kernels import ROUNDS
 
 HELD = 1 << 26  # products with centroids that are held at once
 
@@ -35,13 +36,16 @@ def floats(kind: Any, x: Any) -> Any:
     return x if bool(library.isfinite(x).all()) else None
 
 
-def pq_entries(kind: Any, x: Any, books: np.ndarray, copies: Copies) -> Any:
+def pq_entries(
+    kind: Any, x: Any, books: np.ndarray, copies: Copies, directions: Any = None, threshold: float = 0.0
+) -> Any:
     """Entries (n, m) of float32 vectors, by csrc/address/pq_encode.cu."""
     m, ksub, dsub = books.shape
     there, out = copies.get(kind, "books", books, x), kind.empty((x.shape[0], m), U8, x)
     kind.kernels.pq_encode(
-        kind.ptr(x), kind.ptr(there), x.shape[0], m, ksub, dsub, kind.ptr(out), *kind.launch(x)
-    )
+        kind.ptr(x), kind.ptr(there), x.shape[0], m, ksub, dsub, kind.ptr(out),
+        None if directions is None else kind.ptr(directions), threshold, ROUNDS, *kind.launch(x),
+    )  # fmt: skip
     return out
 
 

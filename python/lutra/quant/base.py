@@ -128,9 +128,8 @@ class Quantizer(Trained):
 
         Notes
         -----
-        Vectors on a GPU are coded there by `PQ`, `OPQ` (without the anisotropic loss) and `RQ` of 2, 4 or 8
-        bits, else by the host. Sums are in another order: centroids that are equally near up to rounding may
-        be exchanged.
+        Vectors on a GPU are coded there by `PQ`, `OPQ` and `RQ` of 2, 4 or 8 bits, else by the host. Sums are
+        in another order: centroids that are equally near up to rounding may be exchanged.
         """
         self._need_training()
         native = vectors(x, "x", self.d)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
-from .._arrays import U8, kind_of
+from .._arrays import U8, _foreign, _hand_back, kind_of
 from ..index._home import HOST, Home, adopt, deliver, to_float32
 from ..index._kmeans import INITS, lloyd
 from ..index._progress import Progress
@@ -18,6 +18,7 @@ from ._kernels import pq_entries, pq_vectors
 from .base import PART, Quantizer, Tables, training_home, training_matrix, vectors
 
 _LOSSES = {"l2": 0, "anisotropic": 1}
+LONGEST = 8192  # dimensions for the anisotropic loss on CUDA: two vectors lie in shared memory
 
 
 class PQ(Quantizer):
@@ -221,6 +222,11 @@ class PQ(Quantizer):
             raise ValueError(
                 f"x has {native.shape[0]} rows, directions {toward.shape[0]}; they must be as many"
             )
+        kind = kind_of(native, "x")
+        if kind.cuda and kind.kernels is not None and kind_of(toward, "directions") is kind:
+            there = self._encode_there(kind, native, toward)
+            if there is not None:
+                return _hand_back(there, x) if _foreign(x) else there
         codes = np.empty((native.shape[0], self.code_size), np.uint8)
         with Progress(len(codes), f"{type(self).__name__} encoding", progress) as bar:
             for i in range(0, len(codes), PART):
@@ -237,13 +243,22 @@ class PQ(Quantizer):
     def _encode(self, x: np.ndarray, directions: np.ndarray | None = None) -> np.ndarray:
         return _bits.pack(self._entries_of(x, directions), self.bits)
 
-    def _encode_there(self, kind: Any, x: Any) -> Any:
-        if self.loss != "l2" or self.bits not in (2, 4, 8):
+    def _encode_there(self, kind: Any, x: Any, directions: Any = None) -> Any:
+        if self.bits not in (2, 4, 8):
             return None
         x = _on_cuda.floats(kind, x)
+        if directions is not None:
+            directions = _on_cuda.floats(kind, directions)
+            if directions is None:
+                return None
+            directions = kind.dense(self._turned_there(kind, directions))
         if x is None:
             return None
-        entries = _on_cuda.pq_entries(kind, self._turned_there(kind, x), self._books, self._copies)
+        threshold = self.threshold if self.loss == "anisotropic" else 0.0
+        if threshold and self.d > LONGEST:
+            return None
+        turned = kind.dense(self._turned_there(kind, x))
+        entries = _on_cuda.pq_entries(kind, turned, self._books, self._copies, directions, threshold)
         return _on_cuda.pack(kind, entries, self.bits)
 
     def _turned_there(self, kind: Any, x: Any) -> Any:

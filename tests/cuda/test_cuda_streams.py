@@ -49,11 +49,32 @@ def cases(torch):
             lambda q, c, b: lutra.scan.pq(q, c, b, 10),
             [floats(7, 16), ints(16, 4000, 8).to(torch.uint8), floats(8, 16, 2)],
         ),
+        "knn_poincare": (
+            lambda q, x: lutra.scan.knn(q, x, 10, "poincare"),
+            [floats(20, 8) / 40, floats(900, 8) / 40],
+        ),
+        "rescore_long": (
+            lambda q, x, c: lutra.scan.rescore(q, x, c, 2100, "l2"),
+            [floats(3, 4), floats(5000, 4), ints(5000, 3, 2500)],
+        ),
+        "packed_logits": (
+            lambda h, t: lutra.scan.packed_logits(h, t),
+            [floats(9, 40), lutra.gather.pack_rows(floats(300, 40))],
+        ),
+        "packed_topk": (
+            lambda h, t: lutra.scan.packed_topk(h, t, 10),
+            [floats(3, 40), lutra.gather.pack_rows(floats(300, 40))],
+        ),
+        "lookups_backward": (
+            lambda g, c: torch.ops.lutra.lookups_backward(g, c, 6, 8),
+            [floats(9, 500), ints(256, 500, 6).to(torch.uint8)],
+        ),
     }
 
 
 NAMES = ("sign_hash", "token_ngrams", "nearest", "bag", "bag_max", "bag_grad", "tables", "knn", "knn_one",
-         "knn_long", "rescore", "pq")  # fmt: skip
+         "knn_long", "rescore", "pq", "knn_poincare", "rescore_long", "packed_logits", "packed_topk",
+         "lookups_backward")  # fmt: skip
 
 
 def results(out):

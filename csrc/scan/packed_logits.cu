@@ -12,7 +12,7 @@
 // not matter as long as the tokens are laid out alike (`column_of`): they are, in the order in which threads read them,
 // so that they come from the L1 cache, which the codes do not pass through.
 //
-// Limits: few tokens: reading the packed rows once, or for 2 and 4 bits the instructions that decode (1.5 a code).
+// Limits: few tokens: reading the packed rows once, or for 2 bits and nf4 the instructions that decode.
 // Tokens are taken 32 at a time, by blocks side by side, whose rows come from the L2 cache.
 // k > 0: scores are written and selected by radix (any_k.cuh). Fewer than 2^32 - 1 rows; offsets are 64-bit.
 #include "scan/packed_logits.h"
@@ -188,12 +188,6 @@ __device__ __forceinline__ void decode(uint32_t word, int s, uint32_t zero, cons
   }
 }
 
-// 4 bytes from any address in shared memory.
-__device__ __forceinline__ uint32_t load_word(const unsigned char* row, int at) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(row + (at & ~3));
-  return __funnelshift_r(words[0], words[1], 8 * (at & 3));
-}
-
 struct ScaleOf {
   float scale, rest;  // of a code, and of the zero
   uint32_t zero;
@@ -327,25 +321,26 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
         copy_wait<2>();
       __syncwarp();
       start();
-      const unsigned char* here[2];
-      int shift[2];
+      const uint32_t* words[2];  // of this thread's part of its rows, which begins `bits` into the first
+      int bits[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        here[r] = stages + stage * kStage + (g + 8 * r) * kPitch;
-        shift[r] = static_cast<int>((data + (tile * kTileRows + g + 8 * r) * p.row_bytes) & 15) + t * C::own;
+        const int at = static_cast<int>((data + (tile * kTileRows + g + 8 * r) * p.row_bytes) & 15) + t * C::own;
+        words[r] = reinterpret_cast<const uint32_t*>(stages + stage * kStage + (g + 8 * r) * kPitch + (at & ~3));
+        bits[r] = 8 * (at & 3);
       }
-      const int64_t left = a.code_bytes - static_cast<int64_t>(chunk) * kChunk;
-      const int units = static_cast<int>((left < kChunk ? left + C::unit - 1 : kChunk) / C::unit);
+      const int64_t rest = a.code_bytes - static_cast<int64_t>(chunk) * kChunk;
+      const int left = rest < kChunk ? static_cast<int>(rest) : kChunk, units = (left + C::unit - 1) / C::unit;
       const uint2* from = image + static_cast<int64_t>(chunk) * (kChunk / C::unit) * C::steps * 32 * TERMS;
-#pragma unroll 2
-      for (int u = 0; u < units; ++u) {
+      const auto product = [&](int u) {
         uint32_t word[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          word[r] = load_word(here[r], shift[r] + u * C::unit);
+          const uint32_t* at = words[r] + u * (C::unit / 4);
+          word[r] = __funnelshift_r(at[0], at[1], bits[r]);
           if (K == Packed::e4m3 || K == Packed::e5m2) {  // what lies behind the codes could be no number
-            const int64_t codes = left - u * C::unit - t * C::own;
-            if (codes < 4) word[r] = codes <= 0 ? 0 : word[r] & (0xffffffffu >> (32 - 8 * static_cast<int>(codes)));
+            const int codes = left - u * C::unit - t * C::own;
+            if (codes < 4) word[r] = codes <= 0 ? 0 : word[r] & (0xffffffffu >> (32 - 8 * codes));
           }
         }
 #pragma unroll
@@ -354,7 +349,7 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
 #pragma unroll
           for (int r = 0; r < 2; ++r) decode<K, WIDE>(word[r], s, of[r].zero, levels, codes[r], low[r]);
           const uint32_t x[4] = {codes[0][0], codes[1][0], codes[0][1], codes[1][1]};
-          const uint2* at = from + static_cast<int64_t>(u * C::steps + s) * 32 * TERMS;
+          const uint2* at = from + (u * C::steps + s) * 32 * TERMS;
 #pragma unroll
           for (int n = 0; n < TILES; ++n) {
             uint2 h[TERMS];
@@ -372,16 +367,22 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
             }
           }
         }
-        if (grouped && --units_left == 0) {
-          float now[TILES][4];
-          take(now);
-          close(now);
-          units_left = units_of_group, ++group;
-          if (group < a.groups) {
-            of[0] = scale_of<K>(tail[0]), of[1] = scale_of<K>(tail[1]);
-            const bool more = group + 1 < a.groups;
-            load_tail(more ? tile : tile + stride, more ? group + 1 : 0);
-          }
+      };
+      constexpr int kUnroll = C::steps >= 4 ? 1 : (TILES == 4 ? 2 : 4) / C::steps;
+      for (int u = 0; u < units;) {
+        const int end = grouped && units - u > units_left ? u + units_left : units;
+        units_left -= end - u;
+#pragma unroll kUnroll
+        for (; u < end; ++u) product(u);
+        if (!grouped || units_left > 0) continue;
+        float now[TILES][4];
+        take(now);
+        close(now);
+        units_left = units_of_group, ++group;
+        if (group < a.groups) {
+          of[0] = scale_of<K>(tail[0]), of[1] = scale_of<K>(tail[1]);
+          const bool more = group + 1 < a.groups;
+          load_tail(more ? tile : tile + stride, more ? group + 1 : 0);
         }
       }
       __syncwarp();  // before the stage is filled again

@@ -24,7 +24,7 @@ from harness import GB, RATES, Case, captured, kernels, limits, milliseconds
 
 from lutra import _backend
 
-PARTS = ("address", "gather", "memory", "exact", "codes", "heads", "lists")
+PARTS = ("address", "gather", "memory", "exact", "codes", "heads", "lists", "indexes")
 
 
 def run(case: Case, limit: dict[str, float], budget: float) -> dict[str, Any]:

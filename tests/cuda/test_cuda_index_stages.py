@@ -164,10 +164,23 @@ def test_searches_wait_for_nothing(gpu, index):
             here.search((tokens, ptr), K, generator="all"),
         ]
         filtered = here.search(q, K, filter=keep)
+        here.search(q, K, filter=keep, generator="all")
     for one in found[:2]:
         np.testing.assert_array_equal(gpu.get(one.ids), want)
     got = gpu.get(filtered.ids)
     assert ((got % 2 == 0) | (got < 0)).all()
+
+
+def test_filtered_exact_searches_go_in_parts(gpu, monkeypatch):
+    from lutra.index import multivector
+
+    here, q, keep = pair(gpu), gpu.put(queries()), gpu.put(np.arange(N) % 3 == 0)
+    want = here.search(q, K, filter=keep, generator="all")
+    for most in (1, 2 * N, 3 * N + 1):
+        monkeypatch.setattr(multivector, "_LISTS", most)
+        found = here.search(q, K, filter=keep, generator="all")
+        np.testing.assert_array_equal(gpu.get(found.ids), gpu.get(want.ids))
+        np.testing.assert_array_equal(gpu.get(found.scores), gpu.get(want.scores))
 
 
 def test_offsets_and_nan_of_queries(gpu):

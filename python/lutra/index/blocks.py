@@ -214,11 +214,11 @@ class Blocks(Index):
     def _move(self, home: Home) -> None:
         if home is HOST and "vectors" in self._rows:
             to_panels(self._rows.pop("vectors"), self._panels)
+        panels, fresh = self._panels, home is not HOST and "vectors" not in self._rows
+        rows = to_rows(panels, home, self._code) if fresh and not self._lacking(home) else None
         super()._move(home)
-        if home is not HOST and "vectors" not in self._rows:
-            panels = self._panels
-            self._rows["vectors"] = to_rows(panels, home, self._code)
-            self._panels = Panels(*panels.shape, panels.dtype)
+        if rows is not None:
+            self._rows["vectors"], self._panels = rows, Panels(*panels.shape, panels.dtype)
 
     def _encode_on_gpu(self, x: Any, out: Any, first: int) -> None:
         kind = self._here.kind

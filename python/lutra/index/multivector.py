@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, _filters, scan
-from .._arrays import BF16, F16, F32, kind_of
+from .._arrays import BF16, F16, F32, U8, kind_of
 from .._results import Neighbors
 from ..address import FDE
 from . import _files, _multivector_tune
@@ -75,9 +75,9 @@ class MultiVector(Index):
 
     On a GPU (`to`, or where the first documents lie there) tokens and encodings stay there, and so does a
     search: encoding, the search of the index, MaxSim. It waits for nothing where queries are an array of
-    three dimensions without a mask, or (tokens, ptr) with both there, unless it carves balls, takes
-    candidates from centroids, or ranks all documents that pass a filter. An index of encodings that is for
-    the CPU (HNSW, 'int8' and 'pq') keeps the whole there.
+    three dimensions without a mask, or (tokens, ptr) with both there, unless it carves balls or takes
+    candidates from centroids. An index of encodings that is for the CPU (HNSW, 'int8' and 'pq') keeps the
+    whole there.
 
     References
     ----------
@@ -322,11 +322,16 @@ class MultiVector(Index):
         return super()._lacking(home) + self._inner._lacking(home)
 
     def _move(self, home: Home) -> None:
+        inner, before = self._inner, self._tokens.home
+        if not (home.kind.cuda and self._lacking(home)):  # else it is said below what is lacking
+            self._tokens.to(home)
+            try:
+                with inner._changing():
+                    inner._move(home)
+            except BaseException:
+                self._tokens.to(before)
+                raise
         super()._move(home)
-        inner = self._inner
-        with inner._changing():
-            inner._move(home)
-        self._tokens.to(home)
         self._generator = None
 
     def _why_host(self, device: Any) -> str:
@@ -413,9 +418,11 @@ class MultiVector(Index):
         return found.scores, self._ids.of(home, found.ids)
 
     def _exact(self, home: Home, tokens: Any, ptr: Any, k: int, filter: Any) -> tuple[Any, Any]:
-        keep = None if filter is None else HOST.bring(self._keep(home, filter))
-        if keep is None:
+        if filter is None:
             return self._rank(home, tokens, ptr, k, None)
+        keep = self._keep(home, filter)
+        if home is not HOST:
+            return self._exact_on_gpu(home, tokens, ptr, k, keep)
         allowed, offsets = _filters.positions(keep, self._ids.n), HOST.bring(ptr)
         step = max(1, _LISTS // max(1, len(allowed)))  # queries whose lists are made at a time
         found = []
@@ -424,6 +431,19 @@ class MultiVector(Index):
             lists = home.positions(np.tile(allowed, (len(some) - 1, 1)))
             part = tokens[int(some[0]) : int(some[-1])]
             found.append(self._rank(home, part, home.positions(some - some[0]), k, lists))
+        return tuple(home.xp.concatenate(parts) for parts in zip(*found))
+
+    def _exact_on_gpu(self, home: Home, tokens: Any, ptr: Any, k: int, keep: Any) -> tuple[Any, Any]:
+        """All documents are named, and nothing where one does not pass: how many do is not known here."""
+        every, nq = home.arange(self._ids.n), int(ptr.shape[0]) - 1
+        passes = (keep[every >> 3] >> home.kind.cast(every & 7, U8)) & 1
+        named = home.xp.where(passes > 0, every, -1)[None]
+        step = max(1, _LISTS // self._ids.n)  # queries whose lists are made at a time
+        found = []
+        for i in range(0, max(1, nq), step):
+            some = ptr[i : i + step + 1]  # of all tokens
+            lists = home.xp.broadcast_to(named, (int(some.shape[0]) - 1, self._ids.n))
+            found.append(self._rank(home, tokens, some, k, lists))
         return tuple(home.xp.concatenate(parts) for parts in zip(*found))
 
     def _candidates_of(self, home: Home, tokens: Any, ptr: Any, count: int, filter: Any) -> Any:

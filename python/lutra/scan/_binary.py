@@ -11,7 +11,7 @@ from .._arrays import F32, F64, I32, I64, NUMPY, U8, call
 from .._results import Neighbors
 from ..reference import binary as reference
 from ..reference.scan import nan_message
-from ._knn import _tuple
+from ._knn import _tuple, device_keep
 
 BINARY_METRICS = {"hamming": 0, "jaccard": 1}
 
@@ -98,6 +98,7 @@ def _binary(kind, queries, database, keep=None, k=10, metric="hamming"):
         scores, ids = reference.binary(kind.to_numpy(queries), kind.to_numpy(database), k, metric, bits)
         return kind.from_numpy(scores, F32, queries), kind.from_numpy(ids, I64, queries)
     queries, database = kind.dense(queries), kind.dense(database)
+    keep = device_keep(kind, keep, queries)  # of the torch op: perhaps on the host
     keep = None if keep is None else kind.dense(keep)
     scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
     more = kind.launch(queries, kind.scratch("binary", queries, nq, n, b, k, kind.ptr(database)))

@@ -10,7 +10,7 @@ from .. import _checks, _filters
 from .._arrays import F32, I64, NUMPY, U8, call
 from .._results import Neighbors
 from ..reference import fast_scan as reference
-from ._knn import _tuple
+from ._knn import _tuple, device_keep
 
 _METRICS = {"ip": 0, "l2": 1}
 
@@ -207,6 +207,7 @@ def _fast_scan(kind, tables, codes, bias=None, add=None, mul=None, keep=None, n=
         scores, ids = reference.fast_scan(kind.to_numpy(tables), kind.to_numpy(codes), n, k, metric, *some)
         return kind.from_numpy(scores, F32, tables), kind.from_numpy(ids, I64, tables)
     tables, codes = kind.dense(tables), kind.dense(codes)
+    keep = device_keep(kind, keep, tables)  # of the torch op: perhaps on the host
     bias, add, mul, keep = (None if a is None else kind.dense(a) for a in (bias, add, mul, keep))
     scores, ids = kind.empty((nq, k), F32, tables), kind.empty((nq, k), I64, tables)
     p = lambda a: None if a is None else kind.ptr(a)  # noqa: E731

@@ -323,3 +323,25 @@ def test_bad_input(gpu):
         knn_screened(gpu.put(np.ones((2, 4))), gpu.put(np.ones((20, 4))), screen)
     with pytest.raises(TypeError, match="codes"):
         knn_screened(x, x, quantize_int8(np.ones((20, 4), np.float32)))
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_bank(gpu_torch, dtype, metric):
+    torch = gpu_torch.torch
+    import lutra.nn
+
+    rng = np.random.default_rng()
+    keys, query = normal(rng, 2, 900, 16), normal(rng, 2, 5, 16)
+    bank = lutra.nn.MemoryBank(2, 16, metric=metric, device="cuda", dtype=getattr(torch, dtype))
+    a, q = gpu_torch.put(keys, dtype), gpu_torch.put(query)
+    bank.add(a, a)
+    for _ in range(2):
+        with gpu_torch.no_sync():
+            found = bank.search(q, 7)
+        for head in range(2):
+            want = knn(q[head], a[head], 7, metric)
+            np.testing.assert_array_equal(gpu_torch.get(found.ids[head]), gpu_torch.get(want.ids))
+            same_bits(gpu_torch.get(found.scores[head]), gpu_torch.get(want.scores))
+        bank.build()
+        assert bank._screens is not None and bank._screens[0].codes.is_cuda

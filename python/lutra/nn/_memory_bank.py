@@ -242,18 +242,19 @@ class MemoryBank:
         scores : Tensor, shape (num_heads, nq, min(k, n)), float32 or float64
             Best first.
         ids : Tensor, int64, likewise
-            Numbers of memories in the order of their addition. Equal scores in the order of their numbers (on
-            CUDA in any); -1 where an index found fewer.
+            Numbers of memories in the order of their addition. Equal scores in the order of their numbers; -1
+            where an index found fewer.
 
         Raises
         ------
         ValueError
-            A shape that does not fit, k < 1, NaN.
+            A shape that does not fit, k < 1, NaN (on CUDA a NaN score comes first).
 
         Notes
         -----
-        Exact: one pass over the keys of a head for all its queries, no matrix of scores is written. CUDA
-        tensors are searched with torch's own ops.
+        Exact: one pass over the keys of a head for all its queries, no matrix of scores is written. On CUDA
+        float64, and everything where lutra has no kernels, is searched with torch's own ops, in which equal
+        scores come in any order.
         """
         k = _checks.integer("k", k, 1)
         if query.dim() != 3 or query.shape[0] != self.num_heads or query.shape[2] != self.head_dim:
@@ -273,11 +274,22 @@ class MemoryBank:
         return Neighbors(scores, ids)
 
     def build(self) -> MemoryBank:
-        """Make now what searches would make in time: the codes of an exact bank, or its indexes."""
-        if len(self) and self.device.type == "cpu" and self.dtype != torch.float64:
+        """Make now what searches would make in time: the codes of an exact bank, or its indexes.
+
+        On CUDA searches make no codes, and those of an exact bank are made only here; the call waits for the
+        device, so that any stream may search.
+        """
+        on_gpu = self.device.type == "cuda" and self.index == "exact" and self._kernels() is not None
+        if len(self) and (self.device.type == "cpu" or on_gpu) and self.dtype != torch.float64:
             with self._lock:
                 self._make()
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
         return self
+
+    def _kernels(self) -> Any:
+        """The module that serves the bank's device."""
+        return _backend.cuda if self.device.type == "cuda" else _backend.core
 
     def _make(self) -> None:
         if self.index == "exact":
@@ -295,9 +307,10 @@ class MemoryBank:
 
     def _ways(self, queries: int, k: int) -> Iterator[Any]:
         """What searches each head."""
-        if self.device.type != "cpu":
-            if self.index != "exact":
-                raise NotImplementedError(f"a bank with index={self.index!r} is searched on the CPU only")
+        on_gpu = self.device.type != "cpu"
+        if on_gpu and self.index != "exact":
+            raise NotImplementedError(f"a bank with index={self.index!r} is searched on the CPU only")
+        if on_gpu and (self._kernels() is None or self.dtype == torch.float64):
             way = self._dense
         elif self.index != "exact":
             if self.indexes is None:
@@ -306,8 +319,8 @@ class MemoryBank:
             way = self._by_index
         else:
             self._queries += queries
-            coded = len(self) >= 32 * k and self.dtype != torch.float64 and _backend.core is not None
-            if coded and self._screens is None and self._queries >= _PAYS_AFTER:
+            coded = len(self) >= 32 * k and self.dtype != torch.float64 and self._kernels() is not None
+            if coded and self._screens is None and self._queries >= _PAYS_AFTER and not on_gpu:
                 with self._lock:
                     self._make()
             way = self._screened if coded and self._screens is not None else self._exact

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lutra import quant
-from lutra.index import HNSW, IVF, PQ, Binary, Codes, Flat, Shards
+from lutra.index import HNSW, IVF, PQ, Binary, Codes, Flat, MultiVector, Shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* (points|vectors) for .* centroids")
 
@@ -49,6 +49,33 @@ def test_as_one_index(kind, count):
     np.testing.assert_array_equal(shards.reconstruct(ids[5:9]), want.reconstruct(ids[5:9]))
     assert shards.remove_ids([*ids[::7], 12345678]) == want.remove_ids([*ids[::7], 12345678])
     np.testing.assert_array_equal(shards.search(q, 10).ids, want.search(q, 10).ids)
+
+
+def test_documents_of_many_vectors(tmp_path):
+    rng = np.random.default_rng(0)
+    ends = np.concatenate([[0], np.cumsum(rng.integers(1, 9, 90))])
+    tokens, q = integers(ends[-1], 8), integers(35, 8, 1).reshape(5, 7, 8)
+    one, index = (MultiVector(8, "float32", repetitions=2, k_sim=2, d_proj=4) for _ in range(2))
+    for each in (one, index):
+        each.add((tokens[: ends[60]], ends[:61]), np.arange(60) * 3)
+    shards = Shards(index, ["cpu"] * 3)
+    for each in (one, shards):
+        each.add(tokens[ends[60] :], np.arange(60, 90) * 3, ptr=ends[60:] - ends[60])
+    assert [shard.ntotal for shard in shards.shards] == [30, 30, 30]
+    for options in ({"generator": "all"}, {"filter": np.arange(0, 270, 6), "generator": "all"}):
+        want, got = one.search(q, 4, **options), shards.search(q, 4, **options)
+        np.testing.assert_array_equal(got.scores, want.scores)
+        np.testing.assert_array_equal(got.ids, want.ids)
+    got, want = shards.search(list(q), 4, candidates=9).scores, one.search(list(q), 4, candidates=9).scores
+    assert (got.sum(1) >= want.sum(1)).all()
+    for a, b in zip(shards.reconstruct([6, 267, 3]), one.reconstruct([6, 267, 3])):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(shards.reconstruct(6), one.reconstruct(6))
+    shards.save(tmp_path / "s")
+    back = Shards.load(tmp_path / "s", ["cpu"])
+    np.testing.assert_array_equal(
+        back.search(q, 4, generator="all").ids, one.search(q, 4, generator="all").ids
+    )
 
 
 def test_adding_fills_evenly():

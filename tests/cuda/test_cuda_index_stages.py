@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lutra import quant
-from lutra.index import HNSW, IVF, Blocks, Flat, Funnel, MultiVector, Transformed, funnel, load
+from lutra.index import HNSW, IVF, Blocks, Flat, Funnel, MultiVector, Shards, Transformed, funnel, load
 from lutra.index.transforms import PCA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* (points|vectors) for .* centroids")
@@ -209,6 +209,25 @@ def test_tune_on_the_gpu(gpu):
     x, ptr = documents(seed=9)
     tuned = here.tune((gpu.put(x), gpu.put(ptr)), 0.9, k=3)
     assert tuned.recall >= 0.9 and here.candidates == tuned.parameters["candidates"]
+
+
+def test_shards(gpu):
+    """Two shards on one GPU, and one on the host: the exact search is that of one index."""
+    here, whole = pair(gpu), pair(gpu)
+    shards = Shards(here, ["cuda", "cuda:0", "cpu"])
+    assert shards.devices == ["cuda:0", "cuda:0", "cpu"]
+    q = gpu.put(queries())
+    want = whole.search(q, K, generator="all")
+    found = shards.search(q, K, generator="all")
+    np.testing.assert_array_equal(gpu.get(found.scores), gpu.get(want.scores))
+    np.testing.assert_array_equal(gpu.get(found.ids), gpu.get(want.ids))
+    x, ptr = documents(seed=4)
+    shards.add((gpu.put(x), gpu.put(ptr)))
+    assert shards.ntotal == 2 * N and {shard.ntotal for shard in shards.shards} == {40}
+    on_gpu = Shards(shards.shards[0], ["cuda", "cuda"])
+    on_gpu.search(q, K)
+    with gpu.no_sync():
+        on_gpu.search(q, K)
 
 
 def test_what_stays_on_the_cpu(gpu):

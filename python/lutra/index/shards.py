@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from .. import _checks
 from .._results import Neighbors
 from ._home import HOST, Home, adopt, check_ids, check_matrix, deliver, home_of
 from ._load import load
+from ._tokens import as_tokens
 from .base import Index
+from .multivector import MultiVector
 
 _DESCENDING = ("ip", "cosine")
 
@@ -38,7 +41,8 @@ class Shards:
     A search sends the queries to all devices, which work at the same time, and merges their results where the
     queries are: k scores and ids of each shard. On GPUs nothing waits for a device, so long as the queries
     are on one. Results are those of one index with all vectors; of equal scores those of the shard that
-    comes first in ``shards`` come first.
+    comes first in ``shards`` come first. Of a `MultiVector` each shard ranks as many candidates as one index
+    would, so that more are found.
 
     Examples
     --------
@@ -104,10 +108,17 @@ class Shards:
     def search(self, q: Any, k: int = 10, *, filter: Any = None, **options: Any) -> Neighbors:
         """The k best vectors for each query; ``filter`` and ``options`` as in the index's own `search`."""
         k = _checks.integer("k", k, 1)
-        native = check_matrix(q, "q", self.d)
         filled = [shard for shard in self.shards if shard.ntotal]
         if not filled:
             return self.shards[0].search(q, k, filter=filter, **options)  # which says why not
+        if isinstance(
+            filled[0], MultiVector
+        ):  # its queries have several forms; their library gets all results
+            found = [tuple(shard.search(q, k, filter=filter, **options)) for shard in filled]
+            target = home_of(found[0][0], "q")
+            with target.here():
+                return Neighbors(*merged(target, found, k, self.metric))
+        native = check_matrix(q, "q", self.d)
         # First all queries to their devices, so that none waits for the results of another.
         homes = [shard._home or HOST for shard in filled]
         parts = [native if home is HOST else home.bring(native) for home in homes]
@@ -117,10 +128,24 @@ class Shards:
         with target.here():
             return Neighbors(*deliver(target, merged(target, brought, k, self.metric), q))
 
-    def add(self, x: Any, ids: Any = None) -> None:
-        """Add vectors, as `Index.add`: in pieces, so that all shards come to hold as many as each other."""
+    def add(self, x: Any, ids: Any = None, **options: Any) -> None:
+        """Add vectors, as the index's own ``add``: in pieces, so that all shards come to hold as many."""
+        if isinstance(self.shards[0], MultiVector):
+            self._add_documents(x, ids, **options)
+            return
         native = check_matrix(x, "x", self.d)
-        count = native.shape[0]
+        for shard, (i, j), new in self._pieces(native.shape[0], ids):
+            shard.add(native[i:j], new, **options)
+
+    def _add_documents(self, x: Any, ids: Any, ptr: Any = None, mask: Any = None, **options: Any) -> None:
+        tokens, ptr = as_tokens(x if ptr is None else (x, ptr), self.d, mask)
+        ends = HOST.bring(ptr)
+        for shard, (i, j), new in self._pieces(len(ends) - 1, ids):
+            part = tokens[int(ends[i]) : int(ends[j])]
+            shard.add((part, ends[i : j + 1] - ends[i]), new, **options)
+
+    def _pieces(self, count: int, ids: Any) -> Iterator[tuple[Any, tuple[int, int], np.ndarray]]:
+        """The shards that an addition goes to, which part of it each gets, and the ids of that."""
         if ids is None:
             following = max(shard._ids.next for shard in self.shards)
             new = np.arange(following, following + count)
@@ -140,7 +165,7 @@ class Shards:
             room = count - start if i == len(self.shards) - 1 else max(0, each - shard.ntotal)
             stop = min(count, start + room)
             if stop > start:
-                shard.add(native[start:stop], new[start:stop])
+                yield shard, (start, stop), new[start:stop]
             start = stop
 
     def remove_ids(self, ids: Any) -> int:
@@ -148,17 +173,23 @@ class Shards:
         wanted = check_ids(ids)
         return sum(shard.remove_ids(wanted) for shard in self.shards)
 
-    def reconstruct(self, ids: Any) -> np.ndarray:
-        """The stored vectors of some ids, as `Index.reconstruct`, on the host."""
+    def reconstruct(self, ids: Any) -> Any:
+        """The stored vectors of some ids, as the index's own ``reconstruct``, on the host."""
         wanted = check_ids(ids)
         flat = np.atleast_1d(wanted)
-        out = np.empty((len(flat), self.d), np.float32)
+        ragged = isinstance(self.shards[0], MultiVector)
+        out: Any = [None] * len(flat) if ragged else np.empty((len(flat), self.d), np.float32)
         there = np.zeros(len(flat), bool)
         for shard in self.shards:
             rows = np.flatnonzero(shard._ids.positions(flat) >= 0)
             if len(rows):
-                out[rows] = shard.reconstruct(flat[rows])
                 there[rows] = True
+                found = shard.reconstruct(flat[rows])
+                if not ragged:
+                    out[rows] = found
+                    continue
+                for row, tokens in zip(rows, found):
+                    out[row] = tokens
         if not there.all():
             first = int((~there).argmax())
             raise IndexError(f"ids[{first}] is {int(flat[first])}, which is not in the index")

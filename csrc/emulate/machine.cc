@@ -1,6 +1,7 @@
 #include "emulate/machine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -174,7 +175,8 @@ void prepare(int id) {
   f.watched = nullptr;
   if (f.groups.size() > 1 || !f.groups[0].empty()) f.groups.assign(1, {});
   if (f.products.size() > 1 || !f.products[0].empty()) f.products.assign(1, {});
-  const uintptr_t top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t{15};
+  // Not all at the same place of a page: they would share the same few sets of the caches.
+  const uintptr_t top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack - f.id * 576 % 32768) & ~uintptr_t{63};
   void** sp = reinterpret_cast<void**>(top) - 1;
   *sp = nullptr;  // where a call would have left its return address
   *--sp = reinterpret_cast<void*>(&entry);
@@ -302,11 +304,18 @@ void run(const char* what, dim3 grid, int block, size_t shared, const std::funct
   const bool reverse = settings().order == Order::reverse;
   for (int t = 0; t < block; ++t) order[static_cast<size_t>(t)] = reverse ? block - 1 - t : t;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  static const bool trace = getenv("LUTRA_EMULATE_TRACE") != nullptr;
+  const auto start = std::chrono::steady_clock::now();
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t b = reverse ? blocks - 1 - i : i;
     place.block = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                        static_cast<unsigned>(b / grid.x / grid.y));
     run_block(what, block, order);
+  }
+  if (trace) {
+    const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
+    fprintf(stderr, "%s: %u x %u x %u blocks of %d threads, %zu bytes of shared memory, %.1f ms\n", what, grid.x,
+            grid.y, grid.z, block, shared, took.count());
   }
 }
 

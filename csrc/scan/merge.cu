@@ -1,10 +1,12 @@
 // Merges the lists that the blocks of a scan leave, sorts the k best and writes scores and ids.
 //
-// Few keys (32 at most: one or two lists of small k): a warp per query sorts them in registers. Up to 1024: a block
-// per query sorts them (bitonic, in shared memory). More: a block finds the k-th largest digit by digit, by counting
-// (radix selection; 11 bits a pass from the highest bit in which keys differ, so that the first pass already spreads
-// them over the bins), and sorts only the k that reach it. Where equal keys, the same candidate given twice, count
-// once, they must be neighbours: then a block sorts 8192 at a time, keeps the best and goes on with the next.
+// Few keys (32 at most: one or two lists of small k): a warp per query sorts them in registers. Many, but few of them
+// wanted (16 at most): the warps of a block keep the 16 best of theirs in registers, and meet two by two. Else, up to
+// 1024 keys: a block per query sorts them (bitonic, in shared memory). More: a block finds the k-th largest digit by
+// digit, by counting (radix selection; 11 bits a pass from the highest bit in which keys differ, so that the first pass
+// already spreads them over the bins), and sorts only the k that reach it. Where equal keys, the same candidate given
+// twice, count once, they must be neighbours: then a block sorts 8192 at a time, keeps the best and goes on with the
+// next.
 //
 // Overflow: at most 8192 places are sorted at a time; places in memory are counted in 64 bits, keys of a query in 32
 // (parts <= 65535 and k <= 2048: fewer than 2^27).
@@ -92,6 +94,48 @@ __global__ void __launch_bounds__(1024) block_merge_kernel(Merge m, int room) {
     held = held + fresh < m.best ? held + fresh : m.best;
   }
   for (int i = threadIdx.x; i < m.k; i += blockDim.x) write_result(m, query, i, i < held ? keys[i] : 0);
+}
+
+// The 16 largest of two lists of 16, largest first: `mine` in lanes 0 to 15 and again in 16 to 31, as the result is,
+// and `theirs` in the reverse order.
+__device__ __forceinline__ Key best_of_two(Key mine, Key theirs) {
+  const int lane = threadIdx.x & 31;
+  mine = theirs > mine ? theirs : mine;
+#pragma unroll
+  for (int stride = 8; stride > 0; stride >>= 1) {
+    const Key other = __shfl_xor_sync(kFullWarp, mine, stride);
+    mine = ((lane & stride) == 0) == (mine > other) ? mine : other;
+  }
+  return mine;
+}
+
+// best <= 16; the keys are different, but for 0. Warps keep the 16 best of theirs, then meet two by two.
+__global__ void __launch_bounds__(1024) short_merge_kernel(Merge m) {
+  __shared__ Key best[32][16];
+  const int64_t query = blockIdx.x;
+  if ((m.count && query >= *m.count) || (m.done && m.done[query])) return;
+  const Key* lists = m.lists + query * m.parts * m.stride;
+  const int total = m.parts * m.per_part, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  Key mine = 0, bar = 0;
+  for (int first = warp * 32; first < total; first += blockDim.x) {
+    const int at = first + lane, part = at / m.per_part;
+    Key key = at < total ? lists[part * m.stride + (at - part * m.per_part)] : 0;
+    if (!__any_sync(kFullWarp, key > bar)) continue;
+    key = warp_sort(key);
+    mine = best_of_two(mine, __shfl_sync(kFullWarp, key, 15 - (lane & 15)));
+    bar = __shfl_sync(kFullWarp, mine, 15);
+  }
+  if (lane < 16) best[warp][lane] = mine;
+  for (int half = blockDim.x / 64; half > 0; half >>= 1) {
+    __syncthreads();
+    if (warp < half) {
+      mine = best_of_two(mine, best[warp + half][15 - (lane & 15)]);
+      if (lane < 16) best[warp][lane] = mine;  // which no other warp reads before the next barrier
+    }
+  }
+  if (warp > 0) return;
+  if (lane < m.best) write_result(m, query, lane, mine);
+  for (int i = m.best + lane; i < m.k; i += 32) write_result(m, query, i, 0);
 }
 
 constexpr int kSelectThreads = 1024;
@@ -218,6 +262,8 @@ void merge_lists(const Merge& m, const char* what, const Launch& l) {
     launch(what, warp_merge_kernel, grid_x(div_up(m.queries, 8)), 256, 0, l, small);
     return;
   }
+  if (!m.drop_duplicates && m.best <= 16)
+    return launch(what, short_merge_kernel, grid_x(m.queries), total > 1024 ? 1024 : 256, 0, l, m);
   if (!m.drop_duplicates && total > 1024) {
     const int room = power_of_two(m.best < 2 ? 2 : m.best, kRoom);
     const size_t shared = static_cast<size_t>(room) * sizeof(Key);

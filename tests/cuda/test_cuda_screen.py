@@ -345,3 +345,29 @@ def test_memory_bank(gpu_torch, dtype, metric):
             same_bits(gpu_torch.get(found.scores[head]), gpu_torch.get(want.scores))
         bank.build()
         assert bank._screens is not None and bank._screens[0].codes.is_cuda
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("inputs", [1, 40])
+def test_sparse_autoencoder(gpu_torch, inputs, dtype):
+    """The latents of the CPU, and gradients through them; activations are not written."""
+    import copy
+
+    import lutra.nn
+
+    torch = gpu_torch.torch
+    torch.manual_seed(0)
+    layer = lutra.nn.TopKSAE(24, 500, 6).to(getattr(torch, dtype))
+    with torch.no_grad():
+        layer.bias.normal_(std=0.3)
+    there = copy.deepcopy(layer).to("cuda")
+    x = torch.randn(inputs, 24)
+    for training in (True, False):
+        want, got = layer.train(training).encode(x), there.train(training).encode(x.to("cuda"))
+        assert got.ids.is_cuda and got.values.dtype == want.values.dtype
+        close(gpu_torch.get(got.values), want.values.detach().float().numpy(), dtype, factor=3)
+        assert (got.ids.cpu() == want.ids).float().mean() > 0.99
+    out = there(x.to("cuda"))[0]
+    out.float().square().sum().backward()
+    layer(x)[0].float().square().sum().backward()
+    close(gpu_torch.get(there.weight.grad), layer.weight.grad.float().numpy(), dtype, factor=4)

@@ -79,10 +79,11 @@ class TopKSAE(torch.nn.Module):
     of the encoder, which misses none, or `lutra.scan.knn`): nothing of size (inputs, n) is written. Of equal
     activations the lower latent is taken. Where fewer than k are positive, the next ones come with value 0.
     The codes take d + 8 bytes a latent. In training they are made for each call that pays for it (32
-    inputs); in evaluation they are kept, until the encoder or the mode changes.
+    inputs); in evaluation they are kept, until the encoder or the mode changes. On CUDA there are none:
+    tensor cores bound the activations (`lutra.scan.knn`).
 
-    Gradients flow through the chosen entries: k rows of encoder and decoder an input. CUDA tensors and
-    float64 are computed with torch's own ops, which write the activations.
+    Gradients flow through the chosen entries: k rows of encoder and decoder an input. float64 is computed
+    with torch's own ops, which write the activations.
 
     References
     ----------

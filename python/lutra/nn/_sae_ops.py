@@ -47,6 +47,8 @@ def select(
 
 def _linear_topk(kind, x, weight, bias, k):
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    if kind.cuda and kind.kernels is not None and x.dtype == torch.float32:
+        return _knn(kind, x, weight, k, "ip", None, bias.float())
     if kind.cuda or x.dtype == torch.float64:
         found = torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).T).topk(k, 1)
         return found.values, found.indices

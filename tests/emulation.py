@@ -3,17 +3,20 @@
 ``cmake --preset emulate && cmake --build --preset emulate`` builds them into build/emulate; what they are
 and what can be varied (LUTRA_EMULATE_ORDER, _SMS, _CC) is in csrc/emulate/machine.h. `start` gives the CPU
 build of torch a device "cuda" whose memory is the host's, fits ``torch.cuda`` to it, and loads the emulated
-kernels as ``lutra._cuda``. It must run before torch and lutra are imported. CuPy, CUDA graphs, real streams
-and torch.compile's inductor are not there: such tests are skipped.
+kernels as ``lutra._cuda``. It must run before torch and lutra are imported. CuPy, real streams and
+torch.compile's inductor are not there: such tests are skipped. A CUDA graph runs again what its capture ran.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
+import inspect
 import os
 import sys
+import threading
 from pathlib import Path
 
 
@@ -94,8 +97,107 @@ def _watch():
     return get, set_
 
 
+def _graphs(get_sync, set_sync):
+    """What stands for CUDA graphs: a capture runs, and notes what it ran; a replay runs that again.
+
+    As with a graph, arguments are those of the capture, results come to lie where they lay then, what Python
+    decided is not decided again, and what would wait for a GPU is an error. What operators wrote to is put
+    back when the capture ends (not what kernels wrote that were called with addresses).
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    inside = threading.local()  # how many operators a thread is in
+    tapes: list[list] = []  # of the capture that runs
+
+    def noted(function):
+        @functools.wraps(function)
+        def call(*args):
+            out = function(*args)
+            if tapes and not getattr(inside, "depth", 0):
+                tapes[-1].append(lambda: function(*args))
+            return out
+
+        return call
+
+    kernels = sys.modules["lutra._cuda"]
+    for name in dir(kernels):
+        function = getattr(kernels, name)
+        if inspect.isbuiltin(function) and not name.endswith("_workspace"):
+            setattr(kernels, name, noted(function))
+
+    class Note(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.before: list[tuple] = []  # tensors that were written to, and what they held
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            inside.depth = getattr(inside, "depth", 0) + 1
+            given = {a.name: value for a, value in zip(func._schema.arguments, args)} | kwargs
+            for a in func._schema.arguments:
+                if a.alias_info is not None and a.alias_info.is_write:
+                    written = [t for t in tree_leaves(given.get(a.name)) if isinstance(t, torch.Tensor)]
+                    self.before += [(t, t.clone()) for t in written]
+            try:
+                out = func(*args, **kwargs)
+            finally:
+                inside.depth -= 1
+
+            def again():
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                    if isinstance(old, torch.Tensor) and old is not new:
+                        old.copy_(new)
+
+            if not func.is_view and "empty" not in str(func.overloadpacket):
+                tapes[-1].append(again)
+            else:
+                tapes[-1].append(lambda kept=out: None)  # memory that the rest of the tape writes to
+            return out
+
+    class Graph:
+        def __init__(self, *_, **__):
+            self.tape = []
+
+        def replay(self):
+            with torch.no_grad():
+                for step in self.tape:
+                    step()
+
+        def pool(self):
+            return None
+
+        reset = pool
+
+    class Capture:
+        def __init__(self, graph, *_, **__):
+            self.graph = graph
+
+        def __enter__(self):
+            self.before = get_sync()
+            self.graph.tape.clear()
+            tapes.append(self.graph.tape)
+            set_sync("error")
+            self.note = Note()
+            self.note.__enter__()
+
+        def __exit__(self, *error):
+            self.note.__exit__(*error)
+            set_sync(self.before)
+            tapes.pop()
+            with torch.no_grad():
+                for written, held in reversed(self.note.before):
+                    written.copy_(held)
+
+    def synchronize(*_):
+        if tapes:
+            raise RuntimeError("torch.cuda.synchronize() in a capture")
+
+    return Graph, Capture, synchronize
+
+
 def _fit_torch() -> None:
-    import pytest
     import torch
 
     class Stream:
@@ -121,12 +223,9 @@ def _fit_torch() -> None:
         def query(self):
             return True
 
-    class Graph:
-        def __init__(self, *_, **__):
-            pytest.skip("CUDA graphs are not emulated")
-
     cuda = torch.cuda
     get_sync, set_sync = _watch()
+    graph_type, capture, synchronize = _graphs(get_sync, set_sync)
     one = Stream()
     for name, value in {
         "_lazy_init": lambda: None,
@@ -135,7 +234,7 @@ def _fit_torch() -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda *_: None,
-        "synchronize": lambda *_: None,
+        "synchronize": synchronize,
         "current_stream": lambda *_: one,
         "default_stream": lambda *_: one,
         "stream": lambda s: s,
@@ -146,11 +245,15 @@ def _fit_torch() -> None:
         "empty_cache": lambda: None,
         "_sleep": lambda *_: None,
         "manual_seed_all": lambda *_: None,
+        "get_rng_state": lambda *_: torch.get_rng_state(),  # Dynamo keeps it
+        "set_rng_state": lambda *_: None,
         "device": lambda *_: contextlib.nullcontext(),
         "Stream": Stream,
         "ExternalStream": Stream,
         "Event": Stream,
-        "CUDAGraph": Graph,
+        "CUDAGraph": graph_type,
+        "graph": capture,
     }.items():
         setattr(cuda, name, value)
     torch._C._cuda_init = lambda: None
+    torch._C._cuda_getDevice = lambda: 0  # Dynamo asks

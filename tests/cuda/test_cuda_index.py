@@ -431,3 +431,24 @@ def test_screened_flat(gpu, metric, tmp_path):
         np.testing.assert_array_equal(index.search(q, 5).ids, back.search(q, 5).ids)
     finally:
         lutra._backend.cuda.screen_paths(0, 0)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("kind", ["PQ", "OPQ", "RQ"])
+def test_codes_are_made_where_the_vectors_are(gpu, kind, bits, monkeypatch):
+    """The arrays of an index that vectors were added to on the GPU are those of the CPU, up to near ties."""
+    x = vectors(700)
+    quantizer = getattr(quant, kind)(D, 4 if kind == "RQ" else 8, bits)
+    for metric, residual in (("l2", True), ("l2", False), ("ip", True)):
+        index = IVF(D, 3, copy.deepcopy(quantizer), metric, residual=residual, nprobe=3)
+        index.train(x, n_iter=1)
+        moved = copy.deepcopy(index).to("cuda")
+        index.add(x)
+        with monkeypatch.context() as m:
+            m.setattr("lutra.index._codec.Codec.encode", None)  # the host's code is not called
+            moved.add(gpu.put(x))
+        want, found = index.search(x[:9], 30), moved.search(gpu.put(x[:9]), 30)
+        same = [len(set(a) & set(b)) for a, b in zip(gpu.get(found.ids).tolist(), want.ids.tolist())]
+        assert np.mean(same) > (25 if bits == 4 else 28)  # the CPU rounds the tables of 4-bit codes
+        median = np.median(gpu.get(found.scores), 1)
+        np.testing.assert_allclose(median, np.median(want.scores, 1), rtol=0.08 if bits == 4 else 0.01)

@@ -28,11 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import address
-from .._arrays import F32, I64, U8
+from .._arrays import F32, U8
 from ..quant import _bits
-from ..quant._on_cuda import pq_entries
-from ..quant.pq import LONGEST
 from ..reference.lists import scalar_codes, scalar_rows
 from ..scan import _lists
 from ..scan._lists import Lists
@@ -175,34 +172,31 @@ class Codec:
     def encode_on_gpu(self, home: Home, x: Any, centroids: Any, first: int) -> dict[str, Any]:
         """`encode` of vectors of a home that is not the host.
 
-        Rows are made there; of product quantizers the nearest entries are found there. The rest is a
-        quantizer's own code, on the host.
+        Rows are made there, and the codes of `PQ`, `OPQ` and `RQ`. The rest is a quantizer's own code, on the
+        host.
         """
         if self.quantizer is None:
             rows = to_rows_on_gpu(home, x, CODES[self.dtype.name], first, self.name)
             return {"vectors_in_lists": rows[:, :, None]}
-        quantizer = self.quantizer
-        if type(quantizer).__name__ != "PQ" or (quantizer._uses_directions and quantizer.d > LONGEST):
-            center = None if centroids is None else HOST.bring(centroids)
-            values = self.encode(HOST.bring(x), center, first)
-        else:
-            return self._product_codes(home, x - centroids if self.residual else x, centroids, x)
+        made = self._codes_on_gpu(home, x, centroids)
+        if made is not None:
+            return made
+        center = None if centroids is None else HOST.bring(centroids)
+        values = self.encode(HOST.bring(x), center, first)
         return {name: home.bring(np.ascontiguousarray(value)) for name, value in values.items()}
 
-    def _product_codes(self, home: Home, x: Any, centroids: Any, vectors: Any) -> dict[str, Any]:
-        """Values of the arrays for (residuals of) vectors on a GPU, by a `PQ`."""
+    def _codes_on_gpu(self, home: Home, x: Any, centroids: Any) -> dict[str, Any] | None:
+        """Values of the arrays for (residuals of) vectors on a GPU, or None: by the host."""
         quantizer, kind = self.quantizer, home.kind
-        n, m, books = len(x), quantizer.m, home.bring(np.ascontiguousarray(quantizer._books))
-        if quantizer._uses_directions:  # its loss is about the vector
-            toward = kind.dense(vectors) if self.residual else None
-            entries = pq_entries(
-                kind, kind.dense(x), quantizer._books, quantizer._copies, toward, quantizer.threshold
-            )
+        if type(quantizer).__name__ not in ("PQ", "OPQ", "RQ"):
+            return None
+        n, m, left = len(x), quantizer.m, kind.dense(x - centroids if self.residual else x)
+        if self.residual and quantizer._uses_directions:  # its loss is about the vector
+            entries = quantizer._entries_there(kind, left, kind.dense(x))
         else:
-            entries = home.empty((n, m), U8)
-            for j in range(m):
-                columns = kind.dense(x[:, j * quantizer.dsub : (j + 1) * quantizer.dsub])
-                entries[:, j] = kind.cast(address.nearest(columns, books[j], 1, "l2").ids[:, 0], U8)
+            entries = quantizer._entries_there(kind, left)
+        if entries is None:
+            return None
         if self.form == "lut4":
             groups = home.full((n, (m + 7) // 8, 2, 4), 0, U8)
             groups.reshape(n, -1)[:, :m] = entries
@@ -212,7 +206,7 @@ class Codec:
         else:
             values = {"codes": home.bring(_bits.pack(HOST.bring(entries), quantizer.bits))[:, None]}
         if "add" in self.fields:  # the norms, as in `_terms`
-            decoded = books[home.arange(m), kind.cast(entries, I64)].reshape(n, -1)
+            decoded = quantizer._decode_there(kind, entries)
             norm = (decoded * decoded).sum(1)
             if self.residual:
                 norm = norm + 2 * (centroids * decoded).sum(1)

@@ -43,8 +43,8 @@ class Codes(CodedIndex):
     In large collections the signs of codes of `RotatedSQ` are scanned first, and what they leave in doubt is
     scored by all bits; a row is missed with small probability only (docs/ivf.md).
 
-    On a GPU the codes are scanned by CUDA kernels, all bits at once, in fp32; quantizers other than `PQ`
-    encode on the CPU.
+    On a GPU the codes are scanned by CUDA kernels, all bits at once, in fp32; quantizers but `PQ`,
+    `OPQ` and `RQ` encode on the CPU.
 
     Examples
     --------

@@ -69,7 +69,7 @@ class IVF(CodedIndex):
     in the lists, small ones up to a quarter; `compact` gives it back.
 
     At nprobe = nlist every vector is compared. On a GPU the lists are scanned by CUDA kernels, sums of
-    look-ups are fp32 there whatever the bits; quantizers other than `PQ` encode on the CPU.
+    look-ups are fp32 there whatever the bits; quantizers but `PQ`, `OPQ` and `RQ` encode on the CPU.
     A `PQ` or `OPQ` of the anisotropic loss is told the vectors' own directions besides their residuals.
     Without ``refine``, `reconstruct` gives what the codes stand for (for cosine: of the normalised vector).
 

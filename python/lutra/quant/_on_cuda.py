@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import F32, U8
+from .._arrays import F32, I64, U8
 from ._kernels import ROUNDS
 
 HELD = 1 << 26  # products with centroids that are held at once
@@ -67,6 +67,24 @@ def rq_entries(kind: Any, x: Any, books: np.ndarray, gram: np.ndarray, beam: int
             kind.ptr(dots), kind.ptr(norms), kind.ptr(there), dots.shape[0], m, ksub, beam, 0, m, 1, 1, None,
             None, kind.ptr(out[i : i + step]), None, *kind.launch(x),
         )  # fmt: skip
+    return out
+
+
+def pq_vectors(kind: Any, entries: Any, books: np.ndarray, copies: Copies) -> Any:
+    """Vectors (n, m * dsub) of entries (n, m), each below ksub."""
+    there, numbers = copies.get(kind, "books", books, entries), kind.cast(entries, I64)
+    m, n = books.shape[0], entries.shape[0]
+    parts = [there[j][numbers[:, j]] for j in range(m)]
+    library = kind.torch if kind.name == "torch" else kind.cupy
+    return library.stack(parts, 1).reshape(n, m * books.shape[2])
+
+
+def rq_vectors(kind: Any, entries: Any, books: np.ndarray, copies: Copies) -> Any:
+    """Sums (n, d) of the centroids that entries (n, m) name."""
+    there, numbers = copies.get(kind, "books", books, entries), kind.cast(entries, I64)
+    out = there[0][numbers[:, 0]]
+    for j in range(1, books.shape[0]):
+        out = out + there[j][numbers[:, j]]
     return out
 
 

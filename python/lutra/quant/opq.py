@@ -123,6 +123,11 @@ class OPQ(PQ):
         assert self._rotation is not None
         return kind.dense(x @ self._copies.get(kind, "rotation", self._rotation, x).T)
 
+    def _decode_there(self, kind: Any, entries: Any) -> Any:
+        assert self._rotation is not None
+        turned = super()._decode_there(kind, entries)
+        return turned @ self._copies.get(kind, "rotation", self._rotation, turned)
+
     def _entries_of(self, x: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
         turned = None if directions is None else self._turned(directions)
         return super()._entries_of(self._turned(x), turned)

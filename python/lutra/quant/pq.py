@@ -18,7 +18,7 @@ from ._kernels import pq_entries, pq_vectors
 from .base import PART, Quantizer, Tables, training_home, training_matrix, vectors
 
 _LOSSES = {"l2": 0, "anisotropic": 1}
-LONGEST = 8192  # dimensions for the anisotropic loss on CUDA: two vectors lie in shared memory
+_LONGEST = 8192  # dimensions for the anisotropic loss on CUDA: two vectors lie in shared memory
 
 
 class PQ(Quantizer):
@@ -251,15 +251,22 @@ class PQ(Quantizer):
             directions = _on_cuda.floats(kind, directions)
             if directions is None:
                 return None
-            directions = kind.dense(self._turned_there(kind, directions))
-        if x is None:
-            return None
+        entries = None if x is None else self._entries_there(kind, x, directions)
+        return None if entries is None else _on_cuda.pack(kind, entries, self.bits)
+
+    def _entries_there(self, kind: Any, x: Any, directions: Any = None) -> Any:
+        """Entries (n, m) of finite float32 vectors on a GPU, or None: by the host."""
         threshold = self.threshold if self.loss == "anisotropic" else 0.0
-        if threshold and self.d > LONGEST:
+        if threshold and self.d > _LONGEST:
             return None
+        if directions is not None:
+            directions = kind.dense(self._turned_there(kind, directions))
         turned = kind.dense(self._turned_there(kind, x))
-        entries = _on_cuda.pq_entries(kind, turned, self._books, self._copies, directions, threshold)
-        return _on_cuda.pack(kind, entries, self.bits)
+        return _on_cuda.pq_entries(kind, turned, self._books, self._copies, directions, threshold)
+
+    def _decode_there(self, kind: Any, entries: Any) -> Any:
+        """Vectors of entries on a GPU."""
+        return _on_cuda.pq_vectors(kind, entries, self._books, self._copies)
 
     def _turned_there(self, kind: Any, x: Any) -> Any:
         """Vectors on a GPU as the codebooks see them."""

@@ -161,12 +161,18 @@ class RQ(Quantizer):
 
     def _encode_there(self, kind: Any, x: Any) -> Any:
         x = _on_cuda.floats(kind, x) if self.bits in (2, 4, 8) else None
-        if x is None:
-            return None
+        entries = None if x is None else self._entries_there(kind, x)
+        return None if entries is None else _on_cuda.pack(kind, entries, self.bits)
+
+    def _entries_there(self, kind: Any, x: Any) -> Any:
+        """Entries (n, m) of finite float32 vectors on a GPU, or None: by the host."""
         if self._gram is None:
             self._gram = rq_gram(self._books)
-        entries = _on_cuda.rq_entries(kind, x, self._books, self._gram, self.beam, self._copies)
-        return None if entries is None else _on_cuda.pack(kind, entries, self.bits)
+        return _on_cuda.rq_entries(kind, x, self._books, self._gram, self.beam, self._copies)
+
+    def _decode_there(self, kind: Any, entries: Any) -> Any:
+        """Vectors of entries on a GPU."""
+        return _on_cuda.rq_vectors(kind, entries, self._books, self._copies)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         return _sum(self._entries(codes), self._books)

@@ -30,7 +30,7 @@ int64_t g_rows = kLeastRows, g_capacity = 0;  // tests choose others
 
 struct Plan {
   bool screened;
-  int width, best, rank, capacity;
+  int width, sample_width, best, rank, capacity;
   int64_t queries, padded;  // per launch
   int64_t tiles, parts, tiles_per_part;
   int step;
@@ -53,8 +53,9 @@ int64_t wanted_candidates(int64_t k, int64_t d) {
 
 Plan plan_for(const Args& a, int device) {
   Plan p{};
-  p.width = screen_width(a.nq, a.d, device);
-  p.screened = p.width > 0 && a.nq > 0 && a.d > 0 && a.n >= g_rows && a.n > a.k && a.k <= kMostK && a.n <= kMaxRows;
+  p.width = screen_width(a.nq, a.d, false, device), p.sample_width = screen_width(a.nq, a.d, true, device);
+  p.screened =
+      p.sample_width > 0 && a.nq > 0 && a.d > 0 && a.n >= g_rows && a.n > a.k && a.k <= kMostK && a.n <= kMaxRows;
   if (!p.screened) return p;
   p.best = static_cast<int>(a.k);
   const int64_t wanted = wanted_candidates(a.k, a.d), sms = multiprocessors(device);
@@ -77,7 +78,7 @@ Plan plan_for(const Args& a, int device) {
   p.tiles_per_part = div_up(p.tiles, p.parts);
   p.parts = div_up(p.tiles, p.tiles_per_part);
   if (p.sampled) {
-    p.sample_parts = parts_for(groups, p.sampled, slots, kScreenWarps);
+    p.sample_parts = parts_for(div_up(p.queries, p.sample_width), p.sampled, slots, kScreenWarps);
     if (p.sample_parts > 128) p.sample_parts = 128;
     p.sampled_per_part = div_up(p.sampled, p.sample_parts);
     p.sample_parts = div_up(p.sampled, p.sampled_per_part);
@@ -177,7 +178,7 @@ void search(const Args& a, const Plan& p, const Workspace& w, const float* q, in
     Int8Scan some = s;
     some.tiles = p.sampled, some.tiles_per_part = p.sampled_per_part, some.tile_step = p.step;
     some.sample = w.sample, some.sample_pitch = p.sample_parts * kBuckets;
-    screen_scan(some, p.width, p.sample_parts, l);
+    screen_scan(some, p.sample_width, p.sample_parts, l);
     seed_bars(SeedArgs{w.sample, a.nq, some.sample_pitch, p.rank, w.queries.bars}, l);
   }
   check(cudaMemsetAsync(w.candidates, 0xff, static_cast<size_t>(a.nq * p.capacity) * 8, stream_of(l)), "knn_screened");

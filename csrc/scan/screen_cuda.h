@@ -71,8 +71,8 @@ struct Int8Scan {
   int capacity;
 };
 
-// The queries of a block: 8, 32 or 128; 0 where rows are too long for any.
-int screen_width(int64_t nq, int64_t d, int device);
+// The queries of a block: 8, 32 or 128; 0 where rows are too long for any. A sample takes more shared memory.
+int screen_width(int64_t nq, int64_t d, bool sample, int device);
 int screen_blocks(int width, int64_t d, int device);  // of a multiprocessor
 void screen_scan(const Int8Scan& a, int width, int64_t parts, const Launch& l);
 

@@ -259,11 +259,11 @@ void run(const Int8Scan& a, int64_t parts, const Launch& l) {
 
 }  // namespace
 
-int screen_width(int64_t nq, int64_t d, int device) {
+int screen_width(int64_t nq, int64_t d, bool sample, int device) {
   const int64_t room = shared_limit(device);
-  if (nq > 64 && Shared<16>::bytes(d, true) <= room) return 128;
-  if (nq > 8 && Shared<4>::bytes(d, true) <= room) return 32;
-  return Shared<1>::bytes(d, true) <= room ? 8 : 0;
+  if (nq > 64 && Shared<16>::bytes(d, sample) <= room) return 128;
+  if (nq > 8 && Shared<4>::bytes(d, sample) <= room) return 32;
+  return Shared<1>::bytes(d, sample) <= room ? 8 : 0;
 }
 
 int screen_blocks(int width, int64_t d, int device) {

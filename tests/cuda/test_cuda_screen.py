@@ -141,6 +141,13 @@ def test_dimensions(gpu_torch, d, metric):
         same_as_knn(gpu_torch, gpu_torch.put(normal(rng, nq, d)), x, 5, metric)
 
 
+def test_wide_rows(gpu_torch):
+    """Blocks of 128 queries (of a sample 32, which takes more shared memory), of 32, of 8, and none."""
+    rng = np.random.default_rng()
+    for n, d, nq in ((520, 1500, 66), (520, 1530, 66), (300, 7200, 10), (300, 15_000, 2)):
+        same_as_knn(gpu_torch, gpu_torch.put(normal(rng, nq, d)), gpu_torch.put(normal(rng, n, d)), 5, "l2")
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_long_lists(gpu_torch, metric):
     rng = np.random.default_rng()
@@ -161,6 +168,22 @@ def test_rows_that_the_codes_rule_out_are_not_read(gpu_torch, metric, nq):
     scores = exact.knn(q[:1], x, 6000, metric)[1][0]
     a[gpu_torch.put(scores[3000:])] = np.nan
     got = knn_screened(gpu_torch.put(q), a, screen, 3, metric)
+    for one, other in zip(got, want):
+        same_bits(gpu_torch.get(one), gpu_torch.get(other))
+
+
+@pytest.mark.parametrize(("n", "d", "nq"), [(40_000, 16, 1), (33_000, 1500, 65)])
+def test_as_it_is_used(gpu_torch, n, d, nq):
+    """A collection that is large enough for the screen as it is: the sample's bar decides."""
+    if d > 1000 and lutra._backend.cuda.device_name(0) == "emulated":
+        pytest.skip("takes the emulator minutes")
+    lutra._backend.cuda.screen_paths(0, 0)
+    rng = np.random.default_rng(nq)
+    a, q = gpu_torch.put(normal(rng, n, d)), gpu_torch.put(np.tile(normal(rng, 1, d), (nq, 1)))
+    screen = quantize_int8(a)
+    want = same_as_knn(gpu_torch, q, a, 10, "ip", screen)
+    a[knn(q[:1], a, n).ids[0, n // 2 :]] = np.nan
+    got = knn_screened(q, a, screen, 10)
     for one, other in zip(got, want):
         same_bits(gpu_torch.get(one), gpu_torch.get(other))
 

@@ -34,6 +34,7 @@ class CentroidInteraction:
         self.tokens = ResidualTokens(codes, numbers, docs.centroids, values, False)
         self.owners = home.positions(owner[np.argsort(ids, kind="stable")])
         self.lists = _offsets(ids, count)
+        home.wait()  # other streams may search with it at once
 
     def candidates(self, tokens: Any, ptr: Any, count: int, keep: Any) -> Any:
         """Positions (nq, count) of documents, rising, -1 where there are fewer. ``keep``: packed bits.

@@ -156,7 +156,9 @@ class Ids:
         if home is HOST:
             return self.array
         if self._there is None or self._there[0] is not home:
-            self._there = home, home.bring(self.array)
+            table = home.bring(self.array)
+            home.wait()  # other streams may search with it at once
+            self._there = home, table
         return self._there[1]
 
     def places(self, home: Home, ids: Any) -> Any:
@@ -170,8 +172,9 @@ class Ids:
         if not self._increasing:
             if self._order_there is None or self._order_there[0] is not home:
                 order = xp.argsort(table)
-                self._order_there = home, order, table[order]
+                ordered = home, order, table[order]
                 home.wait()  # other streams may search with it at once
+                self._order_there = ordered
             _, order, table = self._order_there
         slot = home.kind.dense(xp.searchsorted(table, home.kind.dense(ids)).clip(0, self.n - 1))
         return xp.where(table[slot] == ids, slot if order is None else order[slot], -1)

@@ -59,10 +59,12 @@ class TokenStore:
     def _beside(self) -> dict[str, Any]:
         """Offsets and books in the home; made by the first search behind a change."""
         if self._there is None:
-            self._there = {"ptr": self.home.bring(self.ptr.copy())}
+            there = {"ptr": self.home.bring(self.ptr.copy())}
             if self.quantizer is not None:
-                self._there["centroids"] = self.home.bring(self.quantizer.centroids)
-                self._there["values"] = self.home.bring(self.quantizer.values)
+                there["centroids"] = self.home.bring(self.quantizer.centroids)
+                there["values"] = self.home.bring(self.quantizer.values)
+            self.home.wait()  # other streams may search with them at once
+            self._there = there
         return self._there
 
     @property

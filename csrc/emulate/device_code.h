@@ -130,6 +130,11 @@ inline void sincospif(float a, float* s, float* c) {
   *s = static_cast<float>(std::sin(M_PI * a));
   *c = static_cast<float>(std::cos(M_PI * a));
 }
+// A NaN of any kind is left out, as FMNMX does; the C library makes more of a signalling one.
+inline float emulated_fminf(float a, float b) { return std::isnan(a) ? b : std::isnan(b) ? a : b < a ? b : a; }
+inline float emulated_fmaxf(float a, float b) { return std::isnan(a) ? b : std::isnan(b) ? a : a < b ? b : a; }
+#define fminf emulated_fminf
+#define fmaxf emulated_fmaxf
 using std::isfinite;
 using std::isinf;
 using std::isnan;

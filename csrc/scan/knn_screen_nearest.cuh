@@ -34,8 +34,7 @@ struct Best {
 };
 
 // The lowest 5 bits of a score become its column's number within the thread's (kPacked allows for it), so that the
-// three largest come out of minima and maxima. A NaN, and -infinity with a number, is never larger: rows that are not
-// there.
+// three largest come out of minima and maxima. Rows that are not there have the lowest scores.
 template <int MT, int BN>
 __device__ __forceinline__ void best_of_tile(const float (&acc)[MT][BN / 2], const float* r0, const float* r1, int row0,
                                              const Lane<MT>& own, Best<MT>& best) {

@@ -99,6 +99,8 @@ __device__ __forceinline__ float2 row_terms(const ScreenArgs& a, int64_t row, fl
   const float infinity = __int_as_float(0x7f800000);
   const bool cosine = a.mode == kScreenCosine;
   const bool valid = row < a.n && (!a.keep || (a.keep[row >> 3] >> (row & 7) & 1));
+  // Finite for the nearest: best_of_tile would count the row beside it twice for each NaN.
+  if (NEAREST && !valid) return make_float2(0, -3e38f);
   if (!valid) return cosine ? make_float2(0, -infinity) : make_float2(-infinity, 0);
   const float slack = static_cast<float>(a.d + 16) * 0x1p-24f;
   if (!cosine) {

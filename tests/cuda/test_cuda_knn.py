@@ -317,7 +317,9 @@ def test_poincare_ties_filter_and_points_outside(gpu_torch):
     for some in (q[:2], q):
         scores, ids = lutra.scan.knn(gpu_torch.put(some), gpu_torch.put(y), 3, "poincare")
         assert np.isnan(gpu_torch.get(scores)[:, 0]).all() and (gpu_torch.get(ids)[:, 0] == 57).all()
-    scores = lutra.scan.knn(gpu_torch.put(q * 100), gpu_torch.put(x), 3, "poincare").scores
+    scores = lutra.scan.knn(
+        gpu_torch.put(q / np.linalg.norm(q, axis=1, keepdims=True) * 2), gpu_torch.put(x), 3, "poincare"
+    ).scores
     assert np.isnan(gpu_torch.get(scores)).all()
 
 

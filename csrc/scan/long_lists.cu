@@ -3,10 +3,10 @@
 //
 // Queries with short lists are sorted by segments, a block each; long lists one after another, each by the whole
 // machine. Keys of a query are counted in 32 bits, of a launch in 64.
+#include "common/select.cuh"
+
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_segmented_radix_sort.cuh>
-
-#include "common/select.cuh"
 
 namespace lutra {
 namespace cuda {

@@ -29,11 +29,11 @@ struct Shared {  // NT: tiles of 8 queries
   uint4* panel;  // [(NT + 1) / 2][steps][32]
   float* bars;   // [kQueries], the warp's own: a query whose list is full gets kFarBar
   float* per_scale;
-  int* start;
+  int4* start;  // [2][kQueries / 2]: two queries' twice, as the sums lie; and twice, so that no two sums are one value
   uint2* waiting;  // the warp's
   float* most;     // [kQueries][kBuckets], of a sample
   static __host__ __device__ int64_t bytes(int64_t d, bool sample) {
-    return (NT + 1) / 2 * screen_pairs(d) * 1024 + kScreenWarps * kWaiting * 8 + (kScreenWarps + 2) * kQueries * 4 +
+    return (NT + 1) / 2 * screen_pairs(d) * 1024 + kScreenWarps * kWaiting * 8 + (kScreenWarps + 5) * kQueries * 4 +
            (sample ? kQueries * kBuckets * 4 : 0);
   }
   __device__ __forceinline__ Shared(unsigned char* base, int64_t d) {
@@ -44,8 +44,8 @@ struct Shared {  // NT: tiles of 8 queries
     float* numbers = reinterpret_cast<float*>(lists + kScreenWarps * kWaiting);
     bars = numbers + warp * kQueries;
     per_scale = numbers + kScreenWarps * kQueries;
-    start = reinterpret_cast<int*>(per_scale + kQueries);
-    most = per_scale + 2 * kQueries;
+    start = reinterpret_cast<int4*>(per_scale + kQueries);
+    most = per_scale + 5 * kQueries;
   }
 };
 
@@ -88,7 +88,9 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
     }
     for (int i = threadIdx.x; i < kQueries; i += kThreads) {
       s.per_scale[i] = a.queries.per_scale[q0 + i];
-      s.start[i] = a.queries.start[q0 + i] + (wide ? 0 : kMagic);
+      const int first = i & ~1, v0 = a.queries.start[q0 + first] + (wide ? 0 : kMagic),
+                v1 = a.queries.start[q0 + first + 1] + (wide ? 0 : kMagic);
+      s.start[(i & 1) * (kQueries / 2) + i / 2] = make_int4(v0, v1, v0, v1);
     }
     if (a.sample)
       for (int i = threadIdx.x; i < kQueries * kBuckets; i += kThreads) s.most[i] = -__int_as_float(0x7f800000);
@@ -124,9 +126,11 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
     int sum[2][NT][4];
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      const int2 v = *reinterpret_cast<const int2*>(s.start + 8 * j + 2 * t);
 #pragma unroll
-      for (int m = 0; m < 2; ++m) sum[m][j][0] = v.x, sum[m][j][1] = v.y, sum[m][j][2] = v.x, sum[m][j][3] = v.y;
+      for (int m = 0; m < 2; ++m) {
+        const int4 v = s.start[m * (kQueries / 2) + 4 * j + t];
+        sum[m][j][0] = v.x, sum[m][j][1] = v.y, sum[m][j][2] = v.z, sum[m][j][3] = v.w;
+      }
     }
 #pragma unroll 1
     for (int pair = 0; pair < pairs; ++pair) {

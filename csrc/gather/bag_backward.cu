@@ -104,11 +104,12 @@ void weight_grad(const BagWeightGradArgs& a, const Launch& l) {
          a.rows, a.dim, a.ld, a.scale, a.minimum, g, a.grad_weights);
 }
 
-// The gradient has the table's type, or fp32 where the table holds 8-bit codes.
+// The gradient (row_dots: the vectors) has the table's type or fp32; fp32 where the table holds 8-bit codes.
 template <class T>
 void weight_grad_for(const BagWeightGradArgs& a, const Launch& l) {
+  if (a.grad_dtype == DType::f32) return weight_grad<T, float>(a, l);
   if (a.grad_dtype != a.dtype)
-    throw std::invalid_argument("lutra: bag_weight_grad: the gradient must have the table's dtype");
+    throw std::invalid_argument("lutra: bag_weight_grad: the gradient must have the table's dtype or be float32");
   weight_grad<T, T>(a, l);
 }
 

@@ -121,6 +121,19 @@ def test_weight_gradient_of_8_bit_rows(gpu_torch, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("of_x", FLOATS)
+def test_row_dots(gpu, dtype, of_x):
+    """Vectors of another type than the table's are not rounded to it."""
+    rng = np.random.default_rng(4)
+    for dim in (1, 8, 33, 100):
+        table = rounded(rng.standard_normal((40, dim)).astype(np.float32), dtype)
+        x = rounded(rng.standard_normal((7, dim)).astype(np.float32), of_x)
+        ids = rng.integers(0, 40, (7, 5))
+        got = lutra.gather.row_dots(gpu.put(table, dtype), gpu.put(ids), gpu.put(x, of_x))
+        close(gpu.get(got), np.einsum("bid,bd->bi", table[ids], x))
+
+
 def test_weight_gradient_of_a_bad_id_is_nan(gpu_torch):
     torch = gpu_torch.torch
     t = gpu_torch.put(np.ones((4, 8), np.float32))

@@ -515,9 +515,8 @@ def _bag_weight_grad(
         ]
         result = reference.bag_weight_grad(*arguments)
         return kind.from_numpy(result, F64 if code == F64 else F32, grad)
-    if kind.cuda and grad_code != (F32 if code in _CODES else code):  # autograd's gradients are of that type
-        grad_code = F32 if code in _CODES else code
-        grad = kind.cast(grad, grad_code)
+    if kind.cuda and grad_code not in (F32, F32 if code in _CODES else code):  # those that have a kernel
+        grad_code, grad = F32, kind.cast(grad, F32)
     grad, table = kind.dense(grad), kind.dense(table)
     if code in _CODES:
         scale, minimum = kind.dense(scale), kind.dense(minimum)

@@ -93,7 +93,6 @@ struct Named {
 
 std::vector<Fiber> fibers(kMostThreads);
 void* scheduler;
-void* scheduler_fake;
 int current = -1;
 const std::function<void()>* body;
 std::vector<unsigned> alive(kMostThreads / 32);  // lanes of each warp that have not returned
@@ -111,8 +110,11 @@ struct Free {
 std::unique_ptr<char, Free> dynamic;
 size_t dynamic_size;
 
+#if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_stack;
 size_t scheduler_stack_size;
+void* scheduler_fake;
+#endif
 
 void back() {  // to the scheduler
   Fiber& f = fibers[current];

@@ -45,6 +45,22 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   return pair;
 }
 
+// Values of a type that is known when the kernel runs.
+__device__ __forceinline__ float load_as(const void* p, DType type, int64_t i) {
+  switch (type) {
+    case DType::f16: return to_float(static_cast<const __half*>(p)[i]);
+    case DType::bf16: return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
+    default: return static_cast<const float*>(p)[i];
+  }
+}
+__device__ __forceinline__ void store_as(void* p, DType type, int64_t i, float v) {
+  switch (type) {
+    case DType::f16: static_cast<__half*>(p)[i] = from_float<__half>(v); break;
+    case DType::bf16: static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v); break;
+    default: static_cast<float*>(p)[i] = v;
+  }
+}
+
 __device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fc00000); }
 
 // ---- N neighbouring values, moved as one access of sizeof(T) * N bytes (1, 2, 4, 8 or 16)

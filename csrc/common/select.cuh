@@ -29,6 +29,7 @@ __device__ __forceinline__ uint32_t ordered_bits(float s) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;
   return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
+constexpr uint32_t kLowestBar = 0x007fffffu;  // ordered_bits of -infinity: every score reaches it
 __device__ __forceinline__ float from_ordered_bits(uint32_t o) {
   if (o == 0xffffffffu) return quiet_nan();
   return __uint_as_float(o & 0x80000000u ? o & 0x7fffffffu : ~o);

@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -63,6 +64,27 @@ struct Copy {
   int bytes, total;
 };
 
+// What was begun and is carried out when it is waited for, in groups that are committed.
+template <class T>
+class UnderWay {
+ public:
+  void clear() {
+    if (groups_.size() > 1 || !groups_[0].empty()) groups_.assign(1, {});
+  }
+  void begin(T what) { groups_.back().push_back(std::move(what)); }
+  void commit() { groups_.emplace_back(); }
+  template <class F>
+  void wait(int most, F&& carry_out) {  // until at most so many groups are under way
+    while (static_cast<int>(groups_.size()) - 1 > most) {
+      for (const T& what : groups_.front()) carry_out(what);
+      groups_.erase(groups_.begin());
+    }
+  }
+
+ private:
+  std::vector<std::vector<T>> groups_{1};  // the last one is not committed
+};
+
 struct Fiber {
   void* stack_pointer = nullptr;
   std::unique_ptr<char[]> stack;
@@ -71,8 +93,8 @@ struct Fiber {
   // Waits until *watched is no longer `seen`; null: to be resumed in any case.
   const unsigned* watched = nullptr;
   unsigned seen = 0;
-  std::vector<std::vector<Copy>> groups{1};  // the last one is not committed
-  std::vector<std::vector<std::function<void()>>> products{1};
+  UnderWay<Copy> copies;
+  UnderWay<std::function<void()>> products;
 };
 
 // An exchange among the lanes of a mask of a warp. It is open until all have come, then it is read until all have read.
@@ -175,8 +197,8 @@ void prepare(int id) {
   f.id = static_cast<unsigned>(id);
   f.done = false;
   f.watched = nullptr;
-  if (f.groups.size() > 1 || !f.groups[0].empty()) f.groups.assign(1, {});
-  if (f.products.size() > 1 || !f.products[0].empty()) f.products.assign(1, {});
+  f.copies.clear();
+  f.products.clear();
   // Not all at the same place of a page: they would share the same few sets of the caches.
   const uintptr_t top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack - f.id * 576 % 32768) & ~uintptr_t{63};
   void** sp = reinterpret_cast<void**>(top) - 1;
@@ -414,32 +436,24 @@ void copy_later(void* to, const void* from, int bytes, int total) {
     fail("cp.async of an address that is not a multiple of its size");
   if (bytes < 0 || bytes > total) fail("cp.async of fewer than 0 or more than all bytes");
   memset(to, 0x7f, static_cast<size_t>(total));  // until it is waited for
-  fibers[current].groups.back().push_back({to, from, bytes, total});
+  fibers[current].copies.begin({to, from, bytes, total});
 }
 
-void copies_commit() { fibers[current].groups.emplace_back(); }
+void copies_commit() { fibers[current].copies.commit(); }
 
 void copies_wait(int under_way) {
-  auto& groups = fibers[current].groups;
-  while (static_cast<int>(groups.size()) - 1 > under_way) {
-    for (const Copy& c : groups.front()) {
-      memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
-      memset(static_cast<char*>(c.to) + c.bytes, 0, static_cast<size_t>(c.total - c.bytes));
-    }
-    groups.erase(groups.begin());
-  }
+  fibers[current].copies.wait(under_way, [](const Copy& c) {
+    memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+    memset(static_cast<char*>(c.to) + c.bytes, 0, static_cast<size_t>(c.total - c.bytes));
+  });
 }
 
-void product_later(std::function<void()> product) { fibers[current].products.back().push_back(std::move(product)); }
+void product_later(std::function<void()> product) { fibers[current].products.begin(std::move(product)); }
 
-void products_commit() { fibers[current].products.emplace_back(); }
+void products_commit() { fibers[current].products.commit(); }
 
 void products_wait(int under_way) {
-  auto& groups = fibers[current].products;
-  while (static_cast<int>(groups.size()) - 1 > under_way) {
-    for (const auto& product : groups.front()) product();
-    groups.erase(groups.begin());
-  }
+  fibers[current].products.wait(under_way, [](const std::function<void()>& product) { product(); });
 }
 
 }  // namespace emulate

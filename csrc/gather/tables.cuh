@@ -35,22 +35,6 @@ __device__ __forceinline__ void row_values<int8_t, 16>(const Pack<int8_t, 16>& r
     v[j] = __uint_as_float(__byte_perm(words[j / 4], 0x4b000000u, 0x7440 | (j % 4))) - 8388736.0f;  // 2^23 + 128
 }
 
-// The bias and the result of int8 tables have a type of their own, known when the kernel runs.
-__device__ __forceinline__ float load_as(const void* p, DType type, int64_t i) {
-  switch (type) {
-    case DType::f16: return to_float(static_cast<const __half*>(p)[i]);
-    case DType::bf16: return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
-    default: return static_cast<const float*>(p)[i];
-  }
-}
-__device__ __forceinline__ void store_as(void* p, DType type, int64_t i, float v) {
-  switch (type) {
-    case DType::f16: static_cast<__half*>(p)[i] = from_float<__half>(v); break;
-    case DType::bf16: static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v); break;
-    default: static_cast<float*>(p)[i] = v;
-  }
-}
-
 // pairs[k][t], t < padded (a multiple of 32): the code times `unit` and the weight (times the row's scale) as bits of a
 // float. Tokens that are not there, and codes outside [0, entries), have the code `missing` and a weight of 0, the
 // latter with bad_is_nan one of NaN.

@@ -21,5 +21,13 @@ int64_t any_k_queries(int64_t nq, int64_t n);
 void any_k(const AnyK& a, int64_t count, bool smaller_better, float* scores, int64_t* ids, const char* what,
            const Launch& l);
 
+// A score of a kernel that writes them all: as ordered_bits() to `all` where any_k() will select, else to `out`.
+__device__ __forceinline__ void write_score(void* out, DType type, uint32_t* all, int64_t at, float v) {
+  if (all)
+    all[at] = ordered_bits(v);
+  else
+    store_as(out, type, at, v);
+}
+
 }  // namespace cuda
 }  // namespace lutra

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) check_kernel(CheckArgs a) {
   const bool overfull = a.counts && a.counts[i] > a.keep;
   const bool whole = !a.counts && a.candidates[i * a.keep + a.keep - 1] >= 0;
   const unsigned bar = a.bars[i];
-  if (!whole && !overfull && bar <= 0x007fffffu) return;  // nor was any row left out here
+  if (!whole && !overfull && bar <= kLowestBar) return;  // nor was any row left out here
   const float bound = whole ? a.bounds[i * a.keep + a.keep - 1] : from_ordered_bits(bar);
   const double least = bound, score = a.scores[i * a.k + a.best - 1];
   bool safe;

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) panels_kernel(PanelArgs a) {
   const float norm = static_cast<float>(sqrt(squares));
   a.reach[query] = real ? fmaf(norm, a.slope, sqrtf(lost) * 1.001f) * 1.0001f + 1e-18f : 0.0f;
   a.squares[query] = squares;
-  a.bars[query] = real ? 0x007fffffu : 0xff800000u;  // ordered_bits of -infinity and infinity
+  a.bars[query] = real ? kLowestBar : 0xff800000u;  // or ordered_bits of infinity
 }
 
 // A warp a query. 256 places keep the largest of the samples that fall to them: the rank-th largest of these is at most

@@ -53,17 +53,6 @@ __global__ void __launch_bounds__(256) byte_tables_kernel(const float* tables, i
   store_pack<float, W>(image + (((group * pieces + byte / 16) * 256 + c) * 16 + byte % 16) * W, sum);
 }
 
-__device__ __forceinline__ void write_sum(const LookupsScan& a, int64_t at, float v) {
-  if (a.all)
-    a.all[at] = ordered_bits(v);
-  else if (a.dtype == DType::f32)
-    static_cast<float*>(a.out)[at] = v;
-  else if (a.dtype == DType::f16)
-    static_cast<__half*>(a.out)[at] = __float2half_rn(v);
-  else
-    static_cast<__nv_bfloat16*>(a.out)[at] = __float2bfloat16_rn(v);
-}
-
 // Any codes: a thread a row, tables in memory; all rows of a block read the same one at about the same time.
 constexpr int kPlainTokens = 4;
 __global__ void __launch_bounds__(kThreads)
@@ -87,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
   const float bias = a.bias ? a.bias[row] : 0.0f;
 #pragma unroll
   for (int w = 0; w < kPlainTokens; ++w)
-    if (t0 + w < a.tokens) write_sum(a, (t0 + w) * a.ldo + row, a.bias ? sum[w] + bias : sum[w]);
+    if (t0 + w < a.tokens) write_score(a.out, a.dtype, a.all, (t0 + w) * a.ldo + row, a.bias ? sum[w] + bias : sum[w]);
 }
 
 template <int W, int VEC>
@@ -177,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 3) write_kernel(LookupsScan a) {
         if (t0 + w >= a.tokens) break;
         const float v = p.score(sum[r][w], none[r], w, static_cast<uint32_t>(row));
         const int64_t at = (t0 + w) * a.ldo + row;
-        write_sum(a, at, v);
+        write_score(a.out, a.dtype, a.all, at, v);
       }
     }
   }

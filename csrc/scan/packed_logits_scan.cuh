@@ -1,7 +1,6 @@
 // The scan of packed rows by tensor cores; what it does and why is in packed_logits.cu.
 #pragma once
-#include "common/device.cuh"
-#include "common/select.cuh"
+#include "scan/any_k.cuh"
 #include "scan/packed_logits.cuh"
 
 namespace lutra {
@@ -218,14 +217,7 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
           if (token >= a.tokens) continue;
           const float v = total[n][2 * r + e] * a.units[token] + bias;
           const int64_t at = token * a.ldo + ids[r];
-          if (a.all)
-            a.all[at] = ordered_bits(v);
-          else if (a.dtype == DType::f32)
-            static_cast<float*>(a.out)[at] = v;
-          else if (a.dtype == DType::f16)
-            static_cast<__half*>(a.out)[at] = __float2half_rn(v);
-          else
-            static_cast<__nv_bfloat16*>(a.out)[at] = __float2bfloat16_rn(v);
+          write_score(a.out, a.dtype, a.all, at, v);
         }
     }
   }

@@ -23,7 +23,6 @@ constexpr int kMostNarrow = 1 << 18;  // and the largest margin then
 constexpr int kScreenTile = 32;       // rows of a warp at a time
 constexpr int kScreenWarps = 8;       // of a block; each has 8 maxima of a sample for each query
 constexpr int kBuckets = kScreenWarps * 8;
-constexpr unsigned kLowestBar = 0x007fffffu;  // ordered_bits of -infinity: all rows are candidates
 
 inline __host__ __device__ int64_t screen_pairs(int64_t d) { return (d + 63) / 64; }
 inline __host__ __device__ int64_t screen_panel_bytes(int64_t queries, int64_t d) {  // queries: a multiple of 16

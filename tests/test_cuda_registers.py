@@ -1,4 +1,4 @@
-"""The CUDA kernels are compiled, for sm_90 and sm_90a, and ptxas' report is read: no kernel spills registers.
+"""The CUDA kernels are compiled, for sm_80, sm_90 and sm_90a, and ptxas' report is read: no kernel spills registers.
 
 A spill in a hot loop is traffic through local memory that nothing else would show on a machine without a GPU.
 """
@@ -17,9 +17,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: Kernels that may spill, by the longest spill in bytes, and why.
 ALLOWED = {
-    "weight_slab_kernelIfLi8E": (40, "before its loop over the tokens, once for 64 bytes of their columns"),
-    "block_select_kernel": (400, "1024 threads leave 64 registers; it runs once a query, after the scan"),
+    "weight_slab_kernelIfLi8E": (20, "before its loop, and once for 64 bytes of a token's columns"),
 }
+ARCHS = "80-real;90-real"  # .ci/run builds the same, so that its objects are of use
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
@@ -55,7 +55,7 @@ def compiled(cmake, folder):
     launcher = ["-DCMAKE_CUDA_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
     configure = [
         cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", "-DLUTRA_CUDA=ON",
-        "-DLUTRA_CUDA_ARCHS=90", "-DLUTRA_PTXAS_REPORT=ON", f"-DCMAKE_CUDA_COMPILER={NVCC}",
+        f"-DLUTRA_CUDA_ARCHS={ARCHS}", "-DLUTRA_PTXAS_REPORT=ON", f"-DCMAKE_CUDA_COMPILER={NVCC}",
         f"-DPython_EXECUTABLE={sys.executable}", *launcher,
     ]  # fmt: skip
     run = subprocess.run(configure, capture_output=True, text=True)
@@ -83,7 +83,9 @@ def test_no_kernel_spills():
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     ours = {key: value for key, value in kernels(log).items() if key[0].startswith("_ZN5lutra")}
-    assert len(ours) > 50, "ptxas' report was not found in the build's output"
+    for arch in ("sm_80", "sm_90"):
+        assert sum(a == arch for _, a in ours) > 50, f"ptxas' report for {arch} was not found in the build's output"
+    assert any(a == "sm_90a" for _, a in ours)
     spilling = []
     for (name, arch), (spilled, registers) in sorted(ours.items()):
         allowed = max((bytes_ for kernel, (bytes_, _) in ALLOWED.items() if kernel in name), default=0)

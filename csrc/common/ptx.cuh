@@ -139,6 +139,10 @@ template <class T>
 __device__ __forceinline__ void opaque(T& v) {  // 32 bits
   asm volatile("" : "+r"(v));
 }
+template <class T>
+__device__ __forceinline__ void opaque(T*& p) {
+  asm volatile("" : "+l"(p));
+}
 __device__ __forceinline__ uint32_t opaque_copy(uint32_t v) {
   uint32_t copy;
   asm volatile("mov.b32 %0, %1;\n" : "=r"(copy) : "r"(v));

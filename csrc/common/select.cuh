@@ -184,9 +184,13 @@ struct Selector {
     return true;
   }
 
-  // Reduces each full list to its k best; the caller's barriers lie before and after. With `last`, every list.
+  // Reduces each full list to its k best; the caller's barriers lie before and after. With `last`, every list. Number:
+  // the type in which the thread's number is taken, by which ptxas keeps more or less of what follows from it in
+  // registers during the caller's loop; the kernels have none to spare (tests/test_cuda_registers.py).
+  template <class Number = unsigned>
   __device__ __forceinline__ void compact(bool last) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    const Number thread = threadIdx.x;
+    const int warp = thread >> 5, lane = thread & 31, warps = blockDim.x >> 5;
     for (int q = warp; q < queries; q += warps) {
       const int taken = counts[q];
       if (taken < capacity && !(last && taken > 0)) continue;
@@ -215,7 +219,7 @@ struct Selector {
   // Lists in the workspace are already there.
   __device__ __forceinline__ void finish(Key* out, int64_t out_pitch, int64_t valid) {
     __syncthreads();
-    compact(true);
+    compact<int>(true);
     __syncthreads();
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
     for (int q = warp; q < queries && q < valid; q += warps) {

@@ -34,8 +34,9 @@ struct Csr {
 
 Csr csr_of(const CsrTable& t) { return Csr{{t.indptr, t.wide}, t.columns, t.column_bytes, t.rows, t.dim, t.nnz}; }
 
+// 6 blocks: given no number, ptxas would spill for sm_80 so that more of them fit.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 6)
     csr_kernel(BagView b, Csr t, const T* values, const float* weights, bool mean, T* out) {
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int64_t bag = static_cast<int64_t>(blockIdx.x) * warps + warp;

@@ -122,8 +122,9 @@ __device__ __forceinline__ float grad_at(const void* p, DType dtype, int64_t i) 
 }
 
 // A warp takes every stride-th id of a bag and multiplies its row with the bag's gradient.
+// 6 blocks: given no number, ptxas would spill for sm_80 so that more of them fit.
 template <Packed K, bool FAST>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 6)
     dot_kernel(BagView b, PackedSource<K, FAST> t, const void* grad_out, DType dtype, float* grad_weights) {
   __shared__ float shared16[16];
   const float* levels = packed_levels<K>(shared16);

@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1) weight_slab_kernel(TablesBackward
       for (int v = 0; v < VEC; ++v) g[v] = grad[i][v];
       fetch(grad[i], i, next, inside);
       next += stride;
+      opaque(next);  // one address at a time: there are no registers for all of them
       const uint2 code = codes[group + i * kGroups];
 #pragma unroll
       for (int j = 0; j < kTables; ++j) {

@@ -105,7 +105,7 @@ __device__ __forceinline__ void load_queries(const BinaryScan& a, int64_t q0, in
 }
 
 template <int VEC, int LANES, bool JACCARD>
-__global__ void __launch_bounds__(kThreads, JACCARD ? 3 : 4) binary_kernel(BinaryScan a) {
+__global__ void __launch_bounds__(kThreads, JACCARD || VEC == 1 ? 3 : 4) binary_kernel(BinaryScan a) {
   constexpr int QUERIES = 1;
   using Policy = BinaryPolicy<VEC, LANES, QUERIES, JACCARD>;
   uint8_t* const patterns = dynamic_shared<uint8_t>();

@@ -121,7 +121,7 @@ __device__ __forceinline__ void scan_codes(const P& p, Selector& select, uint32_
       todo = ~0u;
       row0 += kTile;
     }
-    select.compact(false);
+    select.compact<int>(false);
     __syncthreads();
   }
 }

@@ -165,7 +165,7 @@ struct FastScanPolicy {
       rotated::add_up<W, kRows>(lane, tables + rotated::unit_at<W, 256>(piece), v, sum);
     } else {
       uint32_t half[kRows][4];
-#pragma unroll
+#pragma unroll(W == 4 && TERMS ? 1 : 2)  // one at a time where both would take too many registers
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)

@@ -139,7 +139,8 @@ __device__ void plain_pair(const MaxsimArgs& a, const MaxsimPlan& p, int64_t i, 
   if (threadIdx.x == 0) put_score(a, p, i, column, document, sum);
 }
 
-__global__ void __launch_bounds__(kThreads) maxsim_kernel(const MaxsimArgs a, const MaxsimPlan p) {
+// 6 blocks: given no number, ptxas would spill for sm_80 so that more of them fit.
+__global__ void __launch_bounds__(kThreads, 6) maxsim_kernel(const MaxsimArgs a, const MaxsimPlan p) {
   plain_pair(a, p, p.first + blockIdx.x / p.columns, blockIdx.x % p.columns);
 }
 

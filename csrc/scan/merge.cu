@@ -146,6 +146,7 @@ __device__ __forceinline__ void find_bin(const int* bins, int wanted, int* digit
   constexpr int kOwn = kBins / 32;
   const int lane = threadIdx.x & 31;
   int own = 0;
+#pragma unroll 16  // all of them would not fit into the registers
   for (int b = 0; b < kOwn; ++b) own += bins[lane * kOwn + b];
   int from_here = own;  // keys in this lane's bins or higher ones
 #pragma unroll
@@ -155,6 +156,7 @@ __device__ __forceinline__ void find_bin(const int* bins, int wanted, int* digit
   }
   if (from_here < wanted || from_here - own >= wanted) return;
   int higher = from_here - own;
+#pragma unroll 8
   for (int b = kOwn - 1; b >= 0; --b) {
     const int here = bins[lane * kOwn + b];
     if (higher + here >= wanted) {
@@ -166,7 +168,7 @@ __device__ __forceinline__ void find_bin(const int* bins, int wanted, int* digit
 }
 
 // Dynamic shared memory: `room` keys, room a power of two >= best. The keys are different, but for 0, no key.
-__global__ void __launch_bounds__(kSelectThreads) block_select_kernel(Merge m, int room) {
+__global__ void __launch_bounds__(kSelectThreads, 1) block_select_kernel(Merge m, int room) {
   __shared__ int bins[kBins];
   __shared__ Key differ_of[kSelectThreads / 32], some_of[kSelectThreads / 32];
   __shared__ int digit, above, inside, taken, present;
@@ -207,6 +209,7 @@ __global__ void __launch_bounds__(kSelectThreads) block_select_kernel(Merge m, i
   }
   __syncthreads();
   some = 0, differ = 0;
+#pragma unroll 4
   for (int w = 0; w < kSelectThreads / 32; ++w) {
     const Key other = some_of[w];
     differ |= differ_of[w];

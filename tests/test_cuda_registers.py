@@ -1,4 +1,4 @@
-"""The CUDA kernels are compiled, for sm_80, sm_90 and sm_90a, and ptxas' report is read: no kernel spills registers.
+"""The CUDA kernels are compiled for sm_80, sm_90 and sm_90a, and ptxas' report is read: no kernel spills.
 
 A spill in a hot loop is traffic through local memory that nothing else would show on a machine without a GPU.
 """
@@ -84,7 +84,9 @@ def test_no_kernel_spills():
         shutil.rmtree(folder, ignore_errors=True)
     ours = {key: value for key, value in kernels(log).items() if key[0].startswith("_ZN5lutra")}
     for arch in ("sm_80", "sm_90"):
-        assert sum(a == arch for _, a in ours) > 50, f"ptxas' report for {arch} was not found in the build's output"
+        assert sum(a == arch for _, a in ours) > 50, (
+            f"ptxas' report for {arch} was not found in the build's output"
+        )
     assert any(a == "sm_90a" for _, a in ours)
     spilling = []
     for (name, arch), (spilled, registers) in sorted(ours.items()):

@@ -199,8 +199,6 @@ def test_wrong_arguments():
         index.search_blocks(good, 0)
     with pytest.raises(ValueError, match="is empty"):
         Blocks(64, 16).search(q)
-    with pytest.raises(NotImplementedError, match=r"'int8' is for the CPU.*'float16'.*Flat, IVF"):
-        Blocks(64, 16, "int8").to("cuda")
     with pytest.raises(ValueError, match="holds 300 coded vectors"):
         made("pq", 300)[0].train(x)
     index.train(x)  # nothing to do

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lutra.address import FDE
-from lutra.index import Flat, MultiVector, load
+from lutra.index import HNSW, Flat, MultiVector, load
 
 D = 16
 SMALL = {"repetitions": 8, "k_sim": 3, "d_proj": 16}
@@ -282,8 +282,8 @@ def test_bad_input():
         index.search(QUERIES, candidates=20, generator="centroids")
     with pytest.raises(IndexError, match="500"):
         index.reconstruct(500)
-    with pytest.raises(NotImplementedError, match=r"Blocks of dtype 'int8', which is for the CPU.*Flat, IVF"):
-        MultiVector(D, "int8", **SMALL).to("cuda")
+    with pytest.raises(NotImplementedError, match=r"in HNSW, which is for the CPU.*Flat, IVF"):
+        MultiVector(D, HNSW(index.encoder.dim, metric="ip"), **SMALL).to("cuda")
     with pytest.raises(ValueError, match="recall"):
         index.tune(QUERIES, 1.5)
     with pytest.raises(TypeError, match="single-vector"):

@@ -56,8 +56,11 @@ def filtered(scale: int) -> Iterator[Case]:
 def documents(scale: int) -> Iterator[Case]:
     """MUVERA's encodings scanned whole, MaxSim of 200 candidates: in one CUDA graph."""
     n, length, d, k = max(512, 32768 // scale), 64, 128, 10
-    for tokens in ("float16", "residual2"):
-        index = MultiVector(d, "float16", tokens)
+    for inner, tokens in (
+        ("float16", "float16"), ("float16", "residual2"), ("int8", "float16"), ("pq", "float16"),
+    ):  # fmt: skip
+        size = {"float16": 2, "int8": 1, "pq": 1 / 8}[inner]
+        index = MultiVector(d, inner, tokens)
         unit = torch.nn.functional.normalize
         if not index.is_trained:
             index.train(unit(torch.randn(1024, length, d, device="cuda"), dim=2))
@@ -67,10 +70,10 @@ def documents(scale: int) -> Iterator[Case]:
         for nq in (1, 64):
             queries = [unit(torch.randn(nq, 32, d, device="cuda"), dim=2) for _ in range(2)]
             yield Case(
-                f"MultiVector {tokens}, {n} documents of {length} tokens, {nq} queries",
+                f"MultiVector {inner}, {tokens}, {n} documents of {length} tokens, {nq} queries",
                 lambda q, index=index: index.search(q, k),
                 [(q,) for q in queries],
-                bytes=n * index.encoder.dim * 2
+                bytes=n * index.encoder.dim * size
                 + nq * 200 * length * d * (2 if tokens == "float16" else 0.25),
                 flops=2.0 * nq * n * index.encoder.dim,
                 graph=True,

@@ -52,7 +52,7 @@ def pair(gpu, index="float32", tokens="float32", ids=None, **options):
     here = MultiVector(D, make(), tokens, **SMALL, candidates=30, **options)
     given = gpu.put(x), gpu.put(ptr)
     if not here.is_trained:
-        here.train(given)
+        here.train(tuple(gpu.put(a) for a in documents(300, seed=7)))
     here.add((given[0][: ptr[20]], given[1][:21]), None if ids is None else ids[:20])
     here.add((given[0][ptr[20] :], gpu.put(ptr[20:] - ptr[20])), None if ids is None else ids[20:])
     return here
@@ -70,6 +70,7 @@ TOKENS = ("float32", "float16", "bfloat16", "int8", "residual2", "residual8")
 @pytest.mark.parametrize(
     ("index", "tokens"),
     [*(("float32", t) for t in TOKENS), ("float16", "float16"), ("bfloat16", "int8")]
+    + [("int8", "float16"), ("pq", "float32")]
     + [(name, "float16") for name in INNER],
 )
 def test_multivector(gpu, index, tokens, order, tmp_path):
@@ -232,19 +233,19 @@ def test_shards(gpu):
 
 def test_what_stays_on_the_cpu(gpu):
     x, ptr = documents()
-    for make in (lambda: "int8", lambda: HNSW(96, metric="ip")):
-        index = MultiVector(D, make(), **SMALL)
-        index.add((gpu.put(x), gpu.put(ptr)))
-        assert index.device == "cpu"
-        found = index.search(gpu.put(queries()), K, candidates=20)
-        assert gpu.owns(found.ids)
-        with pytest.raises(NotImplementedError, match=r"for the CPU.*'float16'.*Flat, IVF"):
-            index.to("cuda")
+    index = MultiVector(D, HNSW(96, metric="ip"), **SMALL)
+    index.add((gpu.put(x), gpu.put(ptr)))
+    assert index.device == "cpu"
+    found = index.search(gpu.put(queries()), K, candidates=20)
+    assert gpu.owns(found.ids)
+    with pytest.raises(NotImplementedError, match=r"for the CPU.*'float16'.*Flat, IVF"):
+        index.to("cuda")
 
 
-def test_multivector_in_a_cuda_graph(gpu_torch):
+@pytest.mark.parametrize("index", ["float16", "int8", "pq"])
+def test_multivector_in_a_cuda_graph(gpu_torch, index):
     torch = gpu_torch.torch
-    here = pair(gpu_torch, tokens="float16")
+    here = pair(gpu_torch, index, tokens="float16")
     q = gpu_torch.put(queries())
     here.search(q, K)
     torch.cuda.synchronize()
@@ -292,11 +293,11 @@ def test_blocks(gpu, dtype, n, tmp_path):
         assert len(back) == len(host) + 3
 
 
-def _rows(q):
+def _rows(q, width=12):
     from lutra.address import BlockRows
     from lutra.scan._blocks import dense_rows
 
-    return BlockRows(*dense_rows(q, 12))
+    return BlockRows(*dense_rows(q, width))
 
 
 def test_blocks_refuse(gpu):
@@ -306,9 +307,78 @@ def test_blocks_refuse(gpu):
     with pytest.raises(ValueError, match=r"x\[1, 2\] is 1000000.0, which is too large for float16"):
         index.add(gpu.put(x))
     assert len(index) == 0
-    small = Blocks(48, 12, "int8")
-    small.add(gpu.put(x))  # is copied to the CPU
-    assert small.device == "cpu" and gpu.owns(small.search(gpu.put(x), 1).ids)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "pq"])
+@pytest.mark.parametrize("n", [1, 255, 512, 600])
+def test_blocks_of_codes(gpu, dtype, n, tmp_path):
+    rng = np.random.default_rng(n)
+    x, q, sample = (rng.standard_normal((m, 48)).astype(np.float32) for m in (n, NQ, 300))
+    x[n // 2] = 0
+    q[:, 12:24] = 0
+    host = Blocks(48, 12, dtype, dsub=4)
+    host.train(sample, n_iter=2)
+    host.save(tmp_path / "empty")
+    here, half = load(tmp_path / "empty", device="cuda"), n // 2
+    for index, put in ((here, gpu.put), (host, lambda a: a)):
+        index.add(put(x[:half]))
+        index.add(put(x[half:]), np.arange(half, n) * 2)
+    assert here.device.startswith("cuda") and here.nbytes >= host.nbytes
+    check_codes(gpu, here, host, q)
+    gone = host.ids[::3]
+    assert here.remove_ids(gone) == host.remove_ids(gone)
+    if not len(here):
+        return
+    here.save(tmp_path / "gpu")
+    host.save(tmp_path / "host")
+    assert (tmp_path / "gpu").read_bytes() == (tmp_path / "host").read_bytes()
+    np.testing.assert_allclose(here.reconstruct(host.ids), host.reconstruct(host.ids), rtol=1e-6)
+    back = load(tmp_path / "host", device="cuda")
+    check_codes(gpu, back, host, q)
+    back.add(gpu.put(x[:3]))
+    back.to("cpu")
+    np.testing.assert_array_equal(back.search(q, K, filter=host.ids).ids, host.search(q, K).ids)
+    assert len(back) == len(host) + 3
+
+
+def check_codes(gpu, here, host, q):
+    for filter in (None, np.arange(host.ids.max() + 1) % 4 == 1):
+        want = host.search(q, K, filter=filter)
+        queries, there = gpu.put(q), gpu.put(filter)
+        here.search(queries, K, filter=there)
+        with gpu.no_sync():
+            found = here.search(queries, K, filter=there)
+        for result in (found, here.search(queries, K, filter=filter)):
+            np.testing.assert_allclose(gpu.get(result.scores), want.scores, rtol=1e-4, atol=1e-3)
+            assert np.mean(gpu.get(result.ids) == want.ids) > 0.95  # scores may nearly tie
+    rows = here.search_blocks(_rows(q, host.width), K)
+    want = host.search_blocks(_rows(q, host.width), K)
+    np.testing.assert_allclose(rows.scores, want.scores, rtol=1e-4, atol=1e-3)
+
+
+def test_blocks_of_codes_wide(gpu, tmp_path):
+    """More sub-spaces than tables fit in shared memory; a row of int8 that no vector load fits."""
+    rng = np.random.default_rng(0)
+    for dtype, d in (("pq", 1056), ("int8", 2079)):
+        x, q = (rng.standard_normal((m, d)).astype(np.float32) for m in (70, NQ))
+        host = Blocks(d, 33, dtype, dsub=3)
+        host.train(np.tile(x, (4, 1)), n_iter=1)
+        host.add(x)
+        host.save(tmp_path / dtype)
+        here = load(tmp_path / dtype, device="cuda")
+        check_codes(gpu, here, host, q)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "pq"])
+def test_blocks_train_where_the_sample_lies(gpu, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 24)).astype(np.float32)
+    index = Blocks(24, 12, dtype, dsub=4)
+    index.train(gpu.put(x), n_iter=2)
+    index.add(gpu.put(x))
+    assert index.device.startswith("cuda")
+    found = gpu.get(index.search(gpu.put(x), 1).ids)[:, 0]
+    assert np.mean(found == np.arange(300)) > 0.7
 
 
 # ---- Funnel

@@ -12,9 +12,10 @@ from .._results import Neighbors
 from ..address._fde_encoder import BlockRows
 from ..scan import _blocks
 from . import _files
-from ._block_rows import panel_parts, to_panels, to_rows
+from ._block_rows import pack_int8, panel_parts, scan_int8, to_panels, to_rows, unpack_int8
 from ._home import HOST, Home, adopt, check_matrix, deliver
 from ._panels import Panels
+from ._pq_scan import pq_scan
 from ._quantizer_files import quantizer_tensors, restore_quantizer
 from ._rows import Rows
 from .base import Index, register
@@ -22,6 +23,7 @@ from .codes import sampled
 
 _STORAGE = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8, "pq": U8}
 _LANES, _CODE_LANES = 256, 512  # vectors of a panel; of codes more, for a query's tables are reread with each
+_KERNELS = {I8: ("packed_logits",), U8: ("pq", "pq_encode", "list_lut")}  # that are needed on a GPU
 _POINTS = 64  # training vectors for each centroid: of so many dimensions more would take gigabytes
 _ENCODE = 1 << 10  # vectors that are coded at a time
 
@@ -62,8 +64,8 @@ class Blocks(Index):
     order (int8: of whole numbers, then times the scale), so neither the batch nor the number of threads
     changes them.
 
-    On a GPU (float32, float16, bfloat16) vectors are kept whole and `lutra.scan.knn` reads all of them: the
-    products of a batch run on tensor cores. int8 and pq stay on the CPU, where queries are copied.
+    On a GPU vectors are kept whole and all of them are read: by `lutra.scan.knn`, int8 by
+    `lutra.scan.packed_topk`, whose products run on tensor cores, pq by `lutra.scan.pq`.
 
     References
     ----------
@@ -79,7 +81,6 @@ class Blocks(Index):
     Neighbors(scores=array([[38., 14.]], dtype=float32), ids=array([[1, 0]]))
     """
 
-    _needs_kernels = ("knn",)
     _metrics = {"ip": 0}  # noqa: RUF012
 
     def __init__(
@@ -91,7 +92,7 @@ class Blocks(Index):
                 "inner product, but to a distance and to a norm, so every block would have to be read"
             )
         self._code = _checks.choice("dtype", dtype, _STORAGE)
-        self._host_only = self._code in (I8, U8)
+        self._needs_kernels = _KERNELS.get(self._code, ("knn",))
         super().__init__(d, metric)
         self.width = _checks.integer("width", width, 1)
         if self.d % self.width:
@@ -154,10 +155,10 @@ class Blocks(Index):
         native = check_matrix(x, "x", self.d)
         if self.quantizer is None:
             return
-        with self._lock.writing():
+        with self._changing():
             if self.ntotal:
                 raise ValueError(f"the index holds {self.ntotal} coded vectors; train a new one")
-            points = sampled(native, 256 * _POINTS, self.seed)
+            points = sampled(native, 256 * _POINTS, self.seed, self._settle(native))
             self.quantizer.train(points, n_iter=n_iter, max_points_per_centroid=_POINTS, progress=progress)
             self._lay_books()
 
@@ -171,7 +172,7 @@ class Blocks(Index):
 
     def _encode(self, x, out, first):
         if self._here is not HOST:
-            self._encode_on_gpu(x, out["vectors"], first)
+            self._encode_on_gpu(x, out, first)
             return
         for i in range(0, len(x), _ENCODE):
             part = x[i : i + _ENCODE]
@@ -215,17 +216,28 @@ class Blocks(Index):
         if home is HOST and "vectors" in self._rows:
             to_panels(self._rows.pop("vectors"), self._panels)
         panels, fresh = self._panels, home is not HOST and "vectors" not in self._rows
-        rows = to_rows(panels, home, self._code) if fresh and not self._lacking(home) else None
+        scale = self._rows.get("scale")
+        rows = to_rows(panels, home, self._code, scale) if fresh and not self._lacking(home) else None
         super()._move(home)
         if rows is not None:
             self._rows["vectors"], self._panels = rows, Panels(*panels.shape, panels.dtype)
 
-    def _encode_on_gpu(self, x: Any, out: Any, first: int) -> None:
-        kind = self._here.kind
-        out[:] = kind.cast(x, self._code)
-        if self._code == F32 or self._here.all_finite(kind.cast(out, F32)):
+    def _encode_on_gpu(self, x: Any, out: dict[str, Any], first: int) -> None:
+        home, vectors = self._here, out["vectors"]
+        xp, cast = home.xp, home.kind.cast
+        if self.quantizer is not None:
+            vectors[:] = self.quantizer._encode_there(home.kind, x)
             return
-        good = HOST.bring(self._here.xp.isfinite(kind.cast(out, F32)))
+        if self._code == I8:
+            most = xp.amax(abs(x), 1)[:, None]
+            out["scale"][:] = most / 127
+            stored = cast(xp.round(x / xp.where(most > 0, most, 1) * 127), I8)
+            pack_int8(home, stored, out["scale"], vectors)
+            return
+        vectors[:] = cast(x, self._code)
+        if self._code == F32 or home.all_finite(cast(vectors, F32)):
+            return
+        good = HOST.bring(xp.isfinite(cast(vectors, F32)))
         row, column = (int(v) for v in np.argwhere(~good)[0])
         raise ValueError(
             f"x[{first + row}, {column}] is {float(x[row, column])}, which is too large for {self.dtype}"
@@ -255,9 +267,15 @@ class Blocks(Index):
         return self._answer(q, k, filter)
 
     def _search(self, q, k, keep):
-        if self._here is not HOST:
-            return scan.knn(q, self._rows["vectors"].view, k, "ip", filter=keep)
-        return self._scan(_blocks.dense_rows(q, self.width), k, keep)
+        home = self._here
+        if home is HOST:
+            return self._scan(_blocks.dense_rows(q, self.width), k, keep)
+        rows = self._rows["vectors"].view
+        if self.quantizer is not None:
+            return pq_scan(home, q, rows, self.quantizer._books_there(home.kind, q), k, "ip", keep)
+        if self._code == I8:
+            return scan_int8(home, q, rows, k, keep)
+        return scan.knn(q, rows, k, "ip", filter=keep)
 
     def search_blocks(self, rows: Any, k: int = 10, *, filter: Any = None) -> Neighbors:
         """The k best vectors for each query, given by the blocks that it has.
@@ -344,24 +362,26 @@ class Blocks(Index):
             raise ValueError(f"rows.values[{i}, {j}] is {values[i, j]}; queries must be finite")
         return _blocks.Rows(np.ascontiguousarray(ptr), np.ascontiguousarray(blocks, np.int32), values)
 
-    def _why_host(self, device: Any) -> str:
-        return (
-            f"Blocks of dtype {self.dtype!r} is for the CPU and cannot move to {device!r}; with dtype "
-            "'float32', 'float16' or 'bfloat16' it can, and so can Flat, IVF, PQ and Codes"
-        )
-
     def _scan(self, rows: _blocks.Rows, k: int, keep: np.ndarray | None) -> tuple[Any, Any]:
         scale = self._rows["scale"].view if "scale" in self._rows else None
         return _blocks.scan(rows, self._panels, k, scale, self._books, keep)
 
     def _reconstruct(self, positions):
         if self._here is not HOST:
-            return self._here.kind.cast(self._rows["vectors"].view[positions], F32)
+            return self._reconstruct_on_gpu(self._rows["vectors"].view[positions], positions)
         stored = self._panels.take(positions)
         if self.quantizer is not None:
             return self.quantizer._decode(stored)
         vectors = stored.astype(np.float32)
         return vectors * self._rows["scale"].view[positions] if "scale" in self._rows else vectors
+
+    def _reconstruct_on_gpu(self, rows: Any, positions: Any) -> Any:
+        kind = self._here.kind
+        if self.quantizer is not None:
+            return self.quantizer._decode_there(kind, rows)
+        if self._code == I8:
+            return kind.cast(unpack_int8(self._here, rows), F32) * self._rows["scale"].view[positions]
+        return kind.cast(rows, F32)
 
     # ---- files
     def _config(self) -> dict[str, Any]:

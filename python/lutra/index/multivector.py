@@ -76,7 +76,7 @@ class MultiVector(Index):
     On a GPU (`to`, or where the first documents lie there) tokens and encodings stay there, and so does a
     search: encoding, the search of the index, MaxSim. It waits for nothing where queries are an array of
     three dimensions without a mask, or (tokens, ptr) with both there, unless it carves balls or takes
-    candidates from centroids. An index of encodings that is for the CPU (HNSW, 'int8' and 'pq') keeps the
+    candidates from centroids. An index of encodings that is for the CPU (HNSW) keeps the
     whole there.
 
     References
@@ -335,12 +335,9 @@ class MultiVector(Index):
         self._generator = None
 
     def _why_host(self, device: Any) -> str:
-        inner = self._inner
-        dtype = f" of dtype {inner.dtype!r}" if isinstance(inner, Blocks) else ""
         return (
-            f"this MultiVector keeps its encodings in {type(inner).__name__}{dtype}, which is for the CPU, "
-            f"so it cannot move to {device!r}; with 'float32', 'float16', 'bfloat16', Flat, IVF, PQ or Codes "
-            "it can"
+            f"this MultiVector keeps its encodings in {type(self._inner).__name__}, which is for the CPU, "
+            f"so it cannot move to {device!r}; with 'float16', 'int8', 'pq', Flat, IVF, PQ or Codes it can"
         )
 
     # ---- searching

@@ -9,11 +9,10 @@ import numpy as np
 from .. import _checks, address, scan
 from .._arrays import F16, F32, I64, U8, kind_of
 from .._results import Neighbors
-from ..reference.scan import pq_tables
-from ..scan._lists import Lists, lut8, query_tables
 from . import _files
 from ._home import HOST, Home, adopt, check_matrix, deliver, home_of, to_float32
 from ._kmeans import INITS, lloyd, sample
+from ._pq_scan import pq_scan
 from ._progress import Progress
 from ._refine import refine as refine_candidates
 from ._rows import Rows
@@ -22,7 +21,6 @@ from .base import Index, register
 _KEPT = {"float32": F32, "float16": F16}
 _ENCODE = 1 << 14  # rows that are encoded at a time: their sub-vectors stay in the caches
 _REFINE = 4
-_TABLES = 1 << 24  # bytes that the tables of filtered searches take at a time
 
 
 @register
@@ -285,35 +283,7 @@ class PQ(Index):
         return refine_candidates(q, vectors, candidates, k, self.metric)
 
     def _scan(self, q, codes, k, metric, keep):
-        if keep is None:
-            return scan.pq(q, codes, self._codebooks, k, metric)
-        n, home = len(codes), self._here
-        if home is not HOST:
-            return self._scan_on_gpu(home, q, codes, k, metric, keep)
-        lists = Lists(np.zeros(1, np.int64), np.array([n]), None, n, keep, None)
-        parts = []
-        step = max(1, _TABLES // (4 * self.ksub * self.d))
-        for i in range(0, max(1, len(q)), step):
-            tables = pq_tables(q[i : i + step], self._codebooks, metric)
-            parts.append(lut8(tables, codes, lists, k, metric))
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-    def _scan_on_gpu(self, home, q, codes, k, metric, keep):
-        """A filtered scan, as one list of all rows."""
-        n = len(codes)
-        books = home.kind.dense(home.xp.swapaxes(self._codebooks, 1, 2))
-        begin, rows = home.full((1,), 0, I64), home.full((1,), n, I64)
-        scores, ids = [], []
-        step = max(1, (1 << 28) // (4 * self.ksub * self.m))
-        for i in range(0, max(1, len(q)), step):
-            part = q[i : i + step]
-            lut = query_tables(part, books, distances=metric == "l2")
-            probes = home.full((len(part), 1), 0, I64)
-            lists = Lists(begin, rows, None, n, keep, probes, n, n)
-            found = lut8(lut, codes, lists, k, metric)
-            scores.append(found[0])
-            ids.append(found[1])
-        return home.xp.concatenate(scores), home.xp.concatenate(ids)
+        return pq_scan(self._here, q, codes, self._codebooks, k, metric, keep)
 
     def _reconstruct(self, positions):
         kept = self._rows.get("vectors")

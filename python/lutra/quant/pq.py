@@ -264,6 +264,10 @@ class PQ(Quantizer):
         turned = kind.dense(self._turned_there(kind, x))
         return _on_cuda.pq_entries(kind, turned, self._books, self._copies, directions, threshold)
 
+    def _books_there(self, kind: Any, like: Any) -> Any:
+        """The codebooks on the GPU on which ``like`` lies."""
+        return self._copies.get(kind, "books", self._books, like)
+
     def _decode_there(self, kind: Any, entries: Any) -> Any:
         """Vectors of entries on a GPU."""
         return _on_cuda.pq_vectors(kind, entries, self._books, self._copies)

@@ -42,8 +42,8 @@ def pq_case(n: int, m: int, nq: int, k: int = 10) -> Case:
         inputs = [(torch.randn(nq, m * 8, device="cuda"),) for _ in range(INPUTS)]
         return lambda q: lutra.scan.pq(q, codes, books, k), inputs, theirs
 
-    # The codes once for four queries, which is what a block serves.
-    size = n * m * max(1, nq / 4)
+    # The codes once for four queries, which is what a block serves; of slabs two.
+    size = n * m * max(1, nq / (4 if m <= 96 else 2))
     return Case(f"pq {n} x {m}, batch {nq}, k {k}", None, [], None, same_neighbours, bytes=size, build=build)
 
 
@@ -116,6 +116,8 @@ def cases(scale: int) -> Iterator[Case]:
     for m in (16, 64):
         for nq in (1, 64):
             yield pq_case(1_000_000 // scale, m, nq)
+    for nq in (1, 32):  # of more sub-spaces than have tables in shared memory: encodings of MultiVector
+        yield pq_case(1_000_000 // scale, 1280, nq)
     for b in (16, 64, 128):
         yield binary_case(800_000_000 // b // scale, b, 1)
     yield binary_case(1_000_000 // scale, 32, 64)

@@ -6,7 +6,8 @@
 // holds the tables of W = 4 queries (or of one) in shared memory, interleaved so that one 16-byte read serves the four,
 // and each of its threads adds up rows of codes, several at a time. What passes the thresholds goes to the queries'
 // lists (common/select.cuh), a third launch merges them. The limit is shared memory: random words of 32 lanes meet in a
-// bank 3.5 times on average. Tables that do not fit in shared memory (m above 200 or so) are read through L1.
+// bank 3.5 times on average. Tables that do not fit in shared memory (m above 200 or so) are read through L1; many rows
+// of so many codes go through pq_wide.cu first.
 //
 // k above 2048: scores are written out and selected by radix (any_k.cuh). A NaN score, also that of a code >= ksub,
 // comes first. Overflow: n < 2^32 - 1 (checked), offsets into codes and tables are 64-bit; sums are fp32 in increasing
@@ -224,6 +225,7 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksub, int d
   if (n * m >= kRotatedCodes[nq > 4] && !large(k, n)) {
     p.rotated = packed_plan(nq, n, k, m, ksub, device);
     if (!p.rotated.width) p.rotated = rotated_plan(nq, n, k, m, device);
+    if (!p.rotated.width) p.rotated = wide_plan(nq, n, k, m, device);
   }
   const auto list_bytes = [](const ListPlan& lists) {
     return static_cast<int64_t>(sizeof(Key)) * (lists.stride > 0 ? lists.stride : 1) * lists.parts;
@@ -238,7 +240,7 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksub, int d
   const int64_t fit = (by_lists < by_tables ? by_lists : by_tables) / 8 * 8;
   s.queries = fit < 8 ? 8 : fit;
   if (s.queries > nq) s.queries = nq;
-  if (large(k, n) && s.queries > any_k_queries(nq, n)) s.queries = any_k_queries(nq, n);
+  if ((large(k, n) || p.rotated.slab) && s.queries > any_k_queries(nq, n)) s.queries = any_k_queries(nq, n);
   p.rotated.lists.queries = s.queries;
   return p;
 }
@@ -267,7 +269,8 @@ Arrays arrays(const PqPlan& p, int64_t n, int64_t k, int64_t m, void* workspace,
     a.done = c.take<int>(queries);
   }
   a.keys = c.take<Key>(keys / static_cast<int64_t>(sizeof(Key)));
-  a.any_k = c.take<char>(large(k, n) ? any_k_bytes(p.lists.queries, n, k) : 0);
+  const int64_t selected = large(k, n) ? k : p.rotated.slab ? p.rotated.kept : 0;
+  a.any_k = c.take<char>(selected ? any_k_bytes(p.lists.queries, n, selected) : 0);
   if (bytes) *bytes = c.used();
   return a;
 }
@@ -320,14 +323,18 @@ void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, cons
     if (p.rotated.width) {
       const int kept = p.rotated.kept;
       s.tables = w.rotated, s.lists = p.rotated.lists;
-      if (p.rotated.packed) {
-        packed_tables(w.tables, p.width, count, m, l2, p.rotated, w.rotated, w.rounded, l);
-        packed_scan(s, p.rotated, w.rounded, l);
+      if (p.rotated.slab) {
+        wide_scan(s, p.rotated, any_k_arrays(lists.queries, a.n, kept, w.any_k), w.scores, w.ids, l2, l);
       } else {
-        rotated_scan(s, p.rotated, l);
+        if (p.rotated.packed) {
+          packed_tables(w.tables, p.width, count, m, l2, p.rotated, w.rotated, w.rounded, l);
+          packed_scan(s, p.rotated, w.rounded, l);
+        } else {
+          rotated_scan(s, p.rotated, l);
+        }
+        merge_lists(Merge{w.keys, count, s.lists.parts, kept, s.lists.stride, false, kept, kept, l2, w.scores, w.ids},
+                    "pq", l);
       }
-      merge_lists(Merge{w.keys, count, s.lists.parts, kept, s.lists.stride, false, kept, kept, l2, w.scores, w.ids},
-                  "pq", l);
       settle(PqSettle{w.tables, p.width, a.codes, a.n, m, static_cast<int>(a.ksub), l2, kept, k, w.scores, w.ids,
                       scores, ids, w.done, w.rounded},
              count, l);

@@ -1,6 +1,7 @@
 // What the kernels of the PQ scan on CUDA share: how the work is cut, and the arrays in the workspace.
 #pragma once
 #include "common/select.cuh"
+#include "scan/any_k.cuh"
 #include "scan/pq.h"
 
 namespace lutra {
@@ -41,6 +42,7 @@ struct RotatedPlan {
   size_t shared = 0;
   int kept = 0;         // candidates of a query
   bool packed = false;  // two queries in a word (pq_packed.cu)
+  int slab = 0;         // sixteens of sub-spaces that are taken at a time (pq_wide.cu); 0: all
   ListPlan lists{};
 };
 // Candidates of a query: in the short lists, those come free; else so many that nearly equal scores do not matter.
@@ -51,6 +53,10 @@ void packed_tables(const float* tables, int width, int64_t nq, int m, bool l2, c
 void packed_scan(const PqScan& s, const RotatedPlan& p, const float2* terms, const Launch& l);
 RotatedPlan rotated_plan(int64_t nq, int64_t n, int64_t k, int64_t m, int device);
 void rotated_scan(const PqScan& s, const RotatedPlan& p, const Launch& l);
+RotatedPlan wide_plan(int64_t nq, int64_t n, int64_t k, int64_t m, int device);
+// The candidates of each query, best first.
+void wide_scan(const PqScan& s, const RotatedPlan& p, const AnyK& all, float* scores, int64_t* ids, bool l2,
+               const Launch& l);
 void settle(const PqSettle& s, int64_t nq, const Launch& l);
 
 }  // namespace cuda

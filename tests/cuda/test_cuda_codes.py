@@ -55,7 +55,7 @@ def rng():
 
 
 # ---------------------------------------------------------------- pq: collections that take the fast scan
-@pytest.mark.parametrize(("m", "metric"), [(16, "l2"), (16, "ip"), (15, "l2"), (40, "ip")])
+@pytest.mark.parametrize(("m", "metric"), [(16, "l2"), (16, "ip"), (15, "l2"), (40, "ip"), (264, "l2")])
 def test_pq_larger_still_for_one_query(gpu_torch, rng, m, metric):
     n = (24 << 20) // m + int(rng.integers(1, 3000))
     codes = rng.integers(0, 256, (n, m)).astype(np.uint8)
@@ -82,7 +82,7 @@ def test_pq_larger_still_for_one_query(gpu_torch, rng, m, metric):
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-@pytest.mark.parametrize("m", [1, 8, 12, 15, 16, 17, 24, 32, 33, 48, 64, 96, 100])
+@pytest.mark.parametrize("m", [1, 8, 12, 15, 16, 17, 24, 32, 33, 48, 64, 96, 100, 193, 210, 260, 400])
 def test_pq_large(gpu, rng, m, metric):
     n = (1 << 20) // m + int(rng.integers(1, 3000))
     codes = rng.integers(0, 256, (n, m)).astype(np.uint8)
@@ -164,11 +164,37 @@ def test_pq_large_unaligned(gpu, rng):
     same_bits(gpu.get(got.ids), gpu.get(want.ids))
 
 
+@pytest.mark.parametrize("m", [260, 272])
+def test_pq_of_more_codes_than_fit(gpu, rng, m):
+    """Slabs of sub-spaces: codes that are none, ties, k of every kind, addresses of all kinds."""
+    n = (1 << 20) // m + 9
+    flat = rng.integers(0, 200, n * m + 1).astype(np.uint8)
+    codes = flat[1:].reshape(n, m)
+    codes[rng.integers(0, n, n // 2)] = codes[0]
+    q, books = integers(rng, 7, 2 * m), integers(rng, m, 200, 2)
+    for metric in ("l2", "ip"):
+        for nq in (1, 5, 7):
+            for k in (1, 10, 1800, n + 3):
+                scores, ids = lutra.scan.pq(gpu.put(q[:nq]), gpu.put(codes), gpu.put(books), k, metric)
+                want_scores, want_ids = reference.pq(q[:nq], codes, books, k, metric)
+                np.testing.assert_array_equal(gpu.get(ids), want_ids)
+                np.testing.assert_array_equal(gpu.get(scores), want_scores)
+    there = gpu.put(flat)[1:].reshape(n, m)
+    got = lutra.scan.pq(gpu.put(q), there, gpu.put(books), 10)
+    np.testing.assert_array_equal(gpu.get(got.ids), reference.pq(q, codes, books, 10, "l2")[1])
+    codes[[5, n - 1, n // 2], [0, m - 1, 200]] = 255
+    q[2, -1] = np.nan
+    scores, ids = (gpu.get(a) for a in lutra.scan.pq(gpu.put(q), gpu.put(codes), gpu.put(books), 10))
+    for i in range(7):
+        np.testing.assert_array_equal(ids[i, :3], [0, 1, 2] if i == 2 else [5, n // 2, n - 1])
+        assert np.isnan(scores[i, :3]).all() and (i == 2 or not np.isnan(scores[i, 3:]).any())
+
+
 @pytest.mark.sanitize
 def test_pq_small_cases(gpu_torch, rng):
     """Every kernel, on as little as makes it run."""
-    codes = rng.integers(0, 256, (9000, 128)).astype(np.uint8)
-    for m in (16, 20, 128):
+    codes = rng.integers(0, 256, (9000, 272)).astype(np.uint8)
+    for m in (16, 20, 128, 272):
         books = rng.standard_normal((m, 256, 1)).astype(np.float32)
         q = rng.standard_normal((6, m)).astype(np.float32)
         for nq in (1, 4, 6):

@@ -48,9 +48,10 @@ def pq(queries: Any, codes: Any, codebooks: Any, k: int = 10, metric: str = "l2"
 
     Notes
     -----
-    Cost: 2 nq m ksub dsub flops for the tables, then nq n m look-ups and additions. On CUDA, up to m = 96,
-    32 look-ups a cycle and multiprocessor, 64 in batches; sums that may be among the k best are made once
-    more in the order of the CPU. Gradient (torch): of the scores, to queries and codebooks.
+    Cost: 2 nq m ksub dsub flops for the tables, then nq n m look-ups and additions. On CUDA 32 look-ups a
+    cycle and multiprocessor, 64 in batches; above m = 96 the sub-spaces are taken in slabs, between which 4
+    bytes a query and vector wait in device memory. Sums that may be among the k best are made once more in
+    the order of the CPU. Gradient (torch): of the scores, to queries and codebooks.
 
     References
     ----------

@@ -22,25 +22,10 @@ LUTRA_INLINE uint16_t half_above(float f) {  // f >= 0
   return half_to_float(h) < f ? h + 1 : h;
 }
 
-// ---- random numbers: a hash of 64 bits of key and the column (two rounds of C. Wellons' lowbias32)
-LUTRA_INLINE uint64_t mix64(uint64_t x) {  // the finaliser of SplitMix64
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-LUTRA_INLINE uint32_t mix32(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-struct Noise {
-  uint32_t low, high;
-  Noise(uint64_t seed, int64_t row) {
-    const uint64_t key = mix64(mix64(seed + 0x9e3779b97f4a7c15u) + static_cast<uint64_t>(row));
-    low = static_cast<uint32_t>(key);
-    high = static_cast<uint32_t>(key >> 32);
-  }
-  uint32_t bits(int64_t column) const { return mix32(mix32(static_cast<uint32_t>(column) + low) + high); }
+struct Noise {  // of a row
+  uint64_t key;
+  Noise(uint64_t seed, int64_t row) : key(packed_noise_key(seed, row)) {}
+  uint32_t bits(int64_t column) const { return packed_noise(key, column); }
 };
 LUTRA_INLINE float unit(uint32_t bits) { return static_cast<float>(static_cast<int32_t>(bits >> 8)) * 0x1p-24f; }
 
@@ -121,7 +106,7 @@ static void pack_row(const PackRowsArgs& a, const float* x, int64_t i, int64_t r
     const float magnitude = low > far ? low : far;
     if (a.scale) {
       scale = a.scale[i * groups + g];
-      if (packed_has_minimum(K))
+      if (packed_affine(K))
         minimum = a.minimum ? a.minimum[i * groups + g] : -scale * (kMost == 255 ? 128.0f : (kMost + 1) * 0.5f);
       if (packed_half_scales(K)) {
         const uint16_t h = float_to_half(scale);
@@ -131,7 +116,7 @@ static void pack_row(const PackRowsArgs& a, const float* x, int64_t i, int64_t r
     } else if (K == Packed::int8) {
       minimum = low;
       scale = high / 255.0f - low / 255.0f;
-    } else if (packed_has_minimum(K)) {
+    } else if (packed_affine(K)) {
       minimum = half_to_float(half_below(low));
       scale = half_to_float(half_above((high - minimum) / kMost));
     } else if (K == Packed::nf4) {
@@ -139,7 +124,7 @@ static void pack_row(const PackRowsArgs& a, const float* x, int64_t i, int64_t r
     } else {
       scale = magnitude / (K == Packed::e4m3 ? 448.0f : 57344.0f);
     }
-    if (packed_has_minimum(K)) {
+    if (packed_affine(K)) {
       if (!(scale >= 1e-37f)) scale = 1;  // a (nearly) constant row: code 0, its minimum
       affine_codes<Random>(x, begin, end, scale, minimum, kMost, noise, codes);
     } else if (K == Packed::nf4) {

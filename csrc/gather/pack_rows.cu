@@ -36,27 +36,12 @@ __device__ __forceinline__ uint32_t half_above(float f) {  // f >= 0
   return half_value(h) < f ? h + 1 : h;
 }
 
-__device__ __forceinline__ uint64_t mix64(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-__device__ __forceinline__ uint32_t mix32(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-struct Noise {
+struct Noise {  // of a row
   bool on;
-  uint32_t low, high;
-  __device__ __forceinline__ Noise(bool stochastic, uint64_t seed, int64_t row) : on(stochastic) {
-    const uint64_t key = mix64(mix64(seed + 0x9e3779b97f4a7c15u) + static_cast<uint64_t>(row));
-    low = static_cast<uint32_t>(key);
-    high = static_cast<uint32_t>(key >> 32);
-  }
-  __device__ __forceinline__ uint32_t bits(int64_t column) const {
-    return mix32(mix32(static_cast<uint32_t>(column) + low) + high);
-  }
+  uint64_t key;
+  __device__ __forceinline__ Noise(bool stochastic, uint64_t seed, int64_t row)
+      : on(stochastic), key(packed_noise_key(seed, row)) {}
+  __device__ __forceinline__ uint32_t bits(int64_t column) const { return packed_noise(key, column); }
 };
 __device__ __forceinline__ float unit(uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
@@ -159,10 +144,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       out[b] = static_cast<uint8_t>(byte);
     }
-    if (lane < packed_tail_bytes(K)) {
+    if (lane < packed_group_bytes(K)) {
       uint32_t word[2] = {__float_as_uint(scale), __float_as_uint(minimum)};
       if (packed_half_scales(K)) word[0] = half_bits(scale) | half_bits(minimum) << 16;
-      tail[g * packed_tail_bytes(K) + lane] = static_cast<uint8_t>(word[lane / 4] >> (8 * (lane & 3)));
+      tail[g * packed_group_bytes(K) + lane] = static_cast<uint8_t>(word[lane / 4] >> (8 * (lane & 3)));
     }
   }
 }

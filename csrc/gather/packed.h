@@ -15,6 +15,7 @@
 // packed_rows.h decodes them inside other kernels.
 #pragma once
 #include "common/levels.h"
+#include "common/mix.h"
 #include "common/types.h"
 #include "gather/bag.h"
 
@@ -23,6 +24,24 @@ namespace lutra {
 enum class Packed : int { int8 = 0, int4 = 1, int2 = 2, nf4 = 3, e4m3 = 4, e5m2 = 5 };
 
 constexpr bool packed_affine(Packed k) { return k == Packed::int8 || k == Packed::int4 || k == Packed::int2; }
+constexpr int packed_bits(Packed k) { return k == Packed::int4 || k == Packed::nf4 ? 4 : k == Packed::int2 ? 2 : 8; }
+constexpr bool packed_half_scales(Packed k) { return packed_bits(k) < 8; }
+constexpr int packed_group_bytes(Packed k) { return (packed_half_scales(k) ? 2 : 4) * (packed_affine(k) ? 2 : 1); }
+constexpr int64_t packed_code_bytes(Packed k, int64_t columns) { return (columns * packed_bits(k) + 7) / 8; }
+
+// The levels of NF4: quantiles of N(0, 1), zero among them.
+#define LUTRA_NF4_LEVELS                                                                              \
+  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
+      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, \
+      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
+
+// The random bits of stochastic rounding: a key of a row, and the bits of its columns.
+LUTRA_SHARED uint64_t packed_noise_key(uint64_t seed, int64_t row) {
+  return mix64(mix64(seed + kGolden) + static_cast<uint64_t>(row));
+}
+LUTRA_SHARED uint32_t packed_noise(uint64_t key, int64_t column) {
+  return mix32(mix32(static_cast<uint32_t>(column) + static_cast<uint32_t>(key)) + static_cast<uint32_t>(key >> 32));
+}
 
 struct PackedTable {
   const uint8_t* data;  // (rows, row_bytes)

@@ -20,34 +20,7 @@ namespace cuda {
 
 constexpr int kPackedColumns = 8;  // of a thread
 
-__host__ __device__ constexpr int packed_bits(Packed k) {
-  return k == Packed::int4 || k == Packed::nf4 ? 4 : k == Packed::int2 ? 2 : 8;
-}
-__host__ __device__ constexpr bool packed_half_scales(Packed k) { return packed_bits(k) < 8; }
-__host__ __device__ constexpr int packed_tail_bytes(Packed k) {  // of a group
-  return (packed_half_scales(k) ? 2 : 4) * (packed_affine(k) ? 2 : 1);
-}
-__host__ __device__ constexpr int64_t packed_code_bytes(Packed k, int64_t columns) {
-  return (columns * packed_bits(k) + 7) / 8;
-}
-
-// The levels of NF4, as in packed_rows.h.
-__device__ __constant__ const float kNf4Levels[16] = {-1.0f,
-                                                      -0.6961928009986877f,
-                                                      -0.5250730514526367f,
-                                                      -0.39491748809814453f,
-                                                      -0.28444138169288635f,
-                                                      -0.18477343022823334f,
-                                                      -0.09105003625154495f,
-                                                      0.0f,
-                                                      0.07958029955625534f,
-                                                      0.16093020141124725f,
-                                                      0.24611230194568634f,
-                                                      0.33791524171829224f,
-                                                      0.44070982933044434f,
-                                                      0.5626170039176941f,
-                                                      0.7229568362236023f,
-                                                      1.0f};
+__device__ __constant__ const float kNf4Levels[16] = {LUTRA_NF4_LEVELS};
 
 // What codes and scales must be multiples of to be read fast: rows of nf4 have an odd number of halves as a rule.
 __host__ __device__ constexpr int packed_step(Packed k) { return k == Packed::nf4 ? 2 : packed_bits(k); }
@@ -98,7 +71,7 @@ __device__ __forceinline__ void load_bytes(const uint8_t* p, int align, uint32_t
 
 template <Packed K, bool FAST>
 struct PackedSource {
-  static constexpr int bits = packed_bits(K), bytes = kPackedColumns * bits / 8, tail_bytes = packed_tail_bytes(K);
+  static constexpr int bits = packed_bits(K), bytes = kPackedColumns * bits / 8, tail_bytes = packed_group_bytes(K);
   const uint8_t* data;
   int64_t rows, dim, group;
   uint32_t row_bytes;
@@ -201,7 +174,7 @@ inline int packed_align(const PackedTable& t) {
   const int64_t codes = packed_code_bytes(t.kind, t.dim);
   uintptr_t all = reinterpret_cast<uintptr_t>(t.data) | static_cast<uintptr_t>(t.row_bytes) |
                   static_cast<uintptr_t>(codes) | static_cast<uintptr_t>(8);
-  if (t.group < t.dim) all |= static_cast<uintptr_t>(packed_tail_bytes(t.kind));
+  if (t.group < t.dim) all |= static_cast<uintptr_t>(packed_group_bytes(t.kind));
   all |= static_cast<uintptr_t>(packed_bits(t.kind));  // codes of a thread: 8, 4 or 2 bytes
   return static_cast<int>(all & (~all + 1));
 }

@@ -22,29 +22,7 @@ struct Affine {
   float scale, minimum;  // value = scale * code + minimum
 };
 
-constexpr int packed_bits(Packed k) { return k == Packed::int4 || k == Packed::nf4 ? 4 : k == Packed::int2 ? 2 : 8; }
-constexpr bool packed_half_scales(Packed k) { return packed_bits(k) < 8; }
-constexpr bool packed_has_minimum(Packed k) { return packed_affine(k); }
-constexpr int packed_group_bytes(Packed k) { return (packed_half_scales(k) ? 2 : 4) * (packed_has_minimum(k) ? 2 : 1); }
-constexpr int64_t packed_code_bytes(Packed k, int64_t columns) { return (columns * packed_bits(k) + 7) / 8; }
-
-// The levels of NF4: quantiles of N(0, 1), zero among them.
-alignas(64) static const float kNF4[16] = {-1.0f,
-                                           -0.6961928009986877f,
-                                           -0.5250730514526367f,
-                                           -0.39491748809814453f,
-                                           -0.28444138169288635f,
-                                           -0.18477343022823334f,
-                                           -0.09105003625154495f,
-                                           0.0f,
-                                           0.07958029955625534f,
-                                           0.16093020141124725f,
-                                           0.24611230194568634f,
-                                           0.33791524171829224f,
-                                           0.44070982933044434f,
-                                           0.5626170039176941f,
-                                           0.7229568362236023f,
-                                           1.0f};
+alignas(64) static const float kNF4[16] = {LUTRA_NF4_LEVELS};
 
 LUTRA_INLINE float packed_f16(const uint8_t* p) {
   uint16_t h;
@@ -185,7 +163,7 @@ LUTRA_INLINE vf e4m3_of(const uint8_t* p) {
 template <Packed K>
 struct PackedGroups {
   static constexpr int bits = packed_bits(K);
-  static constexpr bool has_minimum = packed_has_minimum(K);
+  static constexpr bool has_minimum = packed_affine(K);
 
   LUTRA_INLINE const uint8_t* groups(const PackedTable& t, const uint8_t* row) {
     return row + packed_code_bytes(K, t.dim);

@@ -6,20 +6,9 @@
 namespace lutra {
 namespace cuda {
 
-__device__ __forceinline__ uint32_t row_key(uint64_t seed, int64_t row) {  // splitmix64
-  uint64_t x = seed + (static_cast<uint64_t>(row) + 1) * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
-}
-
 // x rounded to bf16 up or down at random, by 16 bits of a hash of (key, column): as on the CPU.
 __device__ __forceinline__ float round_randomly(float x, uint32_t key, int64_t column) {
-  uint32_t b = key + static_cast<uint32_t>(column) * 0x9e3779b9u;
-  b = (b ^ (b >> 16)) * 0x7feb352du;
-  b = (b ^ (b >> 15)) * 0x846ca68bu;
-  b = (b ^ (b >> 16)) >> 16;
-  const uint32_t u = __float_as_uint(x);
+  const uint32_t b = column_bits(key, column) >> 16, u = __float_as_uint(x);
   return (u & 0x7f800000u) == 0x7f800000u ? x : __uint_as_float((u + b) & 0xffff0000u);
 }
 

@@ -18,20 +18,11 @@ LUTRA_INLINE vf root(vf x) {
 #endif
 }
 
-LUTRA_INLINE uint32_t row_key(uint64_t seed, int64_t row) {  // splitmix64
-  uint64_t x = seed + (static_cast<uint64_t>(row) + 1) * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
-}
-
 // 16 random bits for each of the columns from j on.
-LUTRA_INLINE vu column_bits(uint32_t key, int64_t j) {
+LUTRA_INLINE vu bits_of_columns(uint32_t key, int64_t j) {
   vu x;
-  for (int i = 0; i < W; ++i) x[i] = key + (static_cast<uint32_t>(j) + static_cast<uint32_t>(i)) * 0x9e3779b9u;
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return (x ^ (x >> 16)) >> 16;
+  for (int i = 0; i < W; ++i) x[i] = key + (static_cast<uint32_t>(j) + static_cast<uint32_t>(i)) * kGolden32;
+  return mix32(x) >> 16;
 }
 
 // v with random bits added below those that bf16 keeps, and these cleared: a bf16 that a store takes as it is.
@@ -77,7 +68,7 @@ LUTRA_INLINE void update_columns(const RowUpdateArgs& a, typename T::type* w, co
     put<F32>(s1 + j, v, part);
     x -= m * rate / (root(v) * a.scale + a.eps);
   }
-  if (Random) x = round_randomly(x, column_bits(key, j));
+  if (Random) x = round_randomly(x, bits_of_columns(key, j));
   put<T>(w + j, x, part);
 }
 

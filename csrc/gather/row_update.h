@@ -18,6 +18,7 @@
 // -2 - k the first whose row is not greater than the one before; -1 else. When it is not -1 nothing was written.
 // Limit: reading and writing the touched rows and their state.
 #pragma once
+#include "common/mix.h"
 #include "gather/bag.h"
 
 namespace lutra {
@@ -47,6 +48,14 @@ struct RowUpdateArgs {
   Mode mode;
   int64_t* bad;
 };
+
+// Of the random bits of a row; those of its columns are the upper halves of the next.
+LUTRA_SHARED uint32_t row_key(uint64_t seed, int64_t row) {
+  return static_cast<uint32_t>(mix64(seed + (static_cast<uint64_t>(row) + 1) * kGolden) >> 32);
+}
+LUTRA_SHARED uint32_t column_bits(uint32_t key, int64_t column) {
+  return mix32(key + static_cast<uint32_t>(column) * kGolden32);
+}
 
 }  // namespace lutra
 

@@ -35,7 +35,7 @@ struct Trainer {
   double delta_times = 0;
 
   Trainer(const Sent2VecArgs& args, int64_t longest, int64_t capacity)
-      : a(args), seed(splitmix(args.seed)), m(modulus(static_cast<uint64_t>(args.buckets))),
+      : a(args), seed(mix64(args.seed)), m(modulus(static_cast<uint64_t>(args.buckets))),
         plans{{longest, args.order, capacity}, {longest, args.order, capacity}}, sum(a.stride), all(a.stride),
         h(a.stride), g(a.stride), tags(longest), marks(longest), delta(2 * longest * args.order + 2),
         sign(2 * longest * args.order + 2), affected(longest + 1), drawn(args.negatives + 1),

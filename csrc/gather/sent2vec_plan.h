@@ -1,6 +1,7 @@
 // What sent2vec's kernel knows of a sentence before it touches a row: the targets, and the rows of the base set.
 #pragma once
 #include "address/ngram_hash.h"
+#include "common/mix.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "gather/sent2vec.h"
@@ -8,18 +9,11 @@
 namespace lutra {
 namespace LUTRA_NS {
 
-LUTRA_INLINE uint64_t splitmix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
-
 struct Draws {
   uint64_t state;
   Draws(uint64_t mixed_seed, int64_t number)
-      : state(splitmix(mixed_seed + (static_cast<uint64_t>(number) + 1) * kGolden)) {}
-  uint64_t next() { return splitmix(state += kGolden); }
+      : state(mix64(mixed_seed + (static_cast<uint64_t>(number) + 1) * kGolden)) {}
+  uint64_t next() { return mix64(state += kGolden); }
   int64_t below(int64_t n) { return static_cast<int64_t>(((next() >> 32) * static_cast<uint64_t>(n)) >> 32); }
 };
 

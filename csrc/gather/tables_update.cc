@@ -40,7 +40,7 @@ struct Updated {
     float* s0 = wide ? a.s0 + row * a.dim + c0 : nullptr;
     float* s1 = R == Rule::adam ? a.s1 + row * a.dim + c0 : nullptr;
     const float lr = R == Rule::rowwise_adagrad ? rate[s] : a.lr;
-    const uint32_t key = Random ? row_key(a.seed, row) + static_cast<uint32_t>(c0) * 0x9e3779b9u : 0;
+    const uint32_t key = Random ? row_key(a.seed, row) + static_cast<uint32_t>(c0) * kGolden32 : 0;
     const int64_t whole = n / W * W;
     for (int64_t j = 0; j < whole; j += W) update_columns<T, R, Random>(a, w, g, s0, s1, lr, key, j, 0);
     if (n > whole) update_columns<T, R, Random>(a, w, g, s0, s1, lr, key, whole, static_cast<int>(n - whole));

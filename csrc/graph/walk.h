@@ -1,5 +1,6 @@
 // Walking a graph: the set of nodes seen, the pool of the nearest, greedy descent and best-first search.
 #pragma once
+#include "common/mix.h"
 #include "common/scratch.h"
 #include "graph/keys.h"
 
@@ -46,16 +47,9 @@ class Seen {
 struct Tie {
   bool hashed;
   uint32_t salt;
-  LUTRA_INLINE uint32_t mix(uint32_t v) {
-    v ^= v >> 16;
-    v *= 0x7feb352du;
-    v ^= v >> 15;
-    v *= 0x846ca68bu;
-    return v ^ (v >> 16);
-  }
-  uint32_t of(uint32_t id) const { return hashed ? mix(id * 0x9e3779b1u ^ salt) : id; }
+  uint32_t of(uint32_t id) const { return hashed ? mix32(id * 0x9e3779b1u ^ salt) : id; }
   static Tie by_position() { return {false, 0}; }
-  static Tie of_node(uint32_t node) { return {true, mix(node + 0x9e3779b9u)}; }
+  static Tie of_node(uint32_t node) { return {true, mix32(node + kGolden32)}; }
 };
 
 constexpr uint32_t kExpanded = 0x80000000u;

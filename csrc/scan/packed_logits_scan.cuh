@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t id = tile * kTileRows + g + 8 * r, row = id < p.rows ? id : p.rows - 1;
-      load_bytes<packed_tail_bytes(K)>(p.data + row * p.row_bytes + a.code_bytes + group * packed_tail_bytes(K),
-                                       a.align, tail[r].tail);
+      load_bytes<packed_group_bytes(K)>(p.data + row * p.row_bytes + a.code_bytes + group * packed_group_bytes(K),
+                                        a.align, tail[r].tail);
     }
   };
   load_tail(slot * kWarps + warp, 0);

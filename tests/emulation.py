@@ -1,9 +1,9 @@
 """The CUDA tests on a machine without a GPU: LUTRA_EMULATE names the folder of the emulated modules.
 
-``cmake --preset emulate && cmake --build --preset emulate`` builds them into build/emulate; what they are
-and what can be varied (LUTRA_EMULATE_ORDER, _SMS, _CC) is in csrc/emulate/machine.h. `start` gives the CPU
-build of torch a device "cuda" whose memory is the host's, fits ``torch.cuda`` to it, and loads the emulated
-kernels as ``lutra._cuda``. It must run before torch and lutra are imported. CuPy, real streams and
+``cmake --preset emulate && cmake --build --preset emulate`` builds them into build/emulate; what they are and
+what can be varied (LUTRA_EMULATE_ORDER, _SMS, _CC, _DEVICES) is in csrc/emulate/machine.h. `start` gives the
+CPU build of torch devices "cuda" whose memory is the host's, fits ``torch.cuda`` to them, and loads the
+emulated kernels as ``lutra._cuda``. It must run before torch and lutra are imported. CuPy, real streams and
 torch.compile's inductor are not there: such tests are skipped. A CUDA graph runs again what its capture ran.
 """
 
@@ -42,9 +42,9 @@ def start() -> None:
         raise FileNotFoundError(f"no emulated modules in {place}: cmake --build --preset emulate makes them")
     if "torch" in sys.modules or "lutra" in sys.modules:
         raise RuntimeError("torch or lutra was imported before the emulation began")
-    ctypes.CDLL(str(device), ctypes.RTLD_GLOBAL)
+    exchange = ctypes.CDLL(str(device), ctypes.RTLD_GLOBAL).lutra_emulated_device
     sys.modules["lutra._cuda"] = _load("_cuda_emulated", found[0])
-    _fit_torch()
+    _fit_torch(exchange)
 
 
 def _watch():
@@ -197,17 +197,32 @@ def _graphs(get_sync, set_sync):
     return Graph, Capture, synchronize
 
 
-def _fit_torch() -> None:
+def _fit_torch(exchange) -> None:
+    """``exchange`` makes a device current, unless it is negative, and gives the one before."""
     import torch
 
+    def number(device) -> int:
+        if device is None or isinstance(device, int):
+            return -1 if device is None else device
+        index = torch.device(device).index
+        return -1 if index is None else index
+
+    @contextlib.contextmanager
+    def on(device):
+        before = exchange(number(device))
+        try:
+            yield
+        finally:
+            exchange(before)
+
     class Stream:
-        """The one stream there is: work is done when it is given."""
+        """The one stream of a device: work is done when it is given."""
 
         cuda_stream = stream_id = ptr = 0
-        device = torch.device("cuda", 0)
 
-        def __init__(self, *_, **__):
-            pass
+        def __init__(self, *_, device=None, **__):
+            index = number(device)
+            self.device = torch.device("cuda", exchange(-1) if index < 0 else index)
 
         def __enter__(self):
             return self
@@ -223,20 +238,23 @@ def _fit_torch() -> None:
         def query(self):
             return True
 
+    def stream_of(device=None):
+        return Stream(device=device)
+
     cuda = torch.cuda
     get_sync, set_sync = _watch()
     graph_type, capture, synchronize = _graphs(get_sync, set_sync)
-    one = Stream()
     for name, value in {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda *_: None,
+        "is_bf16_supported": lambda *_: True,
+        "device_count": lambda: max(1, int(os.environ.get("LUTRA_EMULATE_DEVICES") or 1)),
+        "current_device": lambda: exchange(-1),
+        "set_device": lambda device: exchange(number(device)),
         "synchronize": synchronize,
-        "current_stream": lambda *_: one,
-        "default_stream": lambda *_: one,
+        "current_stream": stream_of,
+        "default_stream": stream_of,
         "stream": lambda s: s,
         "get_device_name": lambda *_: "emulated",
         "get_device_capability": lambda *_: (9, 0),
@@ -247,7 +265,7 @@ def _fit_torch() -> None:
         "manual_seed_all": lambda *_: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),  # Dynamo keeps it
         "set_rng_state": lambda *_: None,
-        "device": lambda *_: contextlib.nullcontext(),
+        "device": on,
         "Stream": Stream,
         "ExternalStream": Stream,
         "Event": Stream,
@@ -256,8 +274,17 @@ def _fit_torch() -> None:
     }.items():
         setattr(cuda, name, value)
     torch._C._cuda_init = lambda: None
-    torch._C._cuda_getDevice = lambda: 0  # Dynamo asks
+    torch._C._cuda_getDevice = lambda: exchange(-1)  # Dynamo asks
 
+    clone = torch.UntypedStorage.clone
+
+    def cloned(storage):  # a build without CUDA makes no storage of such a device
+        if storage.device.type != "cuda":
+            return clone(storage)
+        one = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        return one.set_(storage, 0, (storage.nbytes(),), (1,)).clone().untyped_storage()
+
+    torch.UntypedStorage.clone = cloned
     sparse_coo_tensor = torch.sparse_coo_tensor
 
     def sparse(indices, values=None, *args, **kwargs):

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "emulate/runtime.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #define LUTRA_FIBER_START(save, bottom, size) __sanitizer_start_switch_fiber(save, bottom, size)
@@ -21,6 +23,8 @@
 #define LUTRA_FIBER_START(save, bottom, size) (void)0
 #define LUTRA_FIBER_END(save) (void)0
 #endif
+
+extern "C" __attribute__((weak, visibility("default"))) void lutra_emulated_close(int device, int closed);
 
 namespace emulate {
 
@@ -310,6 +314,17 @@ void run_block(const char* what, int threads, std::vector<int>& order) {
 
 }  // namespace
 
+// While a device works, the memory of the others is closed, where torch knows of several (torch/device.cc).
+struct OnlyItsMemory {
+  const bool several = lutra_emulated_close && emulated_setting("LUTRA_EMULATE_DEVICES", 1) > 1;
+  OnlyItsMemory() {
+    if (several) lutra_emulated_close(device, 1);
+  }
+  ~OnlyItsMemory() {
+    if (several) lutra_emulated_close(device, 0);
+  }
+};
+
 void run(const char* what, dim3 grid, int block, size_t shared, const std::function<void()>& kernel) {
   if (block < 1 || block > kMostThreads) throw std::runtime_error("lutra: invalid block size of " + std::string(what));
   if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("lutra: invalid grid of " + std::string(what));
@@ -329,6 +344,7 @@ void run(const char* what, dim3 grid, int block, size_t shared, const std::funct
   for (int t = 0; t < block; ++t) order[static_cast<size_t>(t)] = reverse ? block - 1 - t : t;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   static const bool trace = getenv("LUTRA_EMULATE_TRACE") != nullptr;
+  const OnlyItsMemory only;
   const auto start = std::chrono::steady_clock::now();
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t b = reverse ? blocks - 1 - i : i;

@@ -9,7 +9,8 @@
 // speed.
 //
 // Environment: LUTRA_EMULATE_ORDER; LUTRA_EMULATE_SMS (multiprocessors, 132); LUTRA_EMULATE_CC (compute capability
-// times ten, 90: below it the kernels of *_sm90.cu are not called).
+// times ten, 90: below it the kernels of *_sm90.cu are not called); LUTRA_EMULATE_DEVICES (1; with more, a kernel that
+// reads the memory of another device ends the process).
 #pragma once
 #include <cstdint>
 #include <cstring>

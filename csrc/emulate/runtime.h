@@ -1,4 +1,4 @@
-// The runtime API of the emulated device: one device, whose memory is the host's and whose work is done at once.
+// The runtime API of emulated devices, whose memory is the host's and whose work is done at once.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
@@ -26,32 +26,41 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaSuccess ? "no error" : e == cudaErrorInvalidDevice ? "invalid device ordinal" : "not emulated";
 }
+inline int emulated_setting(const char* name, int otherwise) {
+  const char* text = getenv(name);
+  return text && *text ? atoi(text) : otherwise;
+}
 inline cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = emulated_setting("LUTRA_EMULATE_DEVICES", 1);
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+namespace emulate {
+inline thread_local int device = 0;  // the current one
+}
+inline cudaError_t cudaSetDevice(int device) {
+  int count = 0;
+  cudaGetDeviceCount(&count);
+  if (device < 0 || device >= count) return cudaErrorInvalidDevice;
+  emulate::device = device;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   strcpy(p->name, "emulated");
-  return cudaSetDevice(device);
+  return device < emulated_setting("LUTRA_EMULATE_DEVICES", 1) ? cudaSuccess : cudaErrorInvalidDevice;
 }
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, int,
                                                     cudaDriverEntryPointQueryResult*) {
   return cudaErrorNotSupported;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
-  const auto setting = [](const char* name, int otherwise) {
-    const char* text = getenv(name);
-    return text && *text ? atoi(text) : otherwise;
-  };
-  const int capability = setting("LUTRA_EMULATE_CC", 90);
+  const int capability = emulated_setting("LUTRA_EMULATE_CC", 90);
   switch (which) {
-    case cudaDevAttrMultiProcessorCount: *value = setting("LUTRA_EMULATE_SMS", 132); break;
+    case cudaDevAttrMultiProcessorCount: *value = emulated_setting("LUTRA_EMULATE_SMS", 132); break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = capability >= 90 ? 232448 : 166912; break;
     case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
   }
-  return cudaSetDevice(device);
+  return device < emulated_setting("LUTRA_EMULATE_DEVICES", 1) ? cudaSuccess : cudaErrorInvalidDevice;
 }
 template <class F>
 inline cudaError_t cudaFuncSetAttribute(F, int, int) {

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
           }
         }
       };
-      constexpr int kUnroll = C::steps >= 4 ? 1 : (TILES == 4 ? 2 : 4) / C::steps;
+      [[maybe_unused]] constexpr int kUnroll = C::steps >= 4 ? 1 : (TILES == 4 ? 2 : 4) / C::steps;
       for (int u = 0; u < units;) {
         const int end = grouped && units - u > units_left ? u + units_left : units;
         units_left -= end - u;

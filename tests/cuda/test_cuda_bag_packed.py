@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from bag_data import make_ids
-from gpu_arrays import close
+from gpu_arrays import DEVICE, close
 
 import lutra
 from lutra.reference import packed as reference
@@ -54,7 +54,7 @@ def test_rows_at_any_address(gpu_torch, kind):
     for dim in (24, 64):
         table = packed_table(kind, 11, dim)
         for shift in (0, 1, 2, 4):
-            memory = torch.zeros(table.size + shift, dtype=torch.uint8, device="cuda")
+            memory = torch.zeros(table.size + shift, dtype=torch.uint8, device=DEVICE)
             moved = memory[shift:].view(table.shape)
             moved.copy_(gpu_torch.put(table))
             ids = np.arange(11).reshape(-1, 1)
@@ -93,7 +93,7 @@ def test_gradient_of_weights(gpu_torch, kind):
         table = packed_table(kind, 23, dim, group)
         ids, offsets, _ = make_ids(23, "offsets")
         t, i, o = gpu_torch.put(table), gpu_torch.put(ids), gpu_torch.put(offsets)
-        w = torch.ones(len(ids), device="cuda", requires_grad=True)
+        w = torch.ones(len(ids), device=DEVICE, requires_grad=True)
         out = lutra.gather.bag_packed(t, i, o, w, dim=dim, kind=kind, group=group, padding_idx=1)
         g = np.random.default_rng(0).standard_normal(tuple(out.shape)).astype(np.float32)
         (got,) = torch.autograd.grad(out, w, gpu_torch.put(g))

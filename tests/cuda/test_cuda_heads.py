@@ -269,7 +269,7 @@ def test_gradients_of_lookups(gpu_torch, rng, tokens):
         leaves = [a.clone().requires_grad_(True) for a in (tables, bias)]
         there = [a.cpu().clone().requires_grad_(True) for a in (tables, bias)]
         weight = torch.randn(tokens, 150)
-        (scan.lookups(leaves[0], codes, leaves[1], bits=bits) * weight.cuda()).sum().backward()
+        (scan.lookups(leaves[0], codes, leaves[1], bits=bits) * weight.to(codes.device)).sum().backward()
         (scan.lookups(there[0], codes.cpu(), there[1], bits=bits) * weight).sum().backward()
         for a, b in zip(leaves, there):
             torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-5, atol=1e-4)

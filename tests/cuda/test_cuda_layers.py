@@ -126,7 +126,7 @@ def test_autocast(gpu_torch, name):
     with torch.autocast("cuda", torch.bfloat16):
         got = forward(module, x)
     assert got.is_floating_point() and bool(got.isfinite().all())
-    if name == "ProductKeyMemory":
+    if name in ("ProductKeyMemory", "PEER"):
         return  # bf16 scores choose other keys
     torch.testing.assert_close(got.float(), want.float(), rtol=0.1, atol=0.1 * float(want.abs().max() + 1e-3))
 

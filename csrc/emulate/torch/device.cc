@@ -1,4 +1,7 @@
-// The device "cuda" of a torch that was built without CUDA, for the emulator: its memory is the host's.
+// The devices "cuda" of a torch that was built without CUDA, for the emulator: their memory is the host's.
+//
+// With LUTRA_EMULATE_DEVICES=2 and more, arrays take whole pages, and while a device runs a kernel the others' pages
+// are closed: a kernel that reads the memory of another device ends the process.
 //
 // Allocation, views and copies are here; every other operator of torch copies its tensors to the CPU, runs there and
 // copies the results back. tests/cuda/emulation.py loads this and fits torch.cuda to it.
@@ -15,6 +18,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -27,13 +31,64 @@ namespace {
 
 constexpr auto kDevice = c10::DeviceType::CUDA;
 
+int devices() {
+  static const int count = [] {
+    const char* text = getenv("LUTRA_EMULATE_DEVICES");
+    return text && atoi(text) > 1 ? atoi(text) : 1;
+  }();
+  return count;
+}
+thread_local c10::DeviceIndex current = 0;
+
+c10::DeviceIndex exchange(c10::DeviceIndex device) {
+  const auto before = current;
+  if (device >= 0) current = device;
+  return before;
+}
+struct On {  // a device, for as long as it lives
+  c10::DeviceIndex before;
+  explicit On(std::optional<c10::Device> d) : before(exchange(d ? d->index() : -1)) {}
+  ~On() { current = before; }
+};
+
 struct HostAllocator final : c10::Allocator {
-  static void release(void* p) { free(p); }
+  struct Pages {
+    size_t bytes;
+    int device;
+  };
+  static std::map<void*, Pages>& pages() {  // where there are several devices
+    static std::map<void*, Pages> p;
+    return p;
+  }
+  static std::mutex& lock() {
+    static std::mutex m;
+    return m;
+  }
+  static void release(void* p) {
+    if (devices() == 1) return free(p);
+    const std::lock_guard<std::mutex> hold(lock());
+    const auto found = pages().find(p);
+    if (found == pages().end()) return;
+    munmap(p, found->second.bytes);
+    pages().erase(found);
+  }
   c10::DataPtr allocate(size_t bytes) override {
     void* p = nullptr;
-    if (bytes && posix_memalign(&p, 512, bytes)) throw std::bad_alloc();
+    if (bytes && devices() == 1) {
+      if (posix_memalign(&p, 512, bytes)) throw std::bad_alloc();
+    } else if (bytes) {
+      p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (p == MAP_FAILED) throw std::bad_alloc();
+      const std::lock_guard<std::mutex> hold(lock());
+      pages()[p] = {bytes, current};
+    }
     if (p) memset(p, 0x7f, bytes);  // what nobody wrote is seen
-    return {p, p, &release, c10::Device(kDevice, 0)};
+    return {p, p, &release, c10::Device(kDevice, current)};
+  }
+  static void close_others(int device, bool closed) {
+    const std::lock_guard<std::mutex> hold(lock());
+    for (const auto& [p, held] : pages())
+      if (held.device != device) mprotect(p, held.bytes, closed ? PROT_NONE : PROT_READ | PROT_WRITE);
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { memcpy(to, from, bytes); }
@@ -42,14 +97,14 @@ HostAllocator allocator;
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kDevice; }
-  c10::Device exchangeDevice(c10::Device) const override { return {kDevice, 0}; }
-  c10::Device getDevice() const override { return {kDevice, 0}; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Device exchangeDevice(c10::Device d) const override { return {kDevice, exchange(d.index())}; }
+  c10::Device getDevice() const override { return {kDevice, current}; }
+  void setDevice(c10::Device d) const override { exchange(d.index()); }
+  void uncheckedSetDevice(c10::Device d) const noexcept override { exchange(d.index()); }
   c10::Stream getStream(c10::Device d) const override { return c10::Stream(c10::Stream::DEFAULT, d); }
   c10::Stream getDefaultStream(c10::Device d) const override { return c10::Stream(c10::Stream::DEFAULT, d); }
   c10::Stream exchangeStream(c10::Stream s) const override { return s; }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::DeviceIndex deviceCount() const noexcept override { return static_cast<c10::DeviceIndex>(devices()); }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -101,12 +156,12 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  int getNumGPUs() const override { return 1; }
-  c10::DeviceIndex current_device() const override { return 0; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+  c10::DeviceIndex deviceCount() const override { return static_cast<c10::DeviceIndex>(devices()); }
+  int getNumGPUs() const override { return devices(); }
+  c10::DeviceIndex current_device() const override { return current; }
+  c10::DeviceIndex getCurrentDevice() const override { return current; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex d) const override { return exchange(d); }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex d) const override { return exchange(d); }
   void deviceSynchronize(c10::DeviceIndex) const override {}
   bool isPinnedPtr(const void* p) const override { return PinnedAllocator::holds(p); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
@@ -125,12 +180,14 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::CUDA);
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                 std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  const On there(device);
   return at::detail::empty_generic(size, &allocator, kKeys, c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+  const On there(device);
   return at::detail::empty_strided_generic(size, stride, &allocator, kKeys, c10::dtype_or_default(dtype));
 }
 
@@ -161,6 +218,7 @@ const at::Tensor& resize_storage(const at::Tensor& self, c10::IntArrayRef size, 
   const auto storage = t->unsafe_storage();
   const size_t bytes = static_cast<size_t>(t->numel() + t->storage_offset()) * t->dtype().itemsize();
   if (storage.nbytes() < bytes) {
+    const On there(self.device());
     c10::DataPtr fresh = allocator.allocate(bytes);
     if (storage.nbytes()) memcpy(fresh.get(), storage.data(), storage.nbytes());
     storage.set_data_ptr_noswap(std::move(fresh));
@@ -221,3 +279,8 @@ const bool registered = [] {
   return true;
 }();
 }  // namespace
+
+// For tests/emulation.py and for the machine (machine.cc).
+#define LUTRA_SEEN extern "C" __attribute__((visibility("default")))
+LUTRA_SEEN int lutra_emulated_device(int device) { return exchange(static_cast<c10::DeviceIndex>(device)); }
+LUTRA_SEEN void lutra_emulated_close(int device, int closed) { HostAllocator::close_others(device, closed != 0); }

@@ -270,9 +270,8 @@ def _counts(ptr, mask):
 
         before = torch.nn.functional.pad(mask.to(torch.int64).cumsum(0), (1, 0))
     else:
-        before = (np if isinstance(mask, np.ndarray) else sys.modules["cupy"]).concatenate(
-            [np.zeros(1, np.int64), mask.astype(np.int64).cumsum()]
-        )
+        xp = np if isinstance(mask, np.ndarray) else sys.modules["cupy"]
+        before = xp.concatenate([xp.zeros(1, np.int64), mask.astype(np.int64).cumsum()])
     return before[ptr[1:]] - before[ptr[:-1]]
 
 

@@ -45,8 +45,8 @@ _FUNCTIONS = {
     "concatenate stack": "tup axis out * dtype casting", "dot": "a b out", "matmul": "x1 x2 out",
     "expand_dims squeeze flip": "a axis", "isin": "element test_elements assume_unique invert",
     "moveaxis": "a source destination", "swapaxes": "a axis1 axis2", "transpose": "a axes",
-    "ravel": "a order", "take": "a indices axis out", "roll": "a shift axis",
-    "unique": "ar return_index return_inverse return_counts axis * equal_nan",
+    "ravel": "a order", "take": "a indices axis out", "take_along_axis": "a indices axis",
+    "roll": "a shift axis", "unique": "ar return_index return_inverse return_counts axis * equal_nan",
     "empty_like zeros_like ones_like": "a dtype order subok shape",
     "full_like": "a fill_value dtype order subok shape",
 }  # fmt: skip
@@ -231,6 +231,10 @@ class ndarray:  # CuPy's name
         self[...] = value
 
     def sort(self, axis=-1):
+        if not self.flags.c_contiguous:
+            raise NotImplementedError("Sorting non-contiguous array is not supported.")
+        if self.ndim > 1 and not self.shape[axis]:
+            raise ZeroDivisionError("rows of no length")
         self._a.sort(axis, kind="stable")
 
     def argsort(self, axis=-1):
@@ -381,7 +385,11 @@ def _functions():
         return _call(np.argsort, (_need(a), axis, "stable"), {})
 
     def sort(a, axis=-1, kind="stable"):
-        return take_along_axis(a, argsort(a, axis, kind), axis)
+        if kind not in (None, "stable"):
+            raise ValueError("kind can only be None or 'stable'")
+        a = _need(a).flatten() if axis is None else a.copy()
+        a.sort(-1 if axis is None else axis)
+        return a
 
     def lexsort(keys):
         if _need(keys).ndim > 2:
@@ -389,7 +397,11 @@ def _functions():
         return _call(np.lexsort, (keys,), {})
 
     def bincount(x, weights=None, minlength=None):
-        return _call(np.bincount, (_need(x), weights, minlength or 0), {})
+        if not _need(x).size:  # CuPy 14 counts nothing in nothing
+            raise ValueError("zero-size array to reduction operation cupy_max which has no identity")
+        if x.dtype.kind == "f":
+            raise TypeError("x must be int array")
+        return _call(np.bincount, (x, weights, minlength or 0), {})
 
     def repeat(a, repeats, axis=None):
         if isinstance(repeats, ndarray):
@@ -400,7 +412,6 @@ def _functions():
         _need(*operands)
         return _call(np.einsum, (subscripts, *operands), {"dtype": dtype, "optimize": optimize})
 
-    take_along_axis = _delegated(np.take_along_axis, "a indices axis")
     return locals()
 
 

@@ -20,8 +20,6 @@ import sys
 import threading
 from pathlib import Path
 
-import emulated_cupy
-
 
 def folder() -> Path | None:
     """Where the emulated modules are; None where nothing is emulated."""
@@ -48,6 +46,8 @@ def start() -> None:
     ctypes.CDLL(str(device), ctypes.RTLD_GLOBAL)
     sys.modules["lutra._cuda"] = _load("_cuda_emulated", found[0])
     _fit_torch()
+    import emulated_cupy
+
     emulated_cupy.start()
 
 

@@ -181,6 +181,8 @@ class ndarray:  # CuPy's name
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         function = getattr(cupy, ufunc.__name__, None) if method == "__call__" else None
+        if "out" in kwargs:
+            (kwargs["out"],) = kwargs["out"]
         return NotImplemented if function is None else function(*inputs, **kwargs)
 
     def __array_function__(self, func, types, args, kwargs):

@@ -3,8 +3,9 @@
 ``cmake --preset emulate && cmake --build --preset emulate`` builds them into build/emulate; what they are and
 what can be varied (LUTRA_EMULATE_ORDER, _SMS, _CC, _DEVICES) is in csrc/emulate/machine.h. `start` gives the
 CPU build of torch devices "cuda" whose memory is the host's, fits ``torch.cuda`` to them, and loads the
-emulated kernels as ``lutra._cuda``. It must run before torch and lutra are imported. CuPy, real streams and
-torch.compile's inductor are not there: such tests are skipped. A CUDA graph runs again what its capture ran.
+emulated kernels as ``lutra._cuda``. It must run before torch and lutra are imported. What stands for CuPy is
+in emulated_cupy.py. Real streams and torch.compile's inductor are not there: such tests are skipped. A CUDA
+graph runs again what its capture ran.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def start() -> None:
     exchange = ctypes.CDLL(str(device), ctypes.RTLD_GLOBAL).lutra_emulated_device
     sys.modules["lutra._cuda"] = _load("_cuda_emulated", found[0])
     _fit_torch(exchange)
+    import emulated_cupy
+
+    emulated_cupy.start()
 
 
 def _watch():

@@ -130,6 +130,15 @@ def test_codes(gpu, store, metric, tmp_path):
     assert recall(gpu.get(found.ids), want.ids) > (0.8 if store in LOW else 0.97)
 
 
+def test_all_vectors_are_removed(gpu):
+    index, x = IVF(D, 4, nprobe=4), vectors(300)
+    index.train(gpu.put(x), n_iter=2)
+    index.add(gpu.put(x))
+    assert index.remove_ids(np.arange(300)) == 300 and len(index) == 0
+    index.add(gpu.put(x[:5]), [5, 6, 7, 8, 9])
+    np.testing.assert_array_equal(gpu.get(index.search(gpu.put(x[:5]), 1).ids)[:, 0], [5, 6, 7, 8, 9])
+
+
 def test_one_query_and_a_batch_agree(gpu):
     x, q = vectors(3000), vectors(200, 1)
     for store in ("float32", "SQ 8", "PQ 8"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lutra import quant
-from lutra.index import HNSW, IVF, Blocks, Flat, Funnel, MultiVector, Shards, Transformed, funnel, load
+from lutra.index import HNSW, IVF, Blocks, Flat, Funnel, MultiVector, Shards, Transformed, funnel, load, tune
 from lutra.index.transforms import PCA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* (points|vectors) for .* centroids")
@@ -210,6 +210,19 @@ def test_tune_on_the_gpu(gpu):
     x, ptr = documents(seed=9)
     tuned = here.tune((gpu.put(x), gpu.put(ptr)), 0.9, k=3)
     assert tuned.recall >= 0.9 and here.candidates == tuned.parameters["candidates"]
+
+
+def test_ids_and_truth_that_lie_on_the_gpu(gpu):
+    here = pair(gpu)
+    want = here.reconstruct([3, 1])
+    for got, tokens in zip(here.reconstruct(gpu.put(np.array([3, 1]))), want):
+        np.testing.assert_array_equal(got, tokens)
+    index, x = IVF(D, 4, nprobe=1), gpu.put(documents()[0])
+    index.train(x)
+    index.add(x)
+    q = gpu.put(queries()[0])
+    index.nprobe = 4
+    assert tune(index, q, 0.9, 3, truth=index.search(q, 3).ids).recall >= 0.9
 
 
 def test_shards(gpu):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_arrays import close, rounded
+from gpu_arrays import close, library, rounded
 
 import lutra
 from lutra.reference import maxsim as reference
@@ -112,6 +112,28 @@ def test_same_bits_whatever_else_is_asked(gpu):
                 put[0][part], gpu.put(qp[i : i + 2] - qp[i]), put[1], gpu.put(xp), candidates=gpu.put(cand)
             )
             np.testing.assert_array_equal(gpu.get(alone)[0], both[i][cand[0]])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("masked", [True, False])
+def test_means_of_both_ways(gpu, masked):
+    rng, q, qp, x, xp = problem(8, 40)
+    q_mask, x_mask = (rng.random(len(a)) > 0.3 if masked else None for a in (q, x))
+    masks = {"query_mask": q_mask, "doc_mask": x_mask}
+    for options in ({"normalize": True}, {"symmetric": True}, {"normalize": True, "symmetric": True}):
+        want = lutra.scan.maxsim(q, qp, x, xp, **masks, **options)
+        there = {name: gpu.put(mask) for name, mask in masks.items()}
+        got = lutra.scan.maxsim(*map(gpu.put, (q, qp, x, xp)), **there, **options)
+        assert gpu.owns(got)
+        np.testing.assert_allclose(gpu.get(got), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_there_for_cupy_is_said():
+    gpu = library("cupy")
+    _, q, qp, x, xp = problem(8, 40)
+    for options in ({"k": 2}, {"candidates": gpu.put(np.zeros((len(qp) - 1, 1), np.int64))}):
+        with pytest.raises(TypeError, match="not there for CuPy arrays"):
+            lutra.scan.maxsim(*map(gpu.put, (q, qp, x, xp)), symmetric=True, **options)
 
 
 def test_layouts(gpu):

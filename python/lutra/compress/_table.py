@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
-from .._arrays import F64, FLOATS, is_torch, kind_of
+from .._arrays import F64, FLOATS, _is_cupy, is_torch, kind_of
 from ..index import _files
 from .formats import Format, make
 from .formats.base import Data, Shape
@@ -127,7 +127,7 @@ def to_numpy(a: Any) -> np.ndarray:
 
             return a.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return a.numpy()
-    return np.asarray(a)
+    return a.get() if _is_cupy(a) else np.asarray(a)
 
 
 def encode(

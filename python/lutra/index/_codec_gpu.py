@@ -122,7 +122,7 @@ def distinct(home: Home, scores: Any, ids: Any, k: int, metric: str) -> tuple[An
     if home.kind.name == "torch":
         flags.scatter_(1, order, again)
     else:
-        xp.put_along_axis(flags, order, again, 1)
+        flags[home.arange(len(order))[:, None], order] = again  # CuPy has put_along_axis since 14
     gone = (flags > 0) | (ids < 0)
     keep = _stable(home, home.kind.cast(gone, 6))[:, :k]  # what stays, in the order that it has
     if home.kind.name == "torch":

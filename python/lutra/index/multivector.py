@@ -15,7 +15,7 @@ from .._results import Neighbors
 from ..address import FDE
 from . import _files, _multivector_tune
 from ._centroid_interaction import CentroidInteraction
-from ._home import HOST, Home, deliver, home_of
+from ._home import HOST, Home, check_ids, deliver, home_of
 from ._ids import Ids
 from ._progress import Progress
 from ._token_store import RESIDUAL, TokenStore
@@ -286,11 +286,9 @@ class MultiVector(Index):
 
     def reconstruct(self, ids: Any) -> Any:
         """The stored tokens of a document (n, d), float32; a list of them for a list of ids."""
-        wanted = np.asarray(ids)
-        if wanted.dtype.kind not in "iu" or wanted.ndim > 1:
-            raise TypeError("ids must be an int, or a list or array of int")
+        wanted = check_ids(ids)
         with self._lock.reading():
-            positions = self._ids.positions(np.atleast_1d(wanted).astype(np.int64))
+            positions = self._ids.positions(np.atleast_1d(wanted))
             if (positions < 0).any():
                 missing = int(np.atleast_1d(wanted)[(positions < 0).argmax()])
                 raise IndexError(f"{missing} is not in the index")

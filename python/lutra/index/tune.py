@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import _checks, scan
-from ._home import HOST, check_matrix, to_float32
+from ._home import HOST, adopt, check_matrix, to_float32
 
 _PART = 1 << 26  # bytes of vectors that ground truth is computed with at a time
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100)
@@ -112,7 +112,7 @@ def tune(
     if truth is None:
         truth = ground_truth(index, q, k, vectors)
     else:
-        truth = np.asarray(truth)
+        truth = np.asarray(truth) if isinstance(truth, (list, tuple)) else HOST.bring(adopt(truth, "truth"))
         if truth.ndim != 2 or truth.shape[0] != len(q) or truth.shape[1] < k or truth.dtype.kind != "i":
             raise ValueError(
                 f"truth must be int64 of shape ({len(q)}, >= {k}), got {truth.dtype} {truth.shape}"

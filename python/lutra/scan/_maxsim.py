@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _checks
-from .._arrays import _adopt, _foreign, _hand_back, call, is_torch, kind_of
+from .._arrays import _adopt, _foreign, _hand_back, _is_cupy, call, is_torch, kind_of
 from .._results import Neighbors
 from ._maxsim_run import _maxsim, _maxsim_topk
 from ._maxsim_tokens import ResidualTokens
@@ -88,7 +88,7 @@ def maxsim(
     float queries with int8 docs in 16 bits of each token's largest value (d to 128), other types and residual
     codes as sums of three bfloat16 terms, six products each, which is as close as float32 (d to 256); beyond
     these d, and where a score came out as NaN, float32 multiply-adds. Candidates and centroids out of range
-    give NaN. CuPy arrays: no ``symmetric`` with candidates or k.
+    give NaN. CuPy arrays: no ``symmetric`` with candidates, k or residual codes (a TypeError).
 
     Gradient (torch): of the scores, to queries and float docs (to queries only where docs are codes); ties go
     to the lowest row. Sums are in float32 in a fixed order, the same bits every time. float64 is computed by
@@ -130,6 +130,11 @@ def maxsim(
     arrays = (queries, query_ptr, docs, doc_ptr, candidates, doc_scale, doc_mask, query_mask, *codes)
     if k is not None:
         k = _checks.integer("k", k, 1)
+    if symmetric and _is_cupy(queries) and any(a is not None for a in (k, candidates, codes[0])):
+        raise TypeError(
+            "symmetric=True with candidates, k or ResidualTokens is not there for CuPy arrays; "
+            "torch tensors have it on the GPU too"
+        )
     if k is not None and not symmetric:
         if _records(queries, docs):  # the scores' gradient is that of the candidates that were found
             best = call("maxsim_topk", _maxsim_topk, tuple(map(_detached, arrays)), (k, unit))
@@ -270,9 +275,8 @@ def _counts(ptr, mask):
 
         before = torch.nn.functional.pad(mask.to(torch.int64).cumsum(0), (1, 0))
     else:
-        before = (np if isinstance(mask, np.ndarray) else sys.modules["cupy"]).concatenate(
-            [np.zeros(1, np.int64), mask.astype(np.int64).cumsum()]
-        )
+        xp = np if isinstance(mask, np.ndarray) else sys.modules["cupy"]
+        before = xp.concatenate([xp.zeros(1, np.int64), mask.astype(np.int64).cumsum()])
     return before[ptr[1:]] - before[ptr[:-1]]
 
 

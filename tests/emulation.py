@@ -237,10 +237,18 @@ def _fit_torch(exchange) -> None:
         def nothing(self, *_, **__):
             return None
 
-        wait_stream = wait_event = synchronize = record_event = nothing
+        wait_stream = wait_event = synchronize = record_event = record = nothing
+
+        def __eq__(self, other):
+            return isinstance(other, Stream) and self.device == other.device
+
+        def __hash__(self):
+            return hash(self.device)
 
         def query(self):
-            return True
+            import pytest
+
+            pytest.skip("streams that work while the caller goes on are not emulated")
 
     def stream_of(device=None):
         return Stream(device=device)

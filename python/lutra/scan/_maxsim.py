@@ -214,7 +214,8 @@ def maxsim_padded(
         elif isinstance(a, np.ndarray):
             ptrs.append(np.arange(n + 1) * length)
         else:
-            ptrs.append(sys.modules["cupy"].arange(n + 1) * length)
+            with a.device:
+                ptrs.append(sys.modules["cupy"].arange(n + 1) * length)
     flat = []
     of_queries, of_docs = (queries.shape[:2], "queries"), (docs.shape[:2], "docs")
     for a, name, (shape, of) in (

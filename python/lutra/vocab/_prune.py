@@ -310,4 +310,7 @@ def map_ids(ids: Any, id_map: Any, unk: int | None = None) -> Any:
     new = new.astype(old.dtype)
     if kind.name == "torch":
         return kind.torch.from_numpy(new).to(ids.device)  # type: ignore[attr-defined]
-    return new if kind.name == "numpy" else kind.cupy.asarray(new)  # type: ignore[attr-defined]
+    if kind.name == "numpy":
+        return new
+    with ids.device:
+        return kind.cupy.asarray(new)  # type: ignore[attr-defined]

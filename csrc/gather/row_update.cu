@@ -52,8 +52,9 @@ struct Update {
   __device__ __forceinline__ void take(uint32_t row, int, int64_t column, int64_t by, const float (&sum)[CH][VEC],
                                        const Group& group) const {
     const int64_t base = static_cast<int64_t>(row) * dim;
+    const Rule rule = CH > 1 ? Rule::rowwise_adagrad : step.rule;  // see run(): no other needs a row's whole sum
     float rate = step.lr;
-    if (step.rule == Rule::rowwise_adagrad) {
+    if (rule == Rule::rowwise_adagrad) {
       float squares = 0;
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
@@ -74,7 +75,7 @@ struct Update {
       load_values<VEC>(table + base + at, x);
 #pragma unroll
       for (int j = 0; j < VEC; ++j) x[j] *= step.shrink;
-      switch (step.rule) {
+      switch (rule) {
         case Rule::momentum: {
           float m[VEC];
           load_values<VEC>(s0 + base + at, m);

@@ -88,10 +88,10 @@ def _stored(rows: np.ndarray, panels: Panels) -> np.ndarray:
 
 def scan_int8(home: Home, q: Any, rows: Any, k: int, keep: Any) -> tuple[Any, Any]:
     """The k best rows of int8, by tensor cores; what a filter leaves out has the score -inf."""
-    xp, bias = home.xp, None
-    if keep is not None:
-        at = home.arange(len(rows))
-        passes = home.kind.cast(keep[at >> 3], I64) >> (at & 7) & 1
-        bias = home.kind.cast(xp.where(passes > 0, 0.0, -float("inf")), F32)
+    if keep is None:
+        return scan.packed_topk(q, rows, k)
+    xp, at, worst = home.xp, home.arange(len(rows)), -float("inf")
+    passes = home.kind.cast(keep[at >> 3], I64) >> (at & 7) & 1
+    bias = home.kind.cast(xp.where(passes > 0, 0.0, worst), F32)
     scores, ids = scan.packed_topk(q, rows, k, bias)
-    return scores, xp.where(xp.isinf(scores), -1, ids)
+    return scores, xp.where(scores == worst, -1, ids)

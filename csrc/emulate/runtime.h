@@ -30,6 +30,9 @@ inline int emulated_setting(const char* name, int otherwise) {
   const char* text = getenv(name);
   return text && *text ? atoi(text) : otherwise;
 }
+inline cudaError_t emulated_device(int device) {  // whether there is one
+  return device >= 0 && device < emulated_setting("LUTRA_EMULATE_DEVICES", 1) ? cudaSuccess : cudaErrorInvalidDevice;
+}
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = emulated_setting("LUTRA_EMULATE_DEVICES", 1);
   return cudaSuccess;
@@ -38,15 +41,13 @@ namespace emulate {
 inline thread_local int device = 0;  // the current one
 }
 inline cudaError_t cudaSetDevice(int device) {
-  int count = 0;
-  cudaGetDeviceCount(&count);
-  if (device < 0 || device >= count) return cudaErrorInvalidDevice;
-  emulate::device = device;
-  return cudaSuccess;
+  const cudaError_t known = emulated_device(device);
+  if (known == cudaSuccess) emulate::device = device;
+  return known;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   strcpy(p->name, "emulated");
-  return device < emulated_setting("LUTRA_EMULATE_DEVICES", 1) ? cudaSuccess : cudaErrorInvalidDevice;
+  return emulated_device(device);
 }
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, int,
                                                     cudaDriverEntryPointQueryResult*) {
@@ -60,7 +61,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int 
     case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
   }
-  return device < emulated_setting("LUTRA_EMULATE_DEVICES", 1) ? cudaSuccess : cudaErrorInvalidDevice;
+  return emulated_device(device);
 }
 template <class F>
 inline cudaError_t cudaFuncSetAttribute(F, int, int) {

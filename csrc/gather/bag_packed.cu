@@ -115,12 +115,6 @@ struct RunUnpack {
   }
 };
 
-__device__ __forceinline__ float grad_at(const void* p, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return static_cast<const float*>(p)[i];
-  if (dtype == DType::f16) return to_float(static_cast<const __half*>(p)[i]);
-  return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
 // A warp takes every stride-th id of a bag and multiplies its row with the bag's gradient.
 // 6 blocks: given no number, ptxas would spill for sm_80 so that more of them fit.
 template <Packed K, bool FAST>
@@ -143,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 6)
       t.values(t.load(id, t.lane(column)), levels, v);
 #pragma unroll
       for (int j = 0; j < kVec; ++j)
-        if (column + j < t.dim) dot = fmaf(v[j], grad_at(grad_out, dtype, bag * t.dim + column + j), dot);
+        if (column + j < t.dim) dot = fmaf(v[j], load_as(grad_out, dtype, bag * t.dim + column + j), dot);
     }
     dot = warp_sum(dot);
     if (lane == 0) grad_weights[i] = here ? dot : quiet_nan();

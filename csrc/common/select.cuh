@@ -124,7 +124,8 @@ __device__ inline Key warp_keep_best(Key* list, int count, int k, int* bins) {
   for (int i0 = 0; i0 < count; i0 += 32) {
     const Key key = i0 + lane < count ? list[i0 + lane] : 0;
     const bool keep = i0 + lane < count && key >= cut;
-    const unsigned votes = __ballot_sync(kFullWarp, keep);  // every lane has read before any writes
+    const unsigned votes = __ballot_sync(kFullWarp, keep);
+    __syncwarp();  // every lane has read before any writes
     if (keep) {
       list[kept + __popc(votes & ((1u << lane) - 1))] = key;
       smallest = key < smallest ? key : smallest;

@@ -34,7 +34,7 @@ def test_status_tells_why():
     "call",
     [
         lambda: cuda.sign_hash(0, 0, 1, 1, 8, 0, 1.0, 0, 0, 0, 0),
-        lambda: cuda.knn_workspace(1, 10, 4, 3, 0, 0, False, 0, 0),
+        lambda: cuda.knn_workspace(1, 10, 4, 3, 0, 0, False, True, 0, 0),
         lambda: cuda.device_name(0),
     ],
 )

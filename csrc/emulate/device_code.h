@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "emulate/machine.h"
+#include "emulate/races.h"
 
 #define __global__
 #define __device__
@@ -226,6 +227,7 @@ inline long long clock64() { return 0; }
 #define LUTRA_ATOMIC(NAME, NEW)                  \
   template <class T, class V>                    \
   inline T NAME(T* p, V value) {                 \
+    const emulate::races::As atomic(emulate::races::Kind::atomic); \
     const T old = *p, v = static_cast<T>(value); \
     *p = NEW;                                    \
     return old;                                  \
@@ -241,6 +243,7 @@ LUTRA_ATOMIC(atomicExch, v)
 #undef LUTRA_ATOMIC
 template <class T>
 inline T atomicCAS(T* p, T compare, T value) {
+  const emulate::races::As atomic(emulate::races::Kind::atomic);
   const T old = *p;
   if (old == compare) *p = value;
   return old;

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "emulate/races.h"
 #include "emulate/runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -25,6 +26,7 @@
 #endif
 
 extern "C" __attribute__((weak, visibility("default"))) void lutra_emulated_close(int device, int closed);
+extern "C" __attribute__((weak, visibility("default"))) int64_t lutra_emulated_written_behind(int device);
 
 namespace emulate {
 
@@ -91,7 +93,6 @@ class UnderWay {
 
 struct Fiber {
   void* stack_pointer = nullptr;
-  std::unique_ptr<char[]> stack;
   bool done = true;
   unsigned id = 0;
   // Waits until *watched is no longer `seen`; null: to be resumed in any case.
@@ -109,15 +110,19 @@ struct Slot {
   Exchange kind = Exchange::sync;
   int bytes = 0;
   unsigned present = 0;
+  races::Clock came;
   alignas(16) unsigned char values[32 * kMostBytes];
 };
 
 struct Named {
   int arrived = 0;
   unsigned generation = 0;
+  races::Clock came, met;
 };
 
 std::vector<Fiber> fibers(kMostThreads);
+const std::unique_ptr<char[]> stacks(new char[kMostThreads * kStack]);  // what no thread uses takes no memory
+char* stack_of(unsigned id) { return stacks.get() + id * kStack; }
 void* scheduler;
 int current = -1;
 const std::function<void()>* body;
@@ -158,6 +163,7 @@ void release_if_all_came() {  // at the block's barrier
   for (int i = 0; i < 3; ++i) barrier_result[i] = barrier_value[i];
   barrier_value[0] = 0, barrier_value[1] = 1, barrier_value[2] = 0;
   ++barrier_generation;
+  races::all_met();
   progress = true;
 }
 
@@ -197,14 +203,13 @@ void entry() {
 
 void prepare(int id) {
   Fiber& f = fibers[id];
-  if (!f.stack) f.stack.reset(new char[kStack]);
   f.id = static_cast<unsigned>(id);
   f.done = false;
   f.watched = nullptr;
   f.copies.clear();
   f.products.clear();
   // Not all at the same place of a page: they would share the same few sets of the caches.
-  const uintptr_t top = (reinterpret_cast<uintptr_t>(f.stack.get()) + kStack - f.id * 576 % 32768) & ~uintptr_t{63};
+  const uintptr_t top = (reinterpret_cast<uintptr_t>(stack_of(f.id)) + kStack - f.id * 576 % 32768) & ~uintptr_t{63};
   void** sp = reinterpret_cast<void**>(top) - 1;
   *sp = nullptr;  // where a call would have left its return address
   *--sp = reinterpret_cast<void*>(&entry);
@@ -230,9 +235,11 @@ void resume(int id) {
   Fiber& f = fibers[id];
   place.thread = dim3(f.id, 0, 0);
 #if defined(__SANITIZE_ADDRESS__)
-  LUTRA_FIBER_START(&scheduler_fake, f.stack.get(), kStack);
+  LUTRA_FIBER_START(&scheduler_fake, stack_of(f.id), kStack);
 #endif
+  races::goes_on(id);
   lutra_emulate_switch(&scheduler, f.stack_pointer);
+  races::goes_on(-1);
   LUTRA_FIBER_END(scheduler_fake);
 }
 
@@ -286,6 +293,7 @@ void round_of_warps(int threads, bool reverse) {
 
 void run_block(const char* what, int threads, std::vector<int>& order) {
   clear_block(threads);
+  races::start_block();
   for (int t = 0; t < threads; ++t) prepare(t);
   int idle = 0;
   while (alive_threads > 0) {
@@ -333,10 +341,12 @@ void run(const char* what, dim3 grid, int block, size_t shared, const std::funct
   failure.clear();
   // Of exactly this size: AddressSanitizer sees what lies behind it.
   void* memory = nullptr;
-  if (posix_memalign(&memory, 1024, shared ? shared : 1)) throw std::bad_alloc();
+  if (posix_memalign(&memory, 1024, shared + races::kBehind + !shared)) throw std::bad_alloc();
   dynamic.reset(static_cast<char*>(memory));
   dynamic_size = shared;
   memset(memory, 0x7f, shared);
+  races::memory(stacks.get(), kMostThreads * kStack, memory, shared);
+  races::start_launch(block);
   place.block_size = dim3(static_cast<unsigned>(block), 1, 1);
   place.grid = grid;
   std::vector<int> order(static_cast<size_t>(block));
@@ -352,6 +362,12 @@ void run(const char* what, dim3 grid, int block, size_t shared, const std::funct
                        static_cast<unsigned>(b / grid.x / grid.y));
     run_block(what, block, order);
   }
+  const int64_t bytes = lutra_emulated_written_behind ? lutra_emulated_written_behind(device) : -1;
+  if (bytes >= 0)
+    throw std::runtime_error(std::string("lutra: emulated ") + what + ": something was written behind an array of " +
+                             std::to_string(bytes) + " bytes");
+  const std::string race = races::found();
+  if (!race.empty()) throw std::runtime_error(std::string("lutra: emulated ") + what + ": " + race);
   if (trace) {
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
     fprintf(stderr, "%s: %u x %u x %u blocks of %d threads, %zu bytes of shared memory, %.1f ms\n", what, grid.x,
@@ -390,11 +406,15 @@ void named_barrier(int id, int threads, bool waits) {
   Named& n = named[id];
   const unsigned mine = n.generation;
   progress = true;
+  races::arrive(n.came);
   if (++n.arrived == threads) {
     n.arrived = 0;
     ++n.generation;
+    n.met = n.came;
+    races::forget(n.came);
   }
   while (waits && mine == n.generation) wait_for(n.generation, mine);
+  if (waits) races::depart(n.met);
 }
 
 namespace {
@@ -428,8 +448,10 @@ const unsigned char* exchange(Exchange kind, unsigned mask, const void* value, i
   memcpy(s.values + l * kMostBytes, value, static_cast<size_t>(bytes));
   s.arrived |= 1u << l;
   progress = true;
+  if (kind == Exchange::sync) races::arrive(s.came);  // the others order no accesses of memory
   fill_if_all_came(s, mask, alive[w]);
   while (!s.full) wait_for(s.filled, s.filled);
+  if (kind == Exchange::sync) races::depart(s.came);
   *present = s.present;
   return s.values;
 }
@@ -440,6 +462,7 @@ void exchanged(unsigned mask) {
   if (s.read == s.present) {
     s.arrived = 0;
     s.full = false;
+    races::forget(s.came);
     ++s.emptied;
   }
   progress = true;
@@ -451,6 +474,8 @@ void copy_later(void* to, const void* from, int bytes, int total) {
       (bytes && reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(total)))
     fail("cp.async of an address that is not a multiple of its size");
   if (bytes < 0 || bytes > total) fail("cp.async of fewer than 0 or more than all bytes");
+  races::accessed(from, static_cast<uint64_t>(bytes), false, __builtin_return_address(0));
+  races::accessed(to, static_cast<uint64_t>(total), true, __builtin_return_address(0));
   memset(to, 0x7f, static_cast<size_t>(total));  // until it is waited for
   fibers[current].copies.begin({to, from, bytes, total});
 }
@@ -458,7 +483,9 @@ void copy_later(void* to, const void* from, int bytes, int total) {
 void copies_commit() { fibers[current].copies.commit(); }
 
 void copies_wait(int under_way) {
-  fibers[current].copies.wait(under_way, [](const Copy& c) {
+  const void* code = __builtin_return_address(0);
+  fibers[current].copies.wait(under_way, [=](const Copy& c) {
+    races::accessed(c.to, static_cast<uint64_t>(c.total), true, code);
     memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
     memset(static_cast<char*>(c.to) + c.bytes, 0, static_cast<size_t>(c.total - c.bytes));
   });

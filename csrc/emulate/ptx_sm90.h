@@ -9,6 +9,7 @@
 
 namespace lutra {
 namespace cuda {
+namespace races = emulate::races;
 
 // ---- barriers in shared memory
 namespace mbarrier {
@@ -30,15 +31,18 @@ inline std::vector<Copy>& copies() {
 }
 template <class F>
 inline void change(uint64_t* b, F&& f) {
+  const races::As atomic(races::Kind::atomic);
   State s = emulate::bits<State>(*b);
   f(s);
   if (s.pending == 0 && s.bytes == 0) {
+    races::end_phase(b);
     s.pending = s.arrivals;
     s.phase ^= 1;
   }
   *b = emulate::bits<uint64_t>(s);
 }
 inline void carry_out(uint64_t* b) {
+  const races::As own(races::Kind::own);
   auto& all = copies();
   for (size_t i = 0; i < all.size();) {
     if (all[i].barrier != b) {
@@ -58,6 +62,7 @@ inline void barrier_init(uint64_t* b, int arrivals) {
   *b = emulate::bits<uint64_t>(mbarrier::State{0, n, 0, n});
 }
 inline void barrier_arrive(uint64_t* b) {
+  races::arrive_at(b);
   mbarrier::change(b, [](mbarrier::State& s) {
     if (s.pending == 0) emulate::fail("more arrivals at a barrier than it expects");
     --s.pending;
@@ -66,13 +71,16 @@ inline void barrier_arrive(uint64_t* b) {
 }
 inline bool barrier_try(uint64_t* b, int parity) {
   mbarrier::carry_out(b);
+  const races::As atomic(races::Kind::atomic);
   return emulate::bits<mbarrier::State>(*b).phase != (parity & 1);
 }
 inline void barrier_wait(uint64_t* b, int parity) {
   while (!barrier_try(b, parity)) emulate::wait();
+  races::depart_from(b);
   emulate::moved();
 }
 inline void barrier_expect(uint64_t* b, uint32_t bytes) {
+  const races::As atomic(races::Kind::atomic);
   mbarrier::State s = emulate::bits<mbarrier::State>(*b);
   s.bytes += static_cast<int32_t>(bytes);
   *b = emulate::bits<uint64_t>(s);
@@ -80,10 +88,16 @@ inline void barrier_expect(uint64_t* b, uint32_t bytes) {
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulate::fail("a bulk copy whose addresses or size are not multiples of 16");
+  {
+    const races::As proxy(races::Kind::proxy);
+    races::accessed(shared, bytes, true, races::here());
+  }
+  races::arrive_at(b);
+  const races::As own(races::Kind::own);
   memset(shared, 0x7f, bytes);
   mbarrier::copies().push_back({shared, global, bytes, b});
 }
-inline void fence_async() {}
+inline void fence_async() { races::fence_async(); }
 inline void fence_barrier_init() {}
 template <int REGISTERS>
 inline void more_registers() {}
@@ -113,7 +127,9 @@ inline void of_tile(uint64_t tile, int row, float (&v)[16]) {
 template <int N>
 inline void wgmma(float* c, uint64_t a, uint64_t b, int add) {
   const int lane = emulate::lane(), g = lane / 4, t = lane % 4, first = emulate::warp() % 4 * 16;
+  const races::As own(races::Kind::own);
   emulate::product_later([=] {
+    const races::As proxy(races::Kind::proxy);
     float rows[2][16], column[16];
     for (int r = 0; r < 2; ++r) of_tile(a, first + g + 8 * r, rows[r]);
     for (int j = 0; j < N / 4; ++j)

@@ -351,18 +351,18 @@ void knn_paths(bool sm90, int64_t screen_rows) {
   g_screen_rows = screen_rows > 0 ? screen_rows : kScreenRows;
 }
 
-int64_t knn_workspace(const KnnArgs& a, const Launch& l) {
+int64_t knn_workspace(const KnnArgs& a, bool plain, const Launch& l) {
   const DeviceGuard guard(l.device);
   check_sizes(a);
   const bool sm90 = hopper_kernels(l.device);
-  if (is_nearest(a, l.device)) return nearest_workspace(a, sm90, l.device);
+  if (plain && is_nearest(a, l.device)) return nearest_workspace(a, sm90, l.device);
   return lay_out(a, plan_for(a, l.device), l.device, nullptr).bytes;
 }
 
 void knn(const KnnArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);
   check_sizes(a);
-  if (is_nearest(a, l.device)) return nearest(a, hopper_kernels(l.device), l);
+  if (!a.keep && !a.bias && is_nearest(a, l.device)) return nearest(a, hopper_kernels(l.device), l);
   const Plan p = plan_for(a, l.device);
   const Workspace w = lay_out(a, p, l.device, l.workspace);
   const bool smaller = a.metric != Metric::ip && a.metric != Metric::cosine;

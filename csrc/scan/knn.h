@@ -62,7 +62,8 @@ namespace lutra {
 namespace cuda {
 // For tests: whether kernels for Hopper are used there, and from how many rows on the screen is (0: as usual).
 void knn_paths(bool sm90, int64_t screen_rows);
-int64_t knn_workspace(const KnnArgs&, const Launch&);  // of sizes, metric and storage
+// Of sizes, metric and storage; plain: of a call with neither keep nor bias.
+int64_t knn_workspace(const KnnArgs&, bool plain, const Launch&);
 int64_t rescore_workspace(int64_t nq, int64_t c, int64_t d, int64_t k, Metric, const Launch&);
 }  // namespace cuda
 }  // namespace lutra

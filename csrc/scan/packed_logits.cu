@@ -163,9 +163,9 @@ void scan_tiles(LogitsScan s, const Launch& l) {
   if (s.stages < 2) throw std::runtime_error("lutra: packed_logits: a multiprocessor has too little shared memory");
   const int64_t groups = s.padded / (8 * TILES), tiles = div_up(s.table.rows, kTileRows);
   s.token_groups = static_cast<int>(groups);
-  int64_t slots = multiprocessors(l.device) / groups;
-  if (slots > div_up(tiles, warps)) slots = div_up(tiles, warps);
-  launch("packed_logits", logits_kernel<K, WIDE, TERMS, TILES>, grid_x(groups * (slots > 1 ? slots : 1)), 32 * warps,
+  // Fewer tiles than warps of all blocks are spread over the multiprocessors (the kernel deals them out that way).
+  const int64_t slots = parts_for(groups, tiles, multiprocessors(l.device), 1);
+  launch("packed_logits", logits_kernel<K, WIDE, TERMS, TILES>, grid_x(groups * slots), 32 * warps,
          static_cast<size_t>(s.stages * stage), l, s);
 }
 

@@ -30,11 +30,12 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
   const PackedTable& p = a.table;
   const int64_t first = static_cast<int64_t>(blockIdx.x % a.token_groups) * 8 * TILES;  // token
   const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
-  const int64_t slot = blockIdx.x / a.token_groups, stride = static_cast<int64_t>(gridDim.x / a.token_groups) * kWarps;
+  const int64_t slots = gridDim.x / a.token_groups, stride = slots * kWarps;
+  const int64_t begin = blockIdx.x / a.token_groups + warp * slots;  // the first warps of all blocks come first
   const int chunks = static_cast<int>((a.code_bytes + kChunk - 1) / kChunk);
   const uintptr_t data = reinterpret_cast<uintptr_t>(p.data), data_end = data + p.rows * p.row_bytes;
 
-  int64_t load_tile = slot * kWarps + warp;
+  int64_t load_tile = begin;
   int load_chunk = 0, load_stage = 0;
   const auto start = [&] {
     if (load_tile < tiles) {
@@ -77,9 +78,9 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
                                         a.align, tail[r].tail);
     }
   };
-  load_tail(slot * kWarps + warp, 0);
+  load_tail(begin, 0);
   int stage = 0;
-  for (int64_t tile = slot * kWarps + warp; tile < tiles; tile += stride) {
+  for (int64_t tile = begin; tile < tiles; tile += stride) {
     const int64_t ids[2] = {tile * kTileRows + g, tile * kTileRows + g + 8};  // this thread's rows
     // The scales of this group, and what was loaded of the next one's: of this tile, or of the next tile.
     ScaleOf of[2] = {scale_of<K>(tail[0]), scale_of<K>(tail[1])};
@@ -97,7 +98,8 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
           sums = *reinterpret_cast<const float2*>(a.sums + group * a.padded + first + 8 * n + 2 * t);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float v = of[e >> 1].scale * from[n][e] + of[e >> 1].rest * (e & 1 ? sums.y : sums.x);
+          // named, so that no instance of the kernel rounds otherwise
+          const float v = fmaf(of[e >> 1].scale, from[n][e], __fmul_rn(of[e >> 1].rest, e & 1 ? sums.y : sums.x));
           total[n][e] = grouped ? total[n][e] + v : v;
         }
       }
@@ -123,12 +125,13 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
       __syncwarp();
       start();
       const uint32_t* words[2];  // of this thread's part of its rows, which begins `bits` into the first
-      int bits[2];
+      int bits[2], ends[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = static_cast<int>((data + (tile * kTileRows + g + 8 * r) * p.row_bytes) & 15) + t * C::own;
         words[r] = reinterpret_cast<const uint32_t*>(stages + stage * kStage + (g + 8 * r) * kPitch + (at & ~3));
         bits[r] = 8 * (at & 3);
+        ends[r] = (at >> 2) + 1 - kPitch / 4;
       }
       const int64_t rest = a.code_bytes - static_cast<int64_t>(chunk) * kChunk;
       const int left = rest < kChunk ? static_cast<int>(rest) : kChunk, units = (left + C::unit - 1) / C::unit;
@@ -138,7 +141,9 @@ __global__ void __launch_bounds__(32 * warps_of<TILES>(), 1) logits_kernel(Logit
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const uint32_t* at = words[r] + u * (C::unit / 4);
-          word[r] = __funnelshift_r(at[0], at[1], bits[r]);
+          // Where units are short the last one's second word can lie behind the row; then nothing is wanted of it.
+          const bool inside = WIDE || u * (C::unit / 4) + ends[r] < 0;
+          word[r] = __funnelshift_r(at[0], at[inside], bits[r]);
           if (K == Packed::e4m3 || K == Packed::e5m2) {  // what lies behind the codes could be no number
             const int codes = left - u * C::unit - t * C::own;
             if (codes < 4) word[r] = codes <= 0 ? 0 : word[r] & (0xffffffffu >> (32 - 8 * codes));

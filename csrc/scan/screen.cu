@@ -226,10 +226,10 @@ void screen_paths(int64_t rows, int64_t capacity) {
   g_capacity = capacity;
 }
 
-int64_t screen_workspace(const Args& a, const Launch& l) {
+int64_t screen_workspace(const Args& a, bool plain, const Launch& l) {
   const DeviceGuard guard(l.device);
   const Plan p = plan_for(a, l.device);
-  return p.screened ? lay_out(a, p, l.device, nullptr).bytes : knn_workspace(knn_args(a), l);
+  return p.screened ? lay_out(a, p, l.device, nullptr).bytes : knn_workspace(knn_args(a), plain, l);
 }
 
 void screen(const Args& a, const Launch& l) {

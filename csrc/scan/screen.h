@@ -74,7 +74,8 @@ struct ScreenMeanArgs {
 namespace cuda {
 void screen_mean(const ScreenMeanArgs&, const Launch&);
 int64_t screen_mean_workspace(int64_t n, int64_t d, int64_t step, bool normalize);
-int64_t screen_workspace(const ::lutra::ScreenArgs&, const Launch&);  // of sizes, metric and dtype
+// Of sizes, metric and dtype; plain: of a call with neither keep nor bias.
+int64_t screen_workspace(const ::lutra::ScreenArgs&, bool plain, const Launch&);
 // For tests: from how many rows on the screen is used (0: as usual), and how many candidates a query may have.
 void screen_paths(int64_t rows, int64_t capacity);
 }  // namespace cuda

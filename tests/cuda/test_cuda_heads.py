@@ -184,6 +184,14 @@ def test_packed_small_cases(gpu_torch, rng, tokens):
     scan.packed_topk(*on_gpu[:2], 5, on_gpu[2], kind=kind, group=group)
 
 
+@pytest.mark.sanitize
+def test_packed_rows_that_begin_anywhere(gpu_torch, rng):
+    """A group that does not end with 16 bytes: words are read past the end of what is of use."""
+    hidden, packed, decoded, _ = packed_case(rng, 1, 256, 1554, "int4", 16)
+    got = scan.packed_logits(gpu_torch.put(hidden), gpu_torch.put(packed), kind="int4", group=16)
+    close_logits(gpu_torch.get(got), hidden, decoded)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_of_packed_logits(gpu_torch, rng, dtype):
     torch = gpu_torch.torch

@@ -186,6 +186,22 @@ def test_filter(gpu, kernels, metric):
             assert set(ids[ids >= 0]) <= set(np.flatnonzero(mask))
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_one_neighbour_of_many_queries_with_a_filter(gpu, kernels, metric):
+    """The plan of such a call is another one than without a filter, and needs more memory."""
+    rng = np.random.default_rng(5)
+    q, x = integers(rng, 1024, 5), integers(rng, 4096, 5)
+    keep = rng.random(4096) < 0.3
+    a, b = gpu.put(q), gpu.put(x)
+    want = lutra.scan.knn(q, x, 1, metric, filter=keep)
+    for found in (
+        lutra.scan.knn(a, b, 1, metric, filter=gpu.put(keep)),
+        lutra.scan.knn_screened(a, b, lutra.scan.quantize_int8(b, metric), 1, metric, filter=gpu.put(keep)),
+    ):
+        np.testing.assert_array_equal(gpu.get(found.ids), want.ids)
+        np.testing.assert_array_equal(gpu.get(found.scores), want.scores)
+
+
 def test_filter_forms(gpu, kernels):
     rng = np.random.default_rng(0)
     q, x = values(rng, "float32", 20, 8), values(rng, "float32", 50, 8)

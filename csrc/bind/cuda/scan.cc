@@ -8,12 +8,13 @@ namespace lutra {
 
 void register_scan(py::module_& m) {
   m.def("knn_paths", &cuda::knn_paths);
+  // `plain`: neither a filter nor a bias, as in the call that the memory is for.
   m.def("knn_workspace", [](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, bool bf16_queries,
-                            int device, Address stream) {
+                            bool plain, int device, Address stream) {
     KnnArgs a{nullptr, nullptr, nq, n, d, d, d, k, static_cast<Metric>(metric), nullptr, nullptr, nullptr};
     a.storage = static_cast<DType>(storage);
     a.bf16_queries = bf16_queries;
-    return cuda::knn_workspace(a, Launch{device, stream.p});
+    return cuda::knn_workspace(a, plain, Launch{device, stream.p});
   });
   m.def("knn", [](Address q, int64_t ldq, Address x, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k,
                   int metric, Address scores, Address ids, int storage, bool bf16_queries, Address keep, Address bias,
@@ -113,8 +114,9 @@ void register_scan(py::module_& m) {
     return a;
   };
   m.def("screen_workspace",
-        [=](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, int device, Address stream) {
-          return cuda::screen_workspace(screen_args(nq, n, d, k, metric, storage), Launch{device, stream.p});
+        [=](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, bool plain, int device,
+            Address stream) {
+          return cuda::screen_workspace(screen_args(nq, n, d, k, metric, storage), plain, Launch{device, stream.p});
         });
   m.def("screen",
         [=](Address q, int64_t ldq, Address x, int storage, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k,

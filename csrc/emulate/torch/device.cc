@@ -1,5 +1,7 @@
 // The devices "cuda" of a torch that was built without CUDA, for the emulator: their memory is the host's.
 //
+// Behind each array lie some bytes that nobody may change, which is looked at after each kernel.
+//
 // With LUTRA_EMULATE_DEVICES=2 and more, arrays take whole pages, and while a device runs a kernel the others' pages
 // are closed: a kernel that reads the memory of another device ends the process.
 //
@@ -52,12 +54,14 @@ struct On {  // a device, for as long as it lives
 };
 
 struct HostAllocator final : c10::Allocator {
-  struct Pages {
-    size_t bytes;
+  static constexpr size_t kBehind = 2048;
+  static constexpr unsigned char kUntouched = 0xc5;
+  struct Array {
+    size_t bytes;  // of which kBehind lie behind it
     int device;
   };
-  static std::map<void*, Pages>& pages() {  // where there are several devices
-    static std::map<void*, Pages> p;
+  static std::map<void*, Array>& arrays() {
+    static std::map<void*, Array> p;
     return p;
   }
   static std::mutex& lock() {
@@ -65,29 +69,45 @@ struct HostAllocator final : c10::Allocator {
     return m;
   }
   static void release(void* p) {
-    if (devices() == 1) return free(p);
     const std::lock_guard<std::mutex> hold(lock());
-    const auto found = pages().find(p);
-    if (found == pages().end()) return;
-    munmap(p, found->second.bytes);
-    pages().erase(found);
+    const auto found = arrays().find(p);
+    if (found == arrays().end()) return;
+    if (devices() == 1)
+      free(p);
+    else
+      munmap(p, found->second.bytes);
+    arrays().erase(found);
+  }
+  static int64_t written_behind(int device) {  // an array's bytes, or -1
+    const std::lock_guard<std::mutex> hold(lock());
+    for (const auto& [p, held] : arrays()) {
+      if (devices() > 1 && held.device != device) continue;  // closed
+      const unsigned char* end = static_cast<unsigned char*>(p) + held.bytes;
+      for (const unsigned char* at = end - kBehind; at < end; ++at)
+        if (*at != kUntouched) return static_cast<int64_t>(held.bytes - kBehind);
+    }
+    return -1;
   }
   c10::DataPtr allocate(size_t bytes) override {
     void* p = nullptr;
+    const size_t all = bytes + kBehind;
     if (bytes && devices() == 1) {
-      if (posix_memalign(&p, 512, bytes)) throw std::bad_alloc();
+      if (posix_memalign(&p, 512, all)) throw std::bad_alloc();
     } else if (bytes) {
-      p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      p = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (p == MAP_FAILED) throw std::bad_alloc();
-      const std::lock_guard<std::mutex> hold(lock());
-      pages()[p] = {bytes, current};
     }
-    if (p) memset(p, 0x7f, bytes);  // what nobody wrote is seen
+    if (p) {
+      memset(p, 0x7f, bytes);  // what nobody wrote is seen
+      memset(static_cast<char*>(p) + bytes, kUntouched, kBehind);
+      const std::lock_guard<std::mutex> hold(lock());
+      arrays()[p] = {all, current};
+    }
     return {p, p, &release, c10::Device(kDevice, current)};
   }
   static void close_others(int device, bool closed) {
     const std::lock_guard<std::mutex> hold(lock());
-    for (const auto& [p, held] : pages())
+    for (const auto& [p, held] : arrays())
       if (held.device != device) mprotect(p, held.bytes, closed ? PROT_NONE : PROT_READ | PROT_WRITE);
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -283,4 +303,5 @@ const bool registered = [] {
 // For tests/emulation.py and for the machine (machine.cc).
 #define LUTRA_SEEN extern "C" __attribute__((visibility("default")))
 LUTRA_SEEN int lutra_emulated_device(int device) { return exchange(static_cast<c10::DeviceIndex>(device)); }
+LUTRA_SEEN int64_t lutra_emulated_written_behind(int device) { return HostAllocator::written_behind(device); }
 LUTRA_SEEN void lutra_emulated_close(int device, int closed) { HostAllocator::close_others(device, closed != 0); }

@@ -205,7 +205,8 @@ def search(kind, queries, database, k, metric, names, op, keep=None, bias=None):
     bits, shift = (None if a is None else kind.ptr(a) for a in (keep, bias))
     if kind.cuda:
         bf16 = of_queries == BF16  # the queries' values need one term of bf16 instead of two
-        scratch = kind.scratch("knn", queries, nq, n, d, k, metric_code, code, bf16)
+        plain = bits is None and shift is None
+        scratch = kind.scratch("knn", queries, nq, n, d, k, metric_code, code, bf16, plain)
         more = code, bf16, bits, shift, *kind.launch(queries, scratch)
     else:
         more = code, bits, op == "nearest", shift

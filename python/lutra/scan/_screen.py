@@ -274,7 +274,8 @@ def _knn_screened(
         screen = tuple(kind.dense(a) for a in screen)
         scores, ids = kind.empty((nq, k), F32, queries), kind.empty((nq, k), I64, queries)
         if kind.cuda:
-            scratch = kind.scratch("screen", queries, nq, n, d, k, metric_code, kind.code(database))
+            plain = keep is None and bias is None
+            scratch = kind.scratch("screen", queries, nq, n, d, k, metric_code, kind.code(database), plain)
             kernels.screen(
                 kind.ptr(queries), d, kind.ptr(database), kind.code(database), d, nq, n, d, k, metric_code,
                 *(kind.ptr(a) for a in screen), None if keep is None else kind.ptr(keep),

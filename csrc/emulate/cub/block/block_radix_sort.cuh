@@ -16,9 +16,11 @@ class BlockRadixSort {
     const unsigned t = threadIdx.x;
     for (int i = 0; i < ITEMS; ++i) storage_.keys[t * ITEMS + static_cast<unsigned>(i)] = keys[i];
     __syncthreads();
-    if (t == 0)
+    if (t == 0) {
+      const emulate::races::As own(emulate::races::Kind::own);
       std::stable_sort(storage_.keys, storage_.keys + THREADS * ITEMS,
                        [=](K a, K b) { return emulated::digits(a, begin, end) < emulated::digits(b, begin, end); });
+    }
     __syncthreads();
     for (int i = 0; i < ITEMS; ++i) keys[i] = storage_.keys[t * ITEMS + static_cast<unsigned>(i)];
   }

@@ -224,13 +224,13 @@ inline void __nanosleep(unsigned) { emulate::wait(); }
 inline long long clock64() { return 0; }
 [[noreturn]] inline void __trap() { emulate::fail("__trap"); }
 
-#define LUTRA_ATOMIC(NAME, NEW)                  \
-  template <class T, class V>                    \
-  inline T NAME(T* p, V value) {                 \
+#define LUTRA_ATOMIC(NAME, NEW)                                    \
+  template <class T, class V>                                      \
+  inline T NAME(T* p, V value) {                                   \
     const emulate::races::As atomic(emulate::races::Kind::atomic); \
-    const T old = *p, v = static_cast<T>(value); \
-    *p = NEW;                                    \
-    return old;                                  \
+    const T old = *p, v = static_cast<T>(value);                   \
+    *p = NEW;                                                      \
+    return old;                                                    \
   }
 LUTRA_ATOMIC(atomicAdd, static_cast<T>(old + v))
 LUTRA_ATOMIC(atomicSub, static_cast<T>(old - v))

@@ -3,10 +3,10 @@
 // A block's threads are fibers: each runs until it waits (a barrier, a warp's exchange of registers), and then the next
 // one runs. Blocks run one after the other, launches at once. What this finds: wrong arithmetic and indices, threads
 // that wait for each other for ever, lanes that take part in different exchanges, copies (cp.async) that nobody waited
-// for, and, built with AddressSanitizer, every access outside an array of device or shared memory. With another order
-// of the threads (LUTRA_EMULATE_ORDER=reverse, or a number: a shuffle) it finds results that depend on the order, such
-// as a missing barrier. What it cannot find: races inside the stretches between two waits, the hardware's memory order,
-// speed.
+// for, what is written closely behind an array, and, built with AddressSanitizer, every access outside an array of
+// device or shared memory. With another order of the threads (LUTRA_EMULATE_ORDER=reverse, or a number: a shuffle) it
+// finds results that depend on the order, such as a missing barrier; built with LUTRA_EMULATE_RACES, the race itself
+// (races.h). What it cannot find: mistakes with the hardware's own rules (limits of registers, speed).
 //
 // Environment: LUTRA_EMULATE_ORDER; LUTRA_EMULATE_SMS (multiprocessors, 132); LUTRA_EMULATE_CC (compute capability
 // times ten, 90: below it the kernels of *_sm90.cu are not called); LUTRA_EMULATE_DEVICES (1; with more, a kernel that

@@ -120,12 +120,14 @@ std::string place_of(uint32_t code) {
 void tell(const Access& before, bool write_before, const Access& a, bool write, const char* why) {
   if (!reported.insert({before.code, a.code}).second) return;
   const auto whose = [](const Access& x, bool w) {
-    return std::string(x.atomic ? "an atomic" : w ? "a write" : "a read") + " of thread " + std::to_string(x.thread) +
-           " at " + place_of(x.code);
+    return std::string(x.atomic ? "an atomic"
+                       : w      ? "a write"
+                                : "a read") +
+           " of thread " + std::to_string(x.thread) + " at " + place_of(x.code);
   };
-  report += std::string(report.empty() ? "" : "\n") + why + " in " + (a.shared ? "shared" : "global") + " memory: " +
-            whose(before, write_before) + (before.block != a.block ? " of another block" : "") + ", then " +
-            whose(a, write);
+  report += std::string(report.empty() ? "" : "\n") + why + " in " + (a.shared ? "shared" : "global") +
+            " memory: " + whose(before, write_before) + (before.block != a.block ? " of another block" : "") +
+            ", then " + whose(a, write);
 }
 
 // Two writes: told when the second one has been made, unless it left what the first one wrote.
@@ -270,9 +272,9 @@ As::~As() { kind = before_; }
 using emulate::races::access;
 #define LUTRA_HOOK extern "C" __attribute__((visibility("hidden")))
 #define LUTRA_HERE reinterpret_cast<uintptr_t>(__builtin_return_address(0))
-#define LUTRA_HOOKS(N)                                                                                           \
-  LUTRA_HOOK void __tsan_read##N(void* p) { access(reinterpret_cast<uintptr_t>(p), N, false, LUTRA_HERE); }      \
-  LUTRA_HOOK void __tsan_write##N(void* p) { access(reinterpret_cast<uintptr_t>(p), N, true, LUTRA_HERE); }      \
+#define LUTRA_HOOKS(N)                                                                                                \
+  LUTRA_HOOK void __tsan_read##N(void* p) { access(reinterpret_cast<uintptr_t>(p), N, false, LUTRA_HERE); }           \
+  LUTRA_HOOK void __tsan_write##N(void* p) { access(reinterpret_cast<uintptr_t>(p), N, true, LUTRA_HERE); }           \
   LUTRA_HOOK void __tsan_unaligned_read##N(void* p) { access(reinterpret_cast<uintptr_t>(p), N, false, LUTRA_HERE); } \
   LUTRA_HOOK void __tsan_unaligned_write##N(void* p) { access(reinterpret_cast<uintptr_t>(p), N, true, LUTRA_HERE); }
 LUTRA_HOOKS(1)
@@ -280,8 +282,12 @@ LUTRA_HOOKS(2)
 LUTRA_HOOKS(4)
 LUTRA_HOOKS(8)
 LUTRA_HOOKS(16)
-LUTRA_HOOK void __tsan_read_range(void* p, unsigned long n) { access(reinterpret_cast<uintptr_t>(p), n, false, LUTRA_HERE); }
-LUTRA_HOOK void __tsan_write_range(void* p, unsigned long n) { access(reinterpret_cast<uintptr_t>(p), n, true, LUTRA_HERE); }
+LUTRA_HOOK void __tsan_read_range(void* p, unsigned long n) {
+  access(reinterpret_cast<uintptr_t>(p), n, false, LUTRA_HERE);
+}
+LUTRA_HOOK void __tsan_write_range(void* p, unsigned long n) {
+  access(reinterpret_cast<uintptr_t>(p), n, true, LUTRA_HERE);
+}
 LUTRA_HOOK void __tsan_init() {}
 LUTRA_HOOK void __tsan_func_entry(void*) {}
 LUTRA_HOOK void __tsan_func_exit() {}

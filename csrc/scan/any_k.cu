@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(32) pick_kernel(Select a, int pass) {
   }
   const uint32_t all = __shfl_sync(kFullWarp, from_here, 0);
   uint32_t higher = from_here - own;
-  __syncwarp();  // all have read the state
+  __syncwarp();               // all have read the state
   if (all <= state.wanted) {  // in the first pass only: all that may be found is wanted
     if (lane == 0) state.prefix = 1, state.decided = 1, a.states[query] = state;
   } else if (from_here >= state.wanted && higher < state.wanted) {  // one lane

@@ -114,7 +114,9 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(DecideArgs a) {
 }  // namespace
 
 bool is_nearest(const KnnArgs& a, int device) {
-  if (a.k != 1 || a.storage != DType::f32 || (a.metric != Metric::ip && a.metric != Metric::l2) || a.d < 1 || a.d > 65536) return false;
+  if (a.k != 1 || a.storage != DType::f32 || (a.metric != Metric::ip && a.metric != Metric::l2) || a.d < 1 ||
+      a.d > 65536)
+    return false;
   // One block has all rows for its queries.
   return a.nq >= 1024 && a.n >= 1 && a.n < (1 << 30) && (a.nq >= 128 * multiprocessors(device) || a.n <= 4096);
 }

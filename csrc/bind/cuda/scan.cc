@@ -113,11 +113,10 @@ void register_scan(py::module_& m) {
     a.metric = static_cast<Metric>(metric), a.dtype = static_cast<DType>(storage);
     return a;
   };
-  m.def("screen_workspace",
-        [=](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, bool plain, int device,
-            Address stream) {
-          return cuda::screen_workspace(screen_args(nq, n, d, k, metric, storage), plain, Launch{device, stream.p});
-        });
+  m.def("screen_workspace", [=](int64_t nq, int64_t n, int64_t d, int64_t k, int metric, int storage, bool plain,
+                                int device, Address stream) {
+    return cuda::screen_workspace(screen_args(nq, n, d, k, metric, storage), plain, Launch{device, stream.p});
+  });
   m.def("screen",
         [=](Address q, int64_t ldq, Address x, int storage, int64_t ldx, int64_t nq, int64_t n, int64_t d, int64_t k,
             int metric, Address codes, Address inverse, Address half, Address mean, Address bounds, Address keep,

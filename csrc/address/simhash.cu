@@ -14,6 +14,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kEach = 4, kRows = 32 * kEach, kDims = 32;
+static_assert(kDims == 8 * kWarps, "a warp loads 8 dimensions");
 
 template <class T, int K>
 __global__ void __launch_bounds__(kThreads)
@@ -28,8 +29,11 @@ __global__ void __launch_bounds__(kThreads)
     float sum[kEach][K] = {};
     for (int64_t j0 = 0; j0 < d; j0 += kDims) {
       __syncthreads();
-      for (int i = threadIdx.x; i < kRows * kDims; i += kThreads) {
-        const int row = i / kDims, j = i % kDims;
+      // A warp takes 8 dimensions of four rows at a time: 32 banks.
+      const int j = warp * (kDims / kWarps) + lane % 8;
+#pragma unroll 8
+      for (int row0 = 0; row0 < kRows; row0 += 4) {
+        const int row = row0 + lane / 8;
         const bool here = first + row < n && j0 + j < d;
         tile[j][row] = here ? to_float(x[(first + row) * d + j0 + j]) : 0.0f;
       }

@@ -45,6 +45,7 @@ inline cudaError_t cudaSetDevice(int device) {
   if (known == cudaSuccess) emulate::device = device;
   return known;
 }
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulate::device, cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   strcpy(p->name, "emulated");
   return emulated_device(device);

@@ -132,7 +132,8 @@ struct BagGradArgs {
   int64_t* touched;
   int64_t* count;  // (1,)
 };
-int64_t bag_grad_workspace(const BagGradArgs& a);  // looks at no array but for which are nullptr
+// Looks at no array but for which are nullptr.
+int64_t bag_grad_workspace(const BagGradArgs& a, const Launch& l);
 void bag_grad(const BagGradArgs& a, const Launch& l);
 
 }  // namespace cuda

@@ -115,7 +115,10 @@ void weight_grad_for(const BagWeightGradArgs& a, const Launch& l) {
 
 }  // namespace
 
-int64_t bag_grad_workspace(const BagGradArgs& a) { return grad_arrays(a, nullptr).bytes; }
+int64_t bag_grad_workspace(const BagGradArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  return grad_arrays(a, nullptr).bytes;
+}
 
 void bag_grad(const BagGradArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);

@@ -185,7 +185,10 @@ void bag_csr(const BagCsrArgs& a, const Launch& l) {
   }
 }
 
-int64_t csr_grad_workspace(const CsrGradArgs& a) { return grad_arrays(a.bag, a.weights != nullptr, nullptr).bytes; }
+int64_t csr_grad_workspace(const CsrGradArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  return grad_arrays(a.bag, a.weights != nullptr, nullptr).bytes;
+}
 
 void csr_grad(const CsrGradArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);

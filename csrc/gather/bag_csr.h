@@ -76,7 +76,7 @@ struct CsrGradArgs {
   const void* grad_out;  // (bags, dim), the values' type
   void* grad_values;     // (nnz,), whole
 };
-int64_t csr_grad_workspace(const CsrGradArgs& a);
+int64_t csr_grad_workspace(const CsrGradArgs& a, const Launch& l);
 void csr_grad(const CsrGradArgs& a, const Launch& l);
 
 }  // namespace cuda

@@ -149,7 +149,7 @@ struct PieceGradArgs {
   const void* piece_weights;
   void* grad_table;  // (table_rows, width); robe: (table_rows,)
 };
-int64_t piece_grad_workspace(const PieceGradArgs& a);
+int64_t piece_grad_workspace(const PieceGradArgs& a, const Launch& l);
 void piece_grad(const PieceGradArgs& a, const Launch& l);
 
 }  // namespace cuda

@@ -127,7 +127,10 @@ void run(const PieceGradArgs& a, const Launch& l) {
 
 }  // namespace
 
-int64_t piece_grad_workspace(const PieceGradArgs& a) { return piece_arrays(a, nullptr).bytes; }
+int64_t piece_grad_workspace(const PieceGradArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  return piece_arrays(a, nullptr).bytes;
+}
 
 void piece_grad(const PieceGradArgs& a, const Launch& l) {
   const DeviceGuard guard(l.device);

@@ -153,11 +153,14 @@ __global__ void __launch_bounds__(kThreads) factors_kernel(BagView b, float* fac
   if (lane == 0) factor[bag] = count > 0 ? 1.0f / static_cast<float>(count) : 0.0f;
 }
 
-// What the sort needs. Asking CUB costs some microseconds, and a training loop asks for the same n again and again.
+// What the sort needs on the current device, whose multiprocessors and compute capability it depends on. Asking CUB
+// costs some microseconds, and a training loop asks for the same n again and again.
 int64_t temporary_bytes(int n) {
-  static thread_local int last_n = -1;
+  static thread_local int last_n = -1, last_device = -1;
   static thread_local size_t last = 0;
-  if (n != last_n) {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (n != last_n || device != last_device) {
     size_t bytes = 0;
     const uint32_t* keys = nullptr;
     const int32_t* values = nullptr;
@@ -166,6 +169,7 @@ int64_t temporary_bytes(int n) {
           "sort by row");
     last = bytes;
     last_n = n;
+    last_device = device;
   }
   return static_cast<int64_t>(last);
 }

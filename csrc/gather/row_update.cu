@@ -182,7 +182,10 @@ int64_t bag_update_columns(DType dtype, DType grad, int64_t dim) {
   return static_cast<int64_t>(32) * kSlabs * (dim % vec == 0 ? vec : 1);
 }
 
-int64_t bag_update_workspace(const BagUpdateArgs& a) { return update_arrays(a, nullptr).bytes; }
+int64_t bag_update_workspace(const BagUpdateArgs& a, const Launch& l) {
+  const DeviceGuard guard(l.device);
+  return update_arrays(a, nullptr).bytes;
+}
 
 void bag_update(const BagUpdateArgs& a, const Launch& l) {
   const RowUpdateArgs& r = a.step;

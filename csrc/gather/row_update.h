@@ -71,7 +71,7 @@ struct BagUpdateArgs {
   RowUpdateArgs step;
 };
 int64_t bag_update_columns(DType dtype, DType grad, int64_t dim);
-int64_t bag_update_workspace(const BagUpdateArgs& a);
+int64_t bag_update_workspace(const BagUpdateArgs& a, const Launch& l);
 void bag_update(const BagUpdateArgs& a, const Launch& l);
 
 }  // namespace cuda

@@ -4,9 +4,10 @@
 // name. The tables of 4 tokens (of one) lie in shared memory (rotated.cuh). Sums are fp32, in an order that depends on
 // the row and on the number of tokens; the same call gives the same bits.
 //
-// Limits: writing the sums out; shared memory, 32 look-ups a cycle and multiprocessor. So rows of at most 192 bytes or
-// so are served, what shared memory has room for. Longer ones, and codes of 3, 5, 6 or 7 bits, are looked up in memory,
-// j in increasing order, at an eighth of that. There, and with k > 2048, scores are written and selected by radix
+// Limits: writing the sums out; shared memory, 32 look-ups a cycle and multiprocessor. The tables of one token take 64
+// KB for 32 bytes of a row, so rows of at most 96 bytes are served with the 227 KB of an H100, 64 with the 163 KB of an
+// A100, 32 with 99 KB (lookups_row_bytes). Longer ones, and codes of 3, 5, 6 or 7 bits, are looked up in memory, j in
+// increasing order, at an eighth of that. There, and with k > 2048, scores are written and selected by radix
 // (any_k.cuh). n < 2^32 - 1.
 #include "scan/lookups.h"
 
@@ -53,29 +54,58 @@ __global__ void __launch_bounds__(256) byte_tables_kernel(const float* tables, i
   store_pack<float, W>(image + (((group * pieces + byte / 16) * 256 + c) * 16 + byte % 16) * W, sum);
 }
 
-// Any codes: a thread a row, tables in memory; all rows of a block read the same one at about the same time.
+// Any codes: a thread a row, tables of W tokens in memory; all rows of a block read the same one at about the same
+// time. Codes are read VEC bytes at a time, as rows are aligned, and taken four at a time.
 constexpr int kPlainTokens = 4;
+template <int W, int VEC>
 __global__ void __launch_bounds__(kThreads)
     plain_kernel(LookupsScan a, const float* tables, int64_t st, int64_t sj, int m, int bits) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, t0 = blockIdx.y * kPlainTokens;
+  constexpr int kWords = VEC == 16 ? 4 : 1;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, t0 = blockIdx.y * W;
   if (row >= a.n) return;
   const uint8_t* codes = a.codes + row * a.bytes;
-  const float* of[kPlainTokens];
-  float sum[kPlainTokens] = {};
+  const float* of[W];
+  float sum[W] = {};
 #pragma unroll
-  for (int w = 0; w < kPlainTokens; ++w) of[w] = tables + (t0 + w < a.tokens ? t0 + w : t0) * st;
-  uint32_t held = 0;
-  int have = 0, byte = 0;
-  for (int j = 0; j < m; ++j) {
-    if (have < bits) held |= static_cast<uint32_t>(codes[byte++]) << have, have += 8;
-    const uint32_t c = held & ((1u << bits) - 1);
-    held >>= bits, have -= bits;
+  for (int w = 0; w < W; ++w) of[w] = tables + (t0 + w < a.tokens ? t0 + w : t0) * st;
+  const uint32_t mask = (1u << bits) - 1;
+  uint64_t held = 0;
+  int have = 0, j = 0;
+  for (int at = 0; at < a.bytes; at += 4 * kWords) {
+    uint32_t words[kWords] = {};
+    if constexpr (VEC == 16) {
+      const uint4 v = *reinterpret_cast<const uint4*>(codes + at);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if constexpr (VEC == 4) {
+      words[0] = *reinterpret_cast<const uint32_t*>(codes + at);
+    } else {
 #pragma unroll
-    for (int w = 0; w < kPlainTokens; ++w) sum[w] += __ldg(of[w] + j * sj + c);
+      for (int b = 0; b < 4; ++b)
+        if (at + b < a.bytes) words[0] |= static_cast<uint32_t>(codes[at + b]) << (8 * b);
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      held |= static_cast<uint64_t>(words[i]) << have, have += 32;  // fewer than 4 * bits were left
+      for (; have >= 4 * bits && j + 4 <= m; j += 4) {
+        const uint32_t four = static_cast<uint32_t>(held);
+        held >>= 4 * bits, have -= 4 * bits;
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          const int64_t entry = (j + s) * sj + (four >> (s * bits) & mask);
+#pragma unroll
+          for (int w = 0; w < W; ++w) sum[w] += __ldg(of[w] + entry);
+        }
+      }
+    }
+  }
+  for (; j < m; ++j, held >>= bits) {  // at most three
+    const int64_t entry = j * sj + (static_cast<uint32_t>(held) & mask);
+#pragma unroll
+    for (int w = 0; w < W; ++w) sum[w] += __ldg(of[w] + entry);
   }
   const float bias = a.bias ? a.bias[row] : 0.0f;
 #pragma unroll
-  for (int w = 0; w < kPlainTokens; ++w)
+  for (int w = 0; w < W; ++w)
     if (t0 + w < a.tokens) write_score(a.out, a.dtype, a.all, (t0 + w) * a.ldo + row, a.bias ? sum[w] + bias : sum[w]);
 }
 
@@ -252,7 +282,23 @@ void scan_of(const LookupsArgs& a, const LookupsScan& s, const LookupsPlan& p, c
   scan_as<W, 1>(s, p, selects, l);
 }
 
+template <int W>
+void plain_of(const LookupsArgs& a, const LookupsScan& s, const float* tables, const Launch& l) {
+  const auto kernel = s.bytes % 16 == 0 && aligned(s.codes, 16) ? plain_kernel<W, 16>
+                      : s.bytes % 4 == 0 && aligned(s.codes, 4) ? plain_kernel<W, 4>
+                                                                : plain_kernel<W, 1>;
+  launch("lookups", kernel, dim3(grid_x(div_up(s.n, kThreads)), static_cast<unsigned>(div_up(s.tokens, W))), kThreads,
+         0, l, s, tables, a.st, a.sj, static_cast<int>(a.m), a.bits);
+}
+
 }  // namespace
+
+int64_t lookups_row_bytes(int device) {
+  const int64_t room = shared_limit(device) - static_cast<int64_t>(Selector::bytes(1, kMaxK, kThreads / 32));
+  int pieces = 0;
+  while (rotated::unit_bytes(1, 256, pieces + 1) <= room) ++pieces;
+  return 16 * pieces;
+}
 
 int64_t lookups_workspace(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch& l) {
   const DeviceGuard guard(l.device);
@@ -288,9 +334,7 @@ void lookups(const LookupsArgs& a, const Launch& l) {
       else if (p.width == 1)
         scan_of<1>(a, s, p, tables, w.image, l);
       else
-        launch("lookups", plain_kernel,
-               dim3(grid_x(div_up(a.n, kThreads)), static_cast<unsigned>(div_up(count, kPlainTokens))), kThreads, 0, l,
-               s, tables, a.st, a.sj, static_cast<int>(a.m), a.bits);
+        count == 1 ? plain_of<1>(a, s, tables, l) : plain_of<kPlainTokens>(a, s, tables, l);
     }
     if (p.whole)
       any_k(best, count, false, a.scores + first * a.k, a.ids + first * a.k, "lookups", l);

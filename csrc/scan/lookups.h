@@ -57,6 +57,8 @@ LUTRA_KERNEL(lookups_backward, ::lutra::LookupsBackwardArgs)
 namespace lutra {
 namespace cuda {
 int64_t lookups_backward_workspace(int64_t tokens, int64_t m, int bits, int64_t n, const Launch&);
+// The longest rows of codes of 1, 2, 4 or 8 bits whose tables have room in a device's shared memory.
+int64_t lookups_row_bytes(int device);
 int64_t lookups_workspace(int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, const Launch&);
 }  // namespace cuda
 }  // namespace lutra

@@ -31,22 +31,12 @@ struct Grads {
   bool accumulate;
 };
 
-__device__ __forceinline__ uint32_t code_at(const uint8_t* row, int bits, int j) {
-  const int bit = j * bits, byte = bit >> 3;
-  uint32_t word = row[byte];
-  if ((bit & 7) + bits > 8) word |= static_cast<uint32_t>(row[byte + 1]) << 8;
-  return word >> (bit & 7) & ((1u << bits) - 1);
-}
-
-__device__ __forceinline__ float grad_at(const Grads& a, int64_t i) {
-  if (a.dtype == DType::f32) return static_cast<const float*>(a.grad)[i];
-  if (a.dtype == DType::f16) return __half2float(static_cast<const __half*>(a.grad)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(a.grad)[i]);
-}
-
-// Grid: (token groups * unit blocks, parts). W tokens in 32 / W look-ups.
-template <int W>
+// Grid: (token groups * unit blocks, parts). W tokens in 32 / W look-ups. Nothing of a tile that is on its way is
+// looked at before its turn: gradients stay bits of type T until they are put down, codes the kBytes bytes that a
+// unit's lie in (of four look-ups they begin at bit 0 or 4 of the first).
+template <int W, int kBytes, class T>
 __global__ void __launch_bounds__(kThreads) sums_kernel(Grads a) {
+  using Bits = typename Word<sizeof(T)>::type;
   constexpr int kLookups = 32 / W, kPitch = W + 1, kOwn = W * kRows / kThreads;
   const int entries = 1 << a.bits, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int64_t group = blockIdx.x / a.unit_blocks;
@@ -62,32 +52,42 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Grads a) {
   if (active)
     for (int c = 0; c < entries; ++c) own[c * 32] = 0;
 
-  float grads[kOwn];
-  uint32_t codes[2];
+  const int first_bit = unit * kLookups * a.bits, shift = first_bit & 7;
+  const uint8_t* const own_codes = a.codes + (first_bit >> 3);
+  const int last_bit = (unit + 1) * kLookups < a.m ? first_bit + kLookups * a.bits : a.m * a.bits;
+  const int bytes = active ? ((last_bit + 7) >> 3) - (first_bit >> 3) : 0;
+
+  uint32_t grads[kOwn], codes[2][kBytes];
   const auto fetch = [&](int64_t i0) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int at = i * kThreads + static_cast<int>(threadIdx.x);
       const int64_t row = i0 + at % kRows, token = t0 + at / kRows;
-      grads[i] = row < end && token < a.tokens ? grad_at(a, token * a.ldg + row) : 0.0f;
+      grads[i] = row < end && token < a.tokens ? static_cast<const Bits*>(a.grad)[token * a.ldg + row] : 0;
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      codes[h] = 0;
       const int64_t row = i0 + h * 32 + lane;
-      if (!active || row >= end) continue;
+      const uint8_t* from = own_codes + row * a.row_bytes;
 #pragma unroll
-      for (int s = 0; s < kLookups; ++s) {
-        const int j = unit * kLookups + s;
-        if (j < a.m) codes[h] |= code_at(a.codes + row * a.row_bytes, a.bits, j) << (8 * s);
-      }
+      for (int b = 0; b < kBytes; ++b) codes[h][b] = row < end && b < bytes ? from[b] : 0;
     }
+  };
+  // The codes that came with the last tile, a byte each. Behind the last look-up anything: nobody reads those tables.
+  const auto taken = [&](int h) {
+    uint32_t all = 0, found = 0;
+#pragma unroll
+    for (int b = 0; b < kBytes; ++b) all |= codes[h][b] << (8 * b);
+    all >>= shift;
+#pragma unroll
+    for (int s = 0; s < kLookups; ++s) found |= (all >> (s * a.bits) & static_cast<uint32_t>(entries - 1)) << (8 * s);
+    return found;
   };
   const auto put = [&](int buffer) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int at = i * kThreads + static_cast<int>(threadIdx.x);
-      tile[(buffer * kRows + at % kRows) * kPitch + at / kRows] = grads[i];
+      tile[(buffer * kRows + at % kRows) * kPitch + at / kRows] = value_of_word<T>(grads[i], 0);
     }
   };
 
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Grads a) {
   __syncthreads();
   int buffer = 0;
   for (int64_t i0 = begin; i0 < end; i0 += kRows, buffer ^= 1) {
-    const uint32_t now[2] = {codes[0], codes[1]};
+    const uint32_t now[2] = {taken(0), taken(1)};
     const bool more = i0 + kRows < end;
     if (more) fetch(i0 + kRows);
     if (active) {
@@ -135,30 +135,28 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Grads a) {
   for (int c = 0; c < entries; ++c) to[c * 32] = own[c * 32];
 }
 
-// A block the tables of a unit: the parts are added in their order, lanes become rows.
+// A block 32 entries (blockIdx.y) of the tables of a unit: the parts are added in their order, lanes become rows.
 template <int W>
 __global__ void __launch_bounds__(kThreads) close_kernel(Grads a) {
   constexpr int kLookups = 32 / W;
   __shared__ float turned[32][33];
   const int entries = 1 << a.bits, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int c0 = static_cast<int>(blockIdx.y) * 32;
   const int64_t group = blockIdx.x / a.units;
   const int unit = static_cast<int>(blockIdx.x % a.units);
   const float* from = a.partial + static_cast<int64_t>(blockIdx.x) * a.parts * entries * 32 + lane;
-  for (int c0 = 0; c0 < entries; c0 += 32) {
-    for (int c = warp; c < 32 && c0 + c < entries; c += kWarps) {
-      float sum = 0;
-      for (int p = 0; p < a.parts; ++p) sum += from[(static_cast<int64_t>(p) * entries + c0 + c) * 32];
-      turned[c][lane] = sum;
-    }
-    __syncthreads();
-    for (int w = warp; w < 32; w += kWarps) {
-      const int64_t token = group * W + w % W;
-      const int j = unit * kLookups + w / W;
-      if (token >= a.tokens || j >= a.m || c0 + lane >= entries) continue;
-      float* to = a.out + token * a.st + j * a.sj + c0 + lane;
-      *to = a.accumulate ? *to + turned[lane][w] : turned[lane][w];
-    }
-    __syncthreads();
+  for (int c = warp; c < 32 && c0 + c < entries; c += kWarps) {
+    float sum = 0;
+    for (int p = 0; p < a.parts; ++p) sum += from[(static_cast<int64_t>(p) * entries + c0 + c) * 32];
+    turned[c][lane] = sum;
+  }
+  __syncthreads();
+  for (int w = warp; w < 32; w += kWarps) {
+    const int64_t token = group * W + w % W;
+    const int j = unit * kLookups + w / W;
+    if (token >= a.tokens || j >= a.m || c0 + lane >= entries) continue;
+    float* to = a.out + token * a.st + j * a.sj + c0 + lane;
+    *to = a.accumulate ? *to + turned[lane][w] : turned[lane][w];
   }
 }
 
@@ -196,12 +194,23 @@ Plan plan_for(int64_t tokens, int64_t m, int bits, int64_t n, int device) {
   return p;
 }
 
+template <int W, int kBytes>
+auto sums_of(DType dtype) {
+  return dtype == DType::f16    ? sums_kernel<W, kBytes, __half>
+         : dtype == DType::bf16 ? sums_kernel<W, kBytes, __nv_bfloat16>
+                                : sums_kernel<W, kBytes, float>;
+}
+
 template <int W>
 void run(Grads a, const Plan& p, const Launch& l) {
   const int64_t groups = div_up(a.tokens, W);
-  launch("lookups_backward", sums_kernel<W>, dim3(grid_x(groups * a.unit_blocks), static_cast<unsigned>(a.parts)),
-         kThreads, p.shared, l, a);
-  launch("lookups_backward", close_kernel<W>, grid_x(groups * a.units), kThreads, 0, l, a);
+  auto sums = sums_of<W, 2>(a.dtype);
+  if constexpr (W < 32)
+    if (a.bits > 4) sums = sums_of<W, 4>(a.dtype);
+  launch("lookups_backward", sums, dim3(grid_x(groups * a.unit_blocks), static_cast<unsigned>(a.parts)), kThreads,
+         p.shared, l, a);
+  const auto slices = static_cast<unsigned>(div_up(int64_t{1} << a.bits, 32));
+  launch("lookups_backward", close_kernel<W>, dim3(grid_x(groups * a.units), slices), kThreads, 0, l, a);
 }
 
 }  // namespace

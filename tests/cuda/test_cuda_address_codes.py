@@ -144,6 +144,22 @@ def test_quantizers_of_the_anisotropic_loss(gpu, kind):
     assert np.mean(same) > 18
 
 
+@pytest.mark.parametrize("kind", ("PQ", "OPQ"))
+def test_directions_on_another_device(gpu_torch, kind):
+    torch = gpu_torch.torch
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((640, 16)).astype(np.float32)
+    left = x - rng.standard_normal((640, 16)).astype(np.float32) / 4
+    quantizer = getattr(lutra.quant, kind)(16, 4, 4).train(left, loss="anisotropic", directions=x)
+    want = quantizer.encode(left, directions=x)
+    for here, there in (("cuda:0", "cuda:1"), ("cuda:1", "cuda:0"), ("cuda:0", "cpu")):
+        if "cuda:1" in (here, there) and torch.cuda.device_count() < 2:
+            continue
+        got = quantizer.encode(torch.from_numpy(left).to(here), directions=torch.from_numpy(x).to(there))
+        assert str(got.device) == here
+        np.testing.assert_array_equal(got.cpu().numpy(), want)  # by the host
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("beam", (1, 3, 16))
 def test_rq_encode(gpu, beam):

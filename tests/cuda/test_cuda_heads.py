@@ -9,7 +9,7 @@ import pytest
 from gpu_arrays import SIZES
 
 import lutra
-from lutra import _arrays, gather, scan
+from lutra import _arrays, _backend, gather, scan
 from lutra.gather._packed import KINDS
 from lutra.reference import packed as packed_reference
 from lutra.reference import scan as scan_reference
@@ -294,6 +294,24 @@ def test_lookups_topk_any_k(gpu, rng, k):
 
 
 # ---------------------------------------------------------------- heads
+def test_look_ups_of_a_head_are_those_that_shared_memory_has_room_for(gpu_torch):
+    torch = gpu_torch.torch
+    from lutra import nn
+    from lutra.compress import FORMATS
+
+    longest = _backend.cuda.lookups_row_bytes(0)
+    assert longest % 32 == 0
+    for m in (longest, longest + 1):
+        layer = nn.PQEmbedding.from_pretrained(
+            torch.randn(300, 2 * m), format=FORMATS["pq"](m=m), progress=False
+        )
+        head, hidden = nn.TiedHead(layer), torch.randn(5, 2 * m)
+        want = head(hidden)
+        head, hidden = nn.TiedHead(layer.to("cuda")), hidden.to("cuda")
+        assert (head._lookups(hidden) is not None) == (m == longest)
+        torch.testing.assert_close(head(hidden).cpu(), want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("format", ["pq", "rq", "int8", "int4"])
 def test_tied_heads(gpu_torch, format, dtype):
@@ -328,7 +346,9 @@ def test_tied_heads(gpu_torch, format, dtype):
         assert torch.equal(found[0][4], found[1][4].cpu())
 
 
-@pytest.mark.parametrize(("bits", "m"), [(8, 300), (3, 11), (5, 7), (6, 20), (7, 33), (4, 500), (3, 1)])
+@pytest.mark.parametrize(
+    ("bits", "m"), [(8, 300), (3, 11), (5, 7), (6, 20), (7, 33), (4, 500), (3, 1), (3, 128), (5, 127)]
+)
 def test_lookups_in_memory(gpu, rng, bits, m):
     """Codes whose tables have no place in shared memory: any bits, any length."""
     codes = rng.integers(0, 256, (300, (m * bits + 7) // 8)).astype(np.uint8)

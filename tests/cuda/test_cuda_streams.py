@@ -218,6 +218,17 @@ def test_a_device_that_is_not_there_is_a_runtime_error(gpu_torch):
     assert torch.cuda.current_device() == 0 and float(x.sum()) == 0
 
 
+def test_workspaces_are_asked_of_the_arrays_device(gpu_torch):
+    nowhere = _backend.cuda.device_count()[0]
+    for ask, sizes in (
+        ("bag_grad_workspace", (100, None, 10, -1, 0, 8, 0, None, True)),
+        ("bag_update_workspace", (100, None, 10, -1, 0, 0, 8, None)),
+    ):
+        assert getattr(_backend.cuda, ask)(*sizes, 0, 0) > 0
+        with pytest.raises(RuntimeError, match="cudaSetDevice"):
+            getattr(_backend.cuda, ask)(*sizes, nowhere, 0)
+
+
 def test_other_devices(gpu_torch):
     torch = gpu_torch.torch
     if torch.cuda.device_count() < 2:

@@ -59,6 +59,7 @@ void register_codes(py::module_& m) {
     cuda::unpack4(Unpack4Args{codes.as<uint8_t>(), rows.as<int64_t>(), n, m_, first, entries.as<uint8_t>()},
                   Launch{device, stream.p});
   });
+  m.def("lookups_row_bytes", &cuda::lookups_row_bytes);
   m.def("lookups_workspace",
         [](int64_t tokens, int64_t n, int bits, int64_t row_bytes, int64_t k, int device, Address stream) {
           return cuda::lookups_workspace(tokens, n, bits, row_bytes, k, Launch{device, stream.p});

@@ -112,7 +112,7 @@ void register_csr(py::module_& m) {
           cuda::CsrGradArgs a{bag_ids(ids, id_type, n_ids, offsets, last_offset, bags, length, padding_idx, mode),
                               csr_table(indptr, wide, columns, column_bytes, values, dtype, rows, dim, nnz),
                               weights.as<float>(), grad_out.p, grad_values.p};
-          if (!workspace.p) return cuda::csr_grad_workspace(a);
+          if (!workspace.p) return cuda::csr_grad_workspace(a, Launch{device, stream.p});
           cuda::csr_grad(a, Launch{device, stream.p, workspace.p});
           return int64_t{0};
         });
@@ -147,11 +147,11 @@ void register_update(py::module_& m) {
     return cuda::bag_update_columns(static_cast<DType>(dtype), static_cast<DType>(grad_dtype), dim);
   });
   m.def("bag_update_workspace", [](int64_t n_ids, Address offsets, int64_t bags, int64_t padding_idx, int mode,
-                                   int dtype, int64_t dim, Address weights) {
+                                   int dtype, int64_t dim, Address weights, int device, Address stream) {
     cuda::BagUpdateArgs a{};
     a.bag = bag_ids({}, 0, n_ids, offsets, false, bags, 0, padding_idx, mode);
     a.step.dtype = static_cast<DType>(dtype), a.step.dim = dim, a.step.weights = weights.as<float>();
-    return cuda::bag_update_workspace(a);
+    return cuda::bag_update_workspace(a, Launch{device, stream.p});
   });
   m.def("bag_update", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
                          int64_t length, int64_t padding_idx, int mode, Address table, int dtype, int64_t rows,
@@ -198,11 +198,11 @@ void register_gather(py::module_& m) {
           return -1;
         });
   m.def("bag_grad_workspace", [](int64_t n_ids, Address offsets, int64_t bags, int64_t padding_idx, int mode,
-                                 int64_t dim, int grad_dtype, Address weights, bool dense) {
+                                 int64_t dim, int grad_dtype, Address weights, bool dense, int device, Address stream) {
     cuda::BagGradArgs a{};
     a.bag = bag_ids({}, 0, n_ids, offsets, false, bags, 0, padding_idx, mode);
     a.dim = dim, a.grad_dtype = static_cast<DType>(grad_dtype), a.weights = weights.as<float>(), a.dense = dense;
-    return cuda::bag_grad_workspace(a);
+    return cuda::bag_grad_workspace(a, Launch{device, stream.p});
   });
   m.def("bag_grad", [](Address ids, int id_type, int64_t n_ids, Address offsets, bool last_offset, int64_t bags,
                        int64_t length, int64_t padding_idx, int mode, int64_t rows, int64_t dim, Address grad_out,

@@ -83,7 +83,7 @@ void register_pieces(py::module_& m) {
                           weights.as<float>(),
                           piece_weights.p,
                           grad_table.p};
-    if (!workspace.p) return cuda::piece_grad_workspace(a);
+    if (!workspace.p) return cuda::piece_grad_workspace(a, Launch{device, stream.p});
     cuda::piece_grad(a, Launch{device, stream.p, workspace.p});
     return int64_t{0};
   });

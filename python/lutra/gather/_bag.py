@@ -468,7 +468,7 @@ def _backward_on_cuda(kind, grad, code, where, weights, argmax, sparse):
         result = kind.empty((rows, dim), code, grad)
     weights, argmax = _ptr(kind, weights), _ptr(kind, argmax)
     size = kind.kernels.bag_grad_workspace(
-        n_ids, where[3], bags, padding, mode, dim, code, weights, not sparse
+        n_ids, where[3], bags, padding, mode, dim, code, weights, not sparse, *kind.launch(grad)
     )
     workspace = kind.empty((size,), U8, grad)
     kind.kernels.bag_grad(

@@ -481,7 +481,9 @@ def _update_on_cuda(kind, table, code, grad, grad_code, where, weights, s0, s1, 
     rows, dim = table.shape
     n_ids, bags, padding, mode = where[2], where[5], where[7], where[8]
     weights = _ptr(kind, weights)
-    size = kind.kernels.bag_update_workspace(n_ids, where[3], bags, padding, mode, code, dim, weights)
+    size = kind.kernels.bag_update_workspace(
+        n_ids, where[3], bags, padding, mode, code, dim, weights, *kind.launch(table)
+    )
     workspace = kind.empty((size,), U8, table)
     kind.kernels.bag_update(
         *where, ptr(table), code, rows, dim, _ptr(kind, s0), _ptr(kind, s1), RULES[rule], *numbers,

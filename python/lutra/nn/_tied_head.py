@@ -182,7 +182,9 @@ class TiedHead(torch.nn.Linear):
             return None
         if hidden.is_cuda:
             m, bits = layer.format.m, layer.format.bits
-            if hidden.dtype == torch.float64 or bits not in (1, 2, 4, 8) or m * bits > 8 * _CUDA_BYTES:
+            if hidden.dtype == torch.float64 or bits not in (1, 2, 4, 8):
+                return None
+            if m * bits > 8 * _row_bytes(hidden.device.index):
                 return None
         return own(layer._data(), layer._shape, hidden) if lookups_pay(layer, hidden) else None
 
@@ -371,7 +373,14 @@ _LOOKUP, _PRODUCT, _DECODE = {4: 0.076, 2: 0.055}, {4: 0.029, 2: 0.009}, 0.33
 # Picoseconds on an H100 by its limits (nothing of it is measured): 32 look-ups a cycle and multiprocessor,
 # the rates of matrix products, 3 bytes of memory traffic a value.
 _CUDA_LOOKUP, _CUDA_PRODUCT, _CUDA_DECODE = 0.14, {4: 0.039, 2: 0.0027}, 1.0
-_CUDA_BYTES = 128  # of a row of codes that every GPU's shared memory has tables for
+
+
+@torch.compiler.assume_constant_result
+def _row_bytes(device: int | None) -> int:
+    """The longest rows of codes that a GPU's shared memory has tables for; longer ones are slow."""
+    if _backend.cuda is None:
+        return 64  # an A100's
+    return _backend.cuda.lookups_row_bytes(torch.cuda.current_device() if device is None else device)
 
 
 def lookups_pay(layer: Any, hidden: Tensor) -> bool:

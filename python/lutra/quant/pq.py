@@ -223,7 +223,8 @@ class PQ(Quantizer):
                 f"x has {native.shape[0]} rows, directions {toward.shape[0]}; they must be as many"
             )
         kind = kind_of(native, "x")
-        if kind.cuda and kind.kernels is not None and kind_of(toward, "directions") is kind:
+        beside = kind.cuda and kind_of(toward, "directions") is kind and toward.device == native.device
+        if beside and kind.kernels is not None:
             there = self._encode_there(kind, native, toward)
             if there is not None:
                 return _hand_back(there, x) if _foreign(x) else there

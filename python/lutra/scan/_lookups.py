@@ -46,9 +46,10 @@ def lookups(tables: Any, codes: Any, bias: Any = None, *, bits: int = 8, dtype: 
     the result has 16 bits itself) and summed exactly, which takes a tenth of the time of look-ups in memory;
     elsewhere, and for tables with NaN or infinities, in float32. Gradients (torch): to tables and bias. Cost:
     tokens n m look-ups, 7 vector instructions for 64 of them and each byte of an entry. On CUDA a byte of
-    codes is one look-up, 32 a cycle and multiprocessor, for codes of 8, 4, 2 or 1 bits and rows of some 190
-    bytes at most; others are looked up in memory, at an eighth of that. The gradient to tables has a kernel
-    for all codes: each entry's gradients are added in the order of the rows, the same bits every time.
+    codes is one look-up, 32 a cycle and multiprocessor, for codes of 8, 4, 2 or 1 bits and rows of at most 96
+    bytes on an H100, 64 on an A100; others are looked up in memory, at an eighth of that. The gradient to
+    tables has a kernel for all codes: each entry's gradients are added in the order of the rows, the same
+    bits every time.
 
     References
     ----------

@@ -22,12 +22,13 @@ namespace {
 constexpr int kThreads = kScreenWarps * 32, kWaiting = 64;
 constexpr int kMagic = 0x4b400000;  // bits of 1.5 * 2^23
 constexpr float kFarBar = 3e38f;    // no row with codes reaches it
+constexpr float kNoBar = 3.2e38f;   // of queries that take no candidates: padding, no bound, a list that is full
 
 template <int NT>
 struct Shared {  // NT: tiles of 8 queries
   static constexpr int kQueries = 8 * NT;
   uint4* panel;  // [(NT + 1) / 2][steps][32]
-  float* bars;   // [kQueries], the warp's own: a query whose list is full gets kFarBar
+  float* bars;   // [kQueries], the warp's own: a query whose list is full gets kNoBar
   float* per_scale;
   int4* start;  // [2][kQueries / 2]: two queries' twice, as the sums lie; and twice, so that no two sums are one value
   uint2* waiting;  // the warp's
@@ -49,20 +50,27 @@ struct Shared {  // NT: tiles of 8 queries
   }
 };
 
-// Gives the candidates that wait their places.
+// Gives the candidates that wait their places. Rows whose `half` is not finite, or that have no codes, pass whatever
+// the bar: also for queries that take none, which are left out here. So a count ends near the capacity.
 template <int NT>
 __device__ __forceinline__ void flush(const Int8Scan& a, const Shared<NT>& s, int64_t q0, int waiting) {
   __syncwarp();
-  for (int i = threadIdx.x & 31; i < waiting; i += 32) {
-    const uint2 w = s.waiting[i];
-    const int64_t query = q0 + w.y;
-    const int place = atomicAdd(a.queries.counts + query, 1);
-    if (place < a.capacity)
-      a.candidates[query * a.capacity + place] = w.x;
-    else
-      s.bars[w.y] = kFarBar;
+  for (int i0 = 0; i0 < waiting; i0 += 32) {
+    const int i = i0 + (threadIdx.x & 31);
+    uint2 w = make_uint2(0, 0);
+    if (i < waiting) w = s.waiting[i];
+    const bool wanted = i < waiting && s.bars[w.y] <= kFarBar;
+    __syncwarp();  // all have read their bars
+    if (wanted) {
+      const int64_t query = q0 + w.y;
+      const int place = atomicAdd(a.queries.counts + query, 1);
+      if (place < a.capacity)
+        a.candidates[query * a.capacity + place] = w.x;
+      else
+        s.bars[w.y] = kNoBar;
+    }
+    __syncwarp();
   }
-  __syncwarp();
 }
 
 template <int NT>
@@ -84,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
     for (int i = lane; i < kQueries; i += 32) {
       const bool live = q0 + i < a.nq && !a.queries.broken[q0 + i];
       const float bar = from_ordered_bits(a.queries.bars[q0 + i]);
-      s.bars[i] = live ? fminf(bar, kFarBar) : kFarBar;
+      s.bars[i] = live ? fminf(bar, kFarBar) : kNoBar;
     }
     for (int i = threadIdx.x; i < kQueries; i += kThreads) {
       s.per_scale[i] = a.queries.per_scale[q0 + i];

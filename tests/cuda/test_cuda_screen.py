@@ -13,6 +13,7 @@ from lutra import _arrays
 from lutra.reference import scan as exact
 from lutra.reference import screen as reference
 from lutra.scan import Screen, _screen, knn, knn_screened, quantize_int8
+from lutra.scan._knn import _knn
 
 METRICS = ("ip", "l2", "cosine")
 STORAGE = ("float32", "float16", "bfloat16", "int8", "uint8")
@@ -265,6 +266,21 @@ def test_bias(gpu):
         products = q @ x.T + bias
         close(gpu.get(scores), np.sort(products, 1)[:, ::-1][:, :8])
         close(np.take_along_axis(products, gpu.get(ids), 1), gpu.get(scores))
+
+
+@pytest.mark.parametrize("nq", [1, 9, 70])
+def test_biases_that_are_not_finite(gpu, nq):
+    """Their rows pass for every query, those that only fill a block too; the order is knn's."""
+    rng = np.random.default_rng(nq)
+    x, bias = normal(rng, 4000, 16), normal(rng, 4000)
+    bias[::3], bias[1], bias[2] = np.inf, np.nan, -np.inf
+    kind = _arrays.kind_of(gpu.put(x), "x")
+    q, a, b = gpu.put(normal(rng, nq, 16)), gpu.put(x), gpu.put(bias)
+    screen = _screen._quantize_int8(kind, a, False, b, 256)
+    scores, ids = _screen._knn_screened(kind, q, a, *screen, k=8, bias=b)
+    want = _knn(kind, q, a, 8, "ip", None, b)
+    np.testing.assert_array_equal(gpu.get(ids), gpu.get(want[1]))
+    same_bits(gpu.get(scores), gpu.get(want[0]))
 
 
 def test_codes_of_the_cpu(gpu):

@@ -173,10 +173,10 @@ def test_rows_that_the_codes_rule_out_are_not_read(gpu_torch, metric, nq):
         same_bits(gpu_torch.get(one), gpu_torch.get(other))
 
 
-@pytest.mark.parametrize(("n", "d", "nq"), [(40_000, 16, 1), (33_000, 1500, 65)])
+@pytest.mark.parametrize(("n", "d", "nq"), [(40_000, 16, 9), (60_000, 1500, 65), (100_000, 384, 1)])
 def test_as_it_is_used(gpu_torch, n, d, nq):
     """A collection that is large enough for the screen as it is: the sample's bar decides."""
-    if d > 1000 and lutra._backend.cuda.device_name(0) == "emulated":
+    if d > 16 and lutra._backend.cuda.device_name(0) == "emulated":
         pytest.skip("takes the emulator minutes")
     lutra._backend.cuda.screen_paths(0, 0)
     rng = np.random.default_rng(nq)
@@ -187,6 +187,26 @@ def test_as_it_is_used(gpu_torch, n, d, nq):
     got = knn_screened(q, a, screen, 10)
     for one, other in zip(got, want):
         same_bits(gpu_torch.get(one), gpu_torch.get(other))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "nq", "screened"),
+    [
+        (33_000, 1, 9, True),
+        (33_000, 1, 8, False),  # the codes save 1.6 MB
+        (33_000, 20, 9, False),  # some 550 candidates
+        (32_000, 1, 9, False),
+    ],
+)
+def test_what_is_left_to_knn(gpu_torch, n, k, nq, screened):
+    """It reads all rows, and so finds those that are NaN by now."""
+    lutra._backend.cuda.screen_paths(0, 0)
+    rng = np.random.default_rng(n)
+    a, q = gpu_torch.put(normal(rng, n, 16)), gpu_torch.put(np.tile(normal(rng, 1, 16), (nq, 1)))
+    screen = quantize_int8(a)
+    a[knn(q[:1], a, n).ids[0, n // 2 :]] = np.nan
+    scores = gpu_torch.get(knn_screened(q, a, screen, k).scores)
+    assert np.isnan(scores).any() != screened
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -199,11 +199,11 @@ void search(const Args& a, const Plan& p, const Workspace& w, const float* q, in
     screen_scan(some, p.sample_width, p.sample_parts, l);
     seed_bars(SeedArgs{w.sample, a.nq, some.sample_pitch, p.rank, w.queries.bars}, l);
   }
-  check(cudaMemsetAsync(w.candidates, 0xff, static_cast<size_t>(a.nq * p.capacity) * 8, stream_of(l)), "knn_screened");
   s.tiles = p.tiles, s.tiles_per_part = p.tiles_per_part, s.tile_step = 1;
   screen_scan(s, p.width, p.parts, l);
-  score_candidates(
-      CandidateArgs{q, a.x, a.nq, a.n, ldq, a.ldx, d, a.dtype, a.metric, a.bias, w.candidates, p.capacity, w.exact}, l);
+  CandidateArgs c{q, a.x, a.nq, a.n, ldq, a.ldx, d, a.dtype, a.metric, a.bias, w.candidates, p.capacity, w.exact};
+  c.counts = w.queries.counts;
+  score_candidates(c, l);
   merge_lists(Merge{w.exact, a.nq, 1, p.capacity, p.capacity, false, p.best, p.best, l2, a.scores, a.ids},
               "knn_screened", l);
   fill_zero("knn_screened", w.failures, sizeof(int), l);

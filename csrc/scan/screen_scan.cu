@@ -105,13 +105,15 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
   }
   __syncthreads();
 
-  const int64_t blocks = (a.n + 15) / 16;
-  const int64_t begin = blockIdx.y * a.tiles_per_part, stop = begin + a.tiles_per_part;
-  const int64_t end = stop < a.tiles ? stop : a.tiles;
+  // Fewer than 2^32 rows are 2^28 blocks and 2^27 tiles.
+  const int blocks = static_cast<int>((a.n + 15) / 16);
+  const int begin = static_cast<int>(blockIdx.y * a.tiles_per_part), stop = begin + static_cast<int>(a.tiles_per_part);
+  const int end = stop < a.tiles ? stop : static_cast<int>(a.tiles);
   uint4 next[4];  // columns t and 4 + t (times 4) of two products
-  const auto fetch = [&](int64_t tile, int pair) {
-    const int64_t block = tile * a.tile_step * 2 + (g >> 2);
-    const uint4* from = reinterpret_cast<const uint4*>(a.codes) + (block * steps + pair * 16 + t) * 4 + (g & 3);
+  const auto fetch = [&](int tile, int pair) {
+    const int block = tile * a.tile_step * 2 + (g >> 2);
+    const uint4* from =
+        reinterpret_cast<const uint4*>(a.codes) + (static_cast<int64_t>(block) * steps + pair * 16 + t) * 4 + (g & 3);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       next[i] = make_uint4(0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u);
@@ -120,9 +122,9 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
   };
   int waiting = 0;
   if (begin + warp < end) fetch(begin + warp, 0);
-  for (int64_t tile = begin + warp; tile < end; tile += kScreenWarps) {
+  for (int tile = begin + warp; tile < end; tile += kScreenWarps) {
     // The lane's 4 rows: sum[m][j][e] is of row 2 m + e / 2 and query 8 j + 2 t + e % 2.
-    const int64_t row0 = tile * a.tile_step * kScreenTile + (g >> 2) * 16 + (g & 3) * 4;
+    const int64_t row0 = static_cast<int64_t>(tile) * a.tile_step * kScreenTile + (g >> 2) * 16 + (g & 3) * 4;
     float4 inverse4 = make_float4(1, 1, 1, 1), half4 = make_float4(0, 0, 0, 0);
     unsigned valid = 0;  // bit r: row r may be found
     if (row0 < a.n) {
@@ -274,6 +276,7 @@ void run(const Int8Scan& a, int64_t parts, const Launch& l) {
 int screen_width(int64_t nq, int64_t d, bool sample, int device) {
   const int64_t room = shared_limit(device);
   if (nq > 64 && Shared<16>::bytes(d, sample) <= room) return 128;
+  if (nq > 32 && Shared<8>::bytes(d, sample) <= room) return 64;
   if (nq > 8 && Shared<4>::bytes(d, sample) <= room) return 32;
   return Shared<1>::bytes(d, sample) <= room ? 8 : 0;
 }
@@ -281,6 +284,7 @@ int screen_width(int64_t nq, int64_t d, bool sample, int device) {
 int screen_blocks(int width, int64_t d, int device) {
   const int64_t bytes = (width == 8    ? Shared<1>::bytes(d, false)
                          : width == 32 ? Shared<4>::bytes(d, false)
+                         : width == 64 ? Shared<8>::bytes(d, false)
                                        : Shared<16>::bytes(d, false)) +
                         1024;
   const int64_t fit = shared_limit(device) / bytes;
@@ -290,6 +294,7 @@ int screen_blocks(int width, int64_t d, int device) {
 
 void screen_scan(const Int8Scan& a, int width, int64_t parts, const Launch& l) {
   if (width == 128) return run<16>(a, parts, l);
+  if (width == 64) return run<8>(a, parts, l);
   if (width == 32) return run<4>(a, parts, l);
   run<1>(a, parts, l);
 }

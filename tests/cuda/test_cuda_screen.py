@@ -58,7 +58,9 @@ def same_codes(gpu, got, want):
     np.testing.assert_allclose(got[3], want[3], atol=1e-6)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-4)
     np.testing.assert_allclose(got[2], want[2], rtol=1e-3, atol=1e-3)
-    assert (got[4] >= want[4] * np.float32(0.9998)).all() and (got[4] <= want[4] * np.float32(1.001)).all()
+    # some halves change a length, and what codes lose is known to some units of the last place of 127
+    assert (got[4] >= want[4] * np.float32(0.999) - np.float32(5e-5)).all()
+    assert (got[4] <= want[4] * np.float32(1.001) + np.float32(5e-5)).all()
 
 
 @pytest.mark.parametrize("metric", ["ip", "cosine"])
@@ -138,14 +140,15 @@ def test_dimensions(gpu_torch, d, metric):
     """Sums of up to 240 columns are floats by their bits, wider ones are converted."""
     rng = np.random.default_rng(d)
     x = gpu_torch.put(normal(rng, 700, d) + np.float32(0.3))
-    for nq in (3, 20, 66):
+    for nq in (3, 20, 50, 66):
         same_as_knn(gpu_torch, gpu_torch.put(normal(rng, nq, d)), x, 5, metric)
 
 
 def test_wide_rows(gpu_torch):
-    """Blocks of 128 queries (of a sample 32, which takes more shared memory), of 32, of 8, and none."""
+    """Blocks of 128 queries (of a sample 64, which takes more shared memory), 64 (32), 32, 8, and none."""
     rng = np.random.default_rng()
-    for n, d, nq in ((520, 1500, 66), (520, 1530, 66), (300, 7200, 10), (300, 15_000, 2)):
+    many = ((520, 1500, 66), (520, 1530, 66), (520, 1800, 66), (520, 3300, 40))
+    for n, d, nq in (*many, (300, 7200, 10), (300, 15_000, 2)):
         same_as_knn(gpu_torch, gpu_torch.put(normal(rng, nq, d)), gpu_torch.put(normal(rng, n, d)), 5, "l2")
 
 

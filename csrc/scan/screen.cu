@@ -51,10 +51,10 @@ KnnArgs knn_args(const Args& a) {
 // About so many rows of each query should pass: as many as the bounds let reach the k-th best score, and some more.
 // What the codes lose grows with the root of the dimension against the scores' spread: of normal values the bound lies
 // 0.02 sqrt(d) standard deviations of the scores above the score. With the k-th best of n at z of them, about
-// k exp(m z - m^2 / 2) scores lie above z - m. A quarter more is for queries that lie badly.
+// k exp(m z - m^2 / 2) scores lie above z - m. A tenth more is for queries that lie badly.
 int64_t wanted_candidates(int64_t k, int64_t n, int64_t d) {
   const double root = sqrt(static_cast<double>(d)), z = sqrt(2 * log(static_cast<double>(n) / static_cast<double>(k)));
-  double m = 0.021 * root + 0.25;
+  double m = 0.021 * root + 0.1;
   if (m > z) m = z;  // all n
   const double reach = exp(m * z - m * m / 2), least = 5 + 0.25 * root;
   return 432 + static_cast<int64_t>(static_cast<double>(k) * (reach > least ? reach : least));

@@ -1,7 +1,8 @@
 // Exact scores of given candidates, normalized queries, and the types of the pass over a collection.
 //
 // Candidates: a thread per candidate, which sums in the order of exact_score.cuh; a row is read 64 bytes at a time, so
-// that every sector that is read is used. The limit is the latency of random reads.
+// that every sector that is read is used. The limit is the latency of random reads: where there are few candidates, the
+// whole row is asked for before its sum begins.
 #include "scan/exact_pass.h"
 #include "scan/exact_score.cuh"
 
@@ -17,6 +18,7 @@ void exact_pass_u8(const PassArgs&, const Launch&);
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kLine = 128;  // bytes
 
 template <class T, int SUM>
 __device__ __forceinline__ void sum_row(const float* q, const T* x, int d, bool vectors, float* sum,
@@ -47,14 +49,17 @@ __device__ __forceinline__ void sum_row(const float* q, const T* x, int d, bool 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) candidates_kernel(CandidateArgs a, bool vectors) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kThreads) candidates_kernel(CandidateArgs a, bool vectors, bool ahead) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= a.nq * a.c) return;
-  const int64_t id = a.cand[i];
+  const int64_t id = a.counts && i % a.c >= a.counts[i / a.c] ? -1 : a.cand[i];
   Key key = 0;
   if (id >= 0 && id < a.n) {
     const float* q = a.q + i / a.c * a.ldq;
     const T* x = static_cast<const T*>(a.x) + id * a.ldx;
+    if (ahead)
+      for (int64_t at = 0; at < a.d * static_cast<int64_t>(sizeof(T)); at += kLine)
+        prefetch_l2(reinterpret_cast<const unsigned char*>(x) + at);
     float sum = 0, squares = 0, score;
     if (a.metric == Metric::poincare) {
       double wide = 0;
@@ -80,7 +85,9 @@ __global__ void __launch_bounds__(kThreads) candidates_kernel(CandidateArgs a, b
 template <class T>
 void run_candidates(const CandidateArgs& a, const Launch& l) {
   const bool vectors = aligned(a.x, 16) && a.ldx * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  launch("rescore", candidates_kernel<T>, grid_x(div_up(a.nq * a.c, kThreads)), kThreads, 0, l, a, vectors);
+  const bool few = a.nq * a.c <= multiprocessors(l.device) * int64_t{kThreads};
+  const int threads = few ? 32 : kThreads;  // few: over all multiprocessors
+  launch("rescore", candidates_kernel<T>, grid_x(div_up(a.nq * a.c, threads)), threads, 0, l, a, vectors, few);
 }
 
 // Cosine: the queries are divided by their norms beforehand, so that no product of large values overflows.

@@ -59,6 +59,7 @@ struct CandidateArgs {
   int64_t c;
   Key* keys;
   const double* rooms = nullptr;  // [nq], of query_rooms(): poincare
+  const int* counts = nullptr;    // [nq]: so many candidates of c are there, or more; null: all
 };
 void score_candidates(const CandidateArgs& a, const Launch& l);
 

@@ -324,18 +324,16 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
     seed_bars(SeedArgs{w.sample, a.nq, p.sampled * 4, p.rank, w.bars}, l);
   }
   s.tiles = p.tiles, s.tiles_per_part = p.screen_tiles_per_part, s.tile_step = 1;
-  if (p.counted) {
-    fill_zero("knn", w.counts, static_cast<size_t>(p.padded) * sizeof(int), l);
-    check(cudaMemsetAsync(w.candidates, 0xff, static_cast<size_t>(p.padded * p.keep) * 8, stream_of(l)), "knn");
-  }
+  if (p.counted) fill_zero("knn", w.counts, static_cast<size_t>(p.padded) * sizeof(int), l);
   run_screen(s, p, l);
   const int per_part = 4 * p.lists.per_lane;
   if (!p.counted)
     merge_lists(
         Merge{w.lists, a.nq, p.lists.parts, per_part, per_part, false, p.keep, p.keep, false, w.bounds, w.candidates},
         "knn", l);
-  score_candidates(
-      CandidateArgs{q, a.x, a.nq, a.n, ldq, a.ldx, d, a.storage, a.metric, a.bias, w.candidates, p.keep, w.exact}, l);
+  CandidateArgs c{q, a.x, a.nq, a.n, ldq, a.ldx, d, a.storage, a.metric, a.bias, w.candidates, p.keep, w.exact};
+  c.counts = w.counts;
+  score_candidates(c, l);
   merge_lists(Merge{w.exact, a.nq, 1, p.keep, p.keep, false, p.best, static_cast<int>(a.k), s.l2, a.scores, a.ids},
               "knn", l);
   fill_zero("knn", w.failures, sizeof(int), l);

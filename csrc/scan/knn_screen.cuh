@@ -179,8 +179,11 @@ __device__ __forceinline__ float any_score(bool cosine, float product, float rea
   return cosine ? fmaf(product, r0, r1) : fmaf(reach, r0, product + r1);
 }
 
-// Of a query that has more candidates than there is room for, no more are wanted: it goes through the exact pass.
+// Of a query that has more candidates than there is room for, no more are wanted: it goes through the exact pass. Its
+// bar becomes infinite (a sample's never is), which a NaN score passes all the same: such a row is not counted, so that
+// counts end near the capacity, and above it.
 __device__ __forceinline__ void add_candidate(const ScreenLists& lists, int64_t query, uint32_t row) {
+  if (*static_cast<volatile unsigned*>(lists.bars + query) >= 0xff800000u) return;
   const int place = atomicAdd(lists.counts + query, 1);
   if (place < lists.capacity)
     lists.candidates[query * lists.capacity + place] = row;

@@ -22,7 +22,7 @@ struct ScreenLists {
   int64_t pitch;  // of queries: parts * 4 * per_lane
   // Long lists (in blocks of 128 queries): bars stay as the sample made them, and what exceeds them is a candidate.
   int* counts;          // [padded queries], 0 at first, and how many there were at the end; null: lists as above
-  int64_t* candidates;  // [padded queries][capacity], -1 at first
+  int64_t* candidates;  // [padded queries][capacity], the first counts[i] of them
   int capacity;
 };
 

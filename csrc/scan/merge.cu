@@ -141,13 +141,14 @@ __global__ void __launch_bounds__(1024) short_merge_kernel(Merge m) {
 constexpr int kSelectThreads = 1024;
 constexpr int kBins = 2048;
 
-// Of the bins [0, kBins): the one in which the `wanted`-th largest lies, how many lie above it and inside. One warp.
+// Of the bins [0, kBins): the one in which the `wanted`-th largest lies, how many lie above it and inside. One warp. A
+// lane's bins are added up from another one on in each lane, so that the lanes read different banks.
 __device__ __forceinline__ void find_bin(const int* bins, int wanted, int* digit, int* above, int* inside) {
   constexpr int kOwn = kBins / 32;
   const int lane = threadIdx.x & 31;
   int own = 0;
 #pragma unroll 16  // all of them would not fit into the registers
-  for (int b = 0; b < kOwn; ++b) own += bins[lane * kOwn + b];
+  for (int b = 0; b < kOwn; ++b) own += bins[lane * kOwn + ((b + lane) & (kOwn - 1))];
   int from_here = own;  // keys in this lane's bins or higher ones
 #pragma unroll
   for (int s = 1; s < 32; s <<= 1) {

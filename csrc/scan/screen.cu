@@ -7,7 +7,8 @@
 // through the exact pass, whose blocks return at once where there are none. So the results are those of knn to the bit,
 // whatever the data.
 //
-// Small collections, large k and rows too long for shared memory are searched by knn.
+// Small collections, large k and rows too long for shared memory are searched by knn; so are few queries of which the
+// codes would save less reading than the launches cost, and searches that would have many candidates.
 #include "scan/screen.h"
 
 #include <cmath>
@@ -23,7 +24,9 @@ namespace {
 using Args = ::lutra::ScreenArgs;
 
 constexpr int kThreads = 256;
-constexpr int64_t kLeastRows = 32768;  // fewer are searched by knn
+constexpr int64_t kLeastRows = 32768;         // fewer are searched by knn
+constexpr int64_t kLeastSaved = 100'000'000;  // bytes
+constexpr int64_t kCandidatesOf = 64;         // at most every so many-th row is a candidate: they are read at random
 constexpr int64_t kMostK = 256, kMostStep = 32, kListBytes = int64_t{256} << 20;
 
 int64_t g_rows = kLeastRows, g_capacity = 0;  // tests choose others
@@ -46,9 +49,22 @@ KnnArgs knn_args(const Args& a) {
 }
 
 // About so many rows of each query should pass: as many as the bounds let reach the k-th best score, and some more.
-// What the codes lose grows with the root of the dimension against the scores' spread.
-int64_t wanted_candidates(int64_t k, int64_t d) {
-  return 432 + static_cast<int64_t>(static_cast<double>(k) * (5 + 0.25 * sqrt(static_cast<double>(d))));
+// What the codes lose grows with the root of the dimension against the scores' spread: of normal values the bound lies
+// 0.02 sqrt(d) standard deviations of the scores above the score. With the k-th best of n at z of them, about
+// k exp(m z - m^2 / 2) scores lie above z - m. A tenth more is for queries that lie badly.
+int64_t wanted_candidates(int64_t k, int64_t n, int64_t d) {
+  const double root = sqrt(static_cast<double>(d)), z = sqrt(2 * log(static_cast<double>(n) / static_cast<double>(k)));
+  double m = 0.021 * root + 0.1;
+  if (m > z) m = z;  // all n
+  const double reach = exp(m * z - m * m / 2), least = 5 + 0.25 * root;
+  return 432 + static_cast<int64_t>(static_cast<double>(k) * (reach > least ? reach : least));
+}
+
+// Where the codes of a whole collection are read for few queries, what they save must pay for some ten launches: 100 MB
+// are about 30 us of an H100's memory.
+bool saves_little(const Args& a) {
+  const int64_t value = a.dtype == DType::f32 ? 4 : a.dtype == DType::i8 || a.dtype == DType::u8 ? 1 : 2;
+  return a.nq <= 8 && a.n * a.d * (value - 1) < kLeastSaved;
 }
 
 Plan plan_for(const Args& a, int device) {
@@ -56,9 +72,10 @@ Plan plan_for(const Args& a, int device) {
   p.width = screen_width(a.nq, a.d, false, device), p.sample_width = screen_width(a.nq, a.d, true, device);
   p.screened =
       p.sample_width > 0 && a.nq > 0 && a.d > 0 && a.n >= g_rows && a.n > a.k && a.k <= kMostK && a.n <= kMaxRows;
+  if (g_rows == kLeastRows && saves_little(a)) p.screened = false;
   if (!p.screened) return p;
   p.best = static_cast<int>(a.k);
-  const int64_t wanted = wanted_candidates(a.k, a.d), sms = multiprocessors(device);
+  const int64_t wanted = wanted_candidates(a.k, a.n, a.d), sms = multiprocessors(device);
   // The bar may come from rows that stand beside their like, of which a bucket of the sample has the best of four.
   p.capacity = static_cast<int>(g_capacity > 0 ? g_capacity : 4 * wanted + 512);
   p.tiles = div_up(a.n, kScreenTile);
@@ -89,7 +106,8 @@ Plan plan_for(const Args& a, int device) {
     if (p.rank < 1) p.rank = 1;
   }
   // Where the sample cannot give such a bar most queries would need the exact pass.
-  if (g_rows == kLeastRows && int64_t{4} * p.rank * p.step < 3 * wanted) p.screened = false;
+  const bool many = wanted * kCandidatesOf > a.n || int64_t{4} * p.rank * p.step < 3 * wanted;
+  if (g_rows == kLeastRows && many) p.screened = false;
 
   const int64_t pass_tiles = div_up(a.n, 32 * kPassWarps);
   int64_t parts = pass_blocks(device);
@@ -181,11 +199,11 @@ void search(const Args& a, const Plan& p, const Workspace& w, const float* q, in
     screen_scan(some, p.sample_width, p.sample_parts, l);
     seed_bars(SeedArgs{w.sample, a.nq, some.sample_pitch, p.rank, w.queries.bars}, l);
   }
-  check(cudaMemsetAsync(w.candidates, 0xff, static_cast<size_t>(a.nq * p.capacity) * 8, stream_of(l)), "knn_screened");
   s.tiles = p.tiles, s.tiles_per_part = p.tiles_per_part, s.tile_step = 1;
   screen_scan(s, p.width, p.parts, l);
-  score_candidates(
-      CandidateArgs{q, a.x, a.nq, a.n, ldq, a.ldx, d, a.dtype, a.metric, a.bias, w.candidates, p.capacity, w.exact}, l);
+  CandidateArgs c{q, a.x, a.nq, a.n, ldq, a.ldx, d, a.dtype, a.metric, a.bias, w.candidates, p.capacity, w.exact};
+  c.counts = w.queries.counts;
+  score_candidates(c, l);
   merge_lists(Merge{w.exact, a.nq, 1, p.capacity, p.capacity, false, p.best, p.best, l2, a.scores, a.ids},
               "knn_screened", l);
   fill_zero("knn_screened", w.failures, sizeof(int), l);

@@ -66,11 +66,11 @@ struct Int8Scan {
   int tile_step;  // every so many tiles are looked at
   float* sample;  // [padded][parts * kBuckets], the largest v * scale(x); null: candidates are written
   int64_t sample_pitch;
-  int64_t* candidates;  // [nq][capacity], -1 at first
+  int64_t* candidates;  // [nq][capacity], the first counts[i] of them
   int capacity;
 };
 
-// The queries of a block: 8, 32 or 128; 0 where rows are too long for any. A sample takes more shared memory.
+// The queries of a block: 8, 32, 64 or 128; 0 where rows are too long for any. A sample takes more shared memory.
 int screen_width(int64_t nq, int64_t d, bool sample, int device);
 int screen_blocks(int width, int64_t d, int device);  // of a multiprocessor
 void screen_scan(const Int8Scan& a, int width, int64_t parts, const Launch& l);

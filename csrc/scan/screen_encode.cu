@@ -84,16 +84,11 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(ScreenEncodeArgs a) {
   uint32_t* codes = reinterpret_cast<uint32_t*>(a.codes) + block * steps * kRows;
   for (int64_t from = 0; from < steps; from += kSteps) {
     const int count = static_cast<int>(steps - from < kSteps ? steps - from : kSteps);
-    for (int g = lane; g < count; g += 32) {
-      uint32_t word = 0x80808080u;
-      if (good) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int64_t j = (from + g) * 4 + e;
-          if (j < a.d) word += static_cast<uint32_t>(static_cast<int>(code_of(__fmul_rn(value(j), unit)))) << (8 * e);
-        }
-      }
-      words[g * kPitch + row] = word;
+    for (int c = lane; c < 4 * count; c += 32) {
+      const int64_t j = from * 4 + c;
+      int code = 0;
+      if (good && j < a.d) code = static_cast<int>(code_of(__fmul_rn(value(j), unit)));
+      reinterpret_cast<uint8_t*>(words + (c >> 2) * kPitch + row)[c & 3] = static_cast<uint8_t>(code + 128);
     }
     __syncthreads();
     for (int w = threadIdx.x; w < count * kRows; w += kThreads) {
@@ -102,6 +97,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(ScreenEncodeArgs a) {
     }
     __syncthreads();
   }
+  if (steps == 0) __syncthreads();  // `most` is whole
   if (threadIdx.x < 4) atomicMax(reinterpret_cast<int*>(a.bounds + threadIdx.x), __float_as_int(most[threadIdx.x]));
 }
 

@@ -22,12 +22,13 @@ namespace {
 constexpr int kThreads = kScreenWarps * 32, kWaiting = 64;
 constexpr int kMagic = 0x4b400000;  // bits of 1.5 * 2^23
 constexpr float kFarBar = 3e38f;    // no row with codes reaches it
+constexpr float kNoBar = 3.2e38f;   // of queries that take no candidates: padding, no bound, a list that is full
 
 template <int NT>
 struct Shared {  // NT: tiles of 8 queries
   static constexpr int kQueries = 8 * NT;
   uint4* panel;  // [(NT + 1) / 2][steps][32]
-  float* bars;   // [kQueries], the warp's own: a query whose list is full gets kFarBar
+  float* bars;   // [kQueries], the warp's own: a query whose list is full gets kNoBar
   float* per_scale;
   int4* start;  // [2][kQueries / 2]: two queries' twice, as the sums lie; and twice, so that no two sums are one value
   uint2* waiting;  // the warp's
@@ -49,20 +50,27 @@ struct Shared {  // NT: tiles of 8 queries
   }
 };
 
-// Gives the candidates that wait their places.
+// Gives the candidates that wait their places. Rows whose `half` is not finite, or that have no codes, pass whatever
+// the bar: also for queries that take none, which are left out here. So a count ends near the capacity.
 template <int NT>
 __device__ __forceinline__ void flush(const Int8Scan& a, const Shared<NT>& s, int64_t q0, int waiting) {
   __syncwarp();
-  for (int i = threadIdx.x & 31; i < waiting; i += 32) {
-    const uint2 w = s.waiting[i];
-    const int64_t query = q0 + w.y;
-    const int place = atomicAdd(a.queries.counts + query, 1);
-    if (place < a.capacity)
-      a.candidates[query * a.capacity + place] = w.x;
-    else
-      s.bars[w.y] = kFarBar;
+  for (int i0 = 0; i0 < waiting; i0 += 32) {
+    const int i = i0 + (threadIdx.x & 31);
+    uint2 w = make_uint2(0, 0);
+    if (i < waiting) w = s.waiting[i];
+    const bool wanted = i < waiting && s.bars[w.y] <= kFarBar;
+    __syncwarp();  // all have read their bars
+    if (wanted) {
+      const int64_t query = q0 + w.y;
+      const int place = atomicAdd(a.queries.counts + query, 1);
+      if (place < a.capacity)
+        a.candidates[query * a.capacity + place] = w.x;
+      else
+        s.bars[w.y] = kNoBar;
+    }
+    __syncwarp();
   }
-  __syncwarp();
 }
 
 template <int NT>
@@ -84,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
     for (int i = lane; i < kQueries; i += 32) {
       const bool live = q0 + i < a.nq && !a.queries.broken[q0 + i];
       const float bar = from_ordered_bits(a.queries.bars[q0 + i]);
-      s.bars[i] = live ? fminf(bar, kFarBar) : kFarBar;
+      s.bars[i] = live ? fminf(bar, kFarBar) : kNoBar;
     }
     for (int i = threadIdx.x; i < kQueries; i += kThreads) {
       s.per_scale[i] = a.queries.per_scale[q0 + i];
@@ -97,13 +105,15 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
   }
   __syncthreads();
 
-  const int64_t blocks = (a.n + 15) / 16;
-  const int64_t begin = blockIdx.y * a.tiles_per_part, stop = begin + a.tiles_per_part;
-  const int64_t end = stop < a.tiles ? stop : a.tiles;
+  // Fewer than 2^32 rows are 2^28 blocks and 2^27 tiles.
+  const int blocks = static_cast<int>((a.n + 15) / 16);
+  const int begin = static_cast<int>(blockIdx.y * a.tiles_per_part), stop = begin + static_cast<int>(a.tiles_per_part);
+  const int end = stop < a.tiles ? stop : static_cast<int>(a.tiles);
   uint4 next[4];  // columns t and 4 + t (times 4) of two products
-  const auto fetch = [&](int64_t tile, int pair) {
-    const int64_t block = tile * a.tile_step * 2 + (g >> 2);
-    const uint4* from = reinterpret_cast<const uint4*>(a.codes) + (block * steps + pair * 16 + t) * 4 + (g & 3);
+  const auto fetch = [&](int tile, int pair) {
+    const int block = tile * a.tile_step * 2 + (g >> 2);
+    const uint4* from =
+        reinterpret_cast<const uint4*>(a.codes) + (static_cast<int64_t>(block) * steps + pair * 16 + t) * 4 + (g & 3);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       next[i] = make_uint4(0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u);
@@ -112,9 +122,9 @@ __global__ void __launch_bounds__(kThreads, NT == 16 ? 1 : 2) scan_kernel(const 
   };
   int waiting = 0;
   if (begin + warp < end) fetch(begin + warp, 0);
-  for (int64_t tile = begin + warp; tile < end; tile += kScreenWarps) {
+  for (int tile = begin + warp; tile < end; tile += kScreenWarps) {
     // The lane's 4 rows: sum[m][j][e] is of row 2 m + e / 2 and query 8 j + 2 t + e % 2.
-    const int64_t row0 = tile * a.tile_step * kScreenTile + (g >> 2) * 16 + (g & 3) * 4;
+    const int64_t row0 = static_cast<int64_t>(tile) * a.tile_step * kScreenTile + (g >> 2) * 16 + (g & 3) * 4;
     float4 inverse4 = make_float4(1, 1, 1, 1), half4 = make_float4(0, 0, 0, 0);
     unsigned valid = 0;  // bit r: row r may be found
     if (row0 < a.n) {
@@ -266,6 +276,7 @@ void run(const Int8Scan& a, int64_t parts, const Launch& l) {
 int screen_width(int64_t nq, int64_t d, bool sample, int device) {
   const int64_t room = shared_limit(device);
   if (nq > 64 && Shared<16>::bytes(d, sample) <= room) return 128;
+  if (nq > 32 && Shared<8>::bytes(d, sample) <= room) return 64;
   if (nq > 8 && Shared<4>::bytes(d, sample) <= room) return 32;
   return Shared<1>::bytes(d, sample) <= room ? 8 : 0;
 }
@@ -273,6 +284,7 @@ int screen_width(int64_t nq, int64_t d, bool sample, int device) {
 int screen_blocks(int width, int64_t d, int device) {
   const int64_t bytes = (width == 8    ? Shared<1>::bytes(d, false)
                          : width == 32 ? Shared<4>::bytes(d, false)
+                         : width == 64 ? Shared<8>::bytes(d, false)
                                        : Shared<16>::bytes(d, false)) +
                         1024;
   const int64_t fit = shared_limit(device) / bytes;
@@ -282,6 +294,7 @@ int screen_blocks(int width, int64_t d, int device) {
 
 void screen_scan(const Int8Scan& a, int width, int64_t parts, const Launch& l) {
   if (width == 128) return run<16>(a, parts, l);
+  if (width == 64) return run<8>(a, parts, l);
   if (width == 32) return run<4>(a, parts, l);
   run<1>(a, parts, l);
 }

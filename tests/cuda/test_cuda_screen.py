@@ -13,6 +13,7 @@ from lutra import _arrays
 from lutra.reference import scan as exact
 from lutra.reference import screen as reference
 from lutra.scan import Screen, _screen, knn, knn_screened, quantize_int8
+from lutra.scan._knn import _knn
 
 METRICS = ("ip", "l2", "cosine")
 STORAGE = ("float32", "float16", "bfloat16", "int8", "uint8")
@@ -57,7 +58,9 @@ def same_codes(gpu, got, want):
     np.testing.assert_allclose(got[3], want[3], atol=1e-6)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-4)
     np.testing.assert_allclose(got[2], want[2], rtol=1e-3, atol=1e-3)
-    assert (got[4] >= want[4] * np.float32(0.9998)).all() and (got[4] <= want[4] * np.float32(1.001)).all()
+    # some halves change a length, and what codes lose is known to some units of the last place of 127
+    assert (got[4] >= want[4] * np.float32(0.999) - np.float32(5e-5)).all()
+    assert (got[4] <= want[4] * np.float32(1.001) + np.float32(5e-5)).all()
 
 
 @pytest.mark.parametrize("metric", ["ip", "cosine"])
@@ -137,14 +140,15 @@ def test_dimensions(gpu_torch, d, metric):
     """Sums of up to 240 columns are floats by their bits, wider ones are converted."""
     rng = np.random.default_rng(d)
     x = gpu_torch.put(normal(rng, 700, d) + np.float32(0.3))
-    for nq in (3, 20, 66):
+    for nq in (3, 20, 50, 66):
         same_as_knn(gpu_torch, gpu_torch.put(normal(rng, nq, d)), x, 5, metric)
 
 
 def test_wide_rows(gpu_torch):
-    """Blocks of 128 queries (of a sample 32, which takes more shared memory), of 32, of 8, and none."""
+    """Blocks of 128 queries (of a sample 64, which takes more shared memory), 64 (32), 32, 8, and none."""
     rng = np.random.default_rng()
-    for n, d, nq in ((520, 1500, 66), (520, 1530, 66), (300, 7200, 10), (300, 15_000, 2)):
+    many = ((520, 1500, 66), (520, 1530, 66), (520, 1800, 66), (520, 3300, 40))
+    for n, d, nq in (*many, (300, 7200, 10), (300, 15_000, 2)):
         same_as_knn(gpu_torch, gpu_torch.put(normal(rng, nq, d)), gpu_torch.put(normal(rng, n, d)), 5, "l2")
 
 
@@ -172,10 +176,10 @@ def test_rows_that_the_codes_rule_out_are_not_read(gpu_torch, metric, nq):
         same_bits(gpu_torch.get(one), gpu_torch.get(other))
 
 
-@pytest.mark.parametrize(("n", "d", "nq"), [(40_000, 16, 1), (33_000, 1500, 65)])
+@pytest.mark.parametrize(("n", "d", "nq"), [(40_000, 16, 9), (60_000, 1500, 65), (100_000, 384, 1)])
 def test_as_it_is_used(gpu_torch, n, d, nq):
     """A collection that is large enough for the screen as it is: the sample's bar decides."""
-    if d > 1000 and lutra._backend.cuda.device_name(0) == "emulated":
+    if d > 16 and lutra._backend.cuda.device_name(0) == "emulated":
         pytest.skip("takes the emulator minutes")
     lutra._backend.cuda.screen_paths(0, 0)
     rng = np.random.default_rng(nq)
@@ -186,6 +190,26 @@ def test_as_it_is_used(gpu_torch, n, d, nq):
     got = knn_screened(q, a, screen, 10)
     for one, other in zip(got, want):
         same_bits(gpu_torch.get(one), gpu_torch.get(other))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "nq", "screened"),
+    [
+        (33_000, 1, 9, True),
+        (33_000, 1, 8, False),  # the codes save 1.6 MB
+        (33_000, 20, 9, False),  # some 550 candidates
+        (32_000, 1, 9, False),
+    ],
+)
+def test_what_is_left_to_knn(gpu_torch, n, k, nq, screened):
+    """It reads all rows, and so finds those that are NaN by now."""
+    lutra._backend.cuda.screen_paths(0, 0)
+    rng = np.random.default_rng(n)
+    a, q = gpu_torch.put(normal(rng, n, 16)), gpu_torch.put(np.tile(normal(rng, 1, 16), (nq, 1)))
+    screen = quantize_int8(a)
+    a[knn(q[:1], a, n).ids[0, n // 2 :]] = np.nan
+    scores = gpu_torch.get(knn_screened(q, a, screen, k).scores)
+    assert np.isnan(scores).any() != screened
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -265,6 +289,21 @@ def test_bias(gpu):
         products = q @ x.T + bias
         close(gpu.get(scores), np.sort(products, 1)[:, ::-1][:, :8])
         close(np.take_along_axis(products, gpu.get(ids), 1), gpu.get(scores))
+
+
+@pytest.mark.parametrize("nq", [1, 9, 70])
+def test_biases_that_are_not_finite(gpu, nq):
+    """Their rows pass for every query, those that only fill a block too; the order is knn's."""
+    rng = np.random.default_rng(nq)
+    x, bias = normal(rng, 4000, 16), normal(rng, 4000)
+    bias[::3], bias[1], bias[2] = np.inf, np.nan, -np.inf
+    kind = _arrays.kind_of(gpu.put(x), "x")
+    q, a, b = gpu.put(normal(rng, nq, 16)), gpu.put(x), gpu.put(bias)
+    screen = _screen._quantize_int8(kind, a, False, b, 256)
+    scores, ids = _screen._knn_screened(kind, q, a, *screen, k=8, bias=b)
+    want = _knn(kind, q, a, 8, "ip", None, b)
+    np.testing.assert_array_equal(gpu.get(ids), gpu.get(want[1]))
+    same_bits(gpu.get(scores), gpu.get(want[0]))
 
 
 def test_codes_of_the_cpu(gpu):

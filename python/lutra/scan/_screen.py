@@ -209,8 +209,9 @@ def knn_screened(
 
     On CUDA the results are those of `knn` there to the bit. The bar that bounds have to reach comes from a
     sample of the rows, and what reaches it is scored after the pass; a query with too many or too few such
-    rows is searched for without the codes, in the same call. Fewer than 32,768 rows, k > 256 and rows of more
-    than some 14,000 columns are left to `knn`.
+    rows is searched for without the codes, in the same call. Fewer than 32,768 rows, k > 256, rows of more
+    than some 14,000 columns, up to 8 queries whose codes save less than 100 MB of reading (8-bit rows: none)
+    and searches with more than n / 64 candidates (long rows, large k) are left to `knn`.
 
     Examples
     --------

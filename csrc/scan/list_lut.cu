@@ -154,7 +154,8 @@ LutPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t m, int64_t 
   LutPlan p;
   const size_t limit = static_cast<size_t>(shared_limit(device));
   const size_t tables = (static_cast<size_t>(m) * 4) << bits;
-  const int best = static_cast<int>(a.k < a.npositions ? a.k : a.npositions);
+  const int64_t wanted = list_wanted(a, sizes);
+  const int best = static_cast<int>(wanted < kMaxK ? wanted : kMaxK);  // of a block
   const size_t selection = list_select_bytes(1, kListThreads, best, list_capacity(best < 1 ? 1 : best));
   p.far = tables + selection > limit;
   // Several rows a thread where there is enough work: their loads and look-ups overlap.

@@ -123,7 +123,7 @@ ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const Li
   if (a.npositions > 0x7fffffff || a.nlist > 0x7ffffff0 || a.arena_rows > kMaxRows)
     throw std::length_error("lutra: lists on CUDA take fewer than 2^31 vectors and lists");
   ListScanPlan p{};
-  p.wanted = a.k < a.npositions ? a.k : a.npositions;
+  p.wanted = list_wanted(a, sizes);
   const bool all = p.wanted > kMaxK;  // a block leaves all rows of its stretch
   p.best = static_cast<int>(all ? kMaxK : p.wanted);
   p.capacity = list_capacity(p.best);

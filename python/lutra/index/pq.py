@@ -21,7 +21,7 @@ from .base import Index, register
 _KEPT = {"float32": F32, "float16": F16}
 _ENCODE = 1 << 14  # rows that are encoded at a time: their sub-vectors stay in the caches
 _REFINE = 4
-_SELECTED = 1820  # candidates that the quick scan on a GPU finds (pq_plan.cuh: with its own spare ones up to 2048)
+_SELECTED = 1820  # candidates that the quick scan on a GPU finds: 2048 with its spare ones (pq_plan.cuh)
 
 
 @register

@@ -196,14 +196,12 @@ void list_lut(const Lut8Args& a, const ListSizes& sizes, const Launch& l) {
       kernel = p.far ? lut_kernel<4, 1, 1, true> : two ? lut_kernel<4, 2, 1, false> : lut_kernel<4, 1, 1, false>;
     else if (a.bits < 8)
       kernel = p.far ? lut_kernel<5, 1, 1, true> : lut_kernel<5, 1, 1, false>;
-    else if (p.far)
-      kernel = lut_kernel<8, 1, 1, true>;
     else if (a.m % 16 == 0 && aligned(a.codes, 16))
-      kernel = two ? lut_kernel<8, 2, 16, false> : lut_kernel<8, 1, 16, false>;
+      kernel = p.far ? lut_kernel<8, 1, 16, true> : two ? lut_kernel<8, 2, 16, false> : lut_kernel<8, 1, 16, false>;
     else if (a.m % 4 == 0 && aligned(a.codes, 4))
-      kernel = two ? lut_kernel<8, 2, 4, false> : lut_kernel<8, 1, 4, false>;
+      kernel = p.far ? lut_kernel<8, 1, 4, true> : two ? lut_kernel<8, 2, 4, false> : lut_kernel<8, 1, 4, false>;
     else
-      kernel = two ? lut_kernel<8, 2, 1, false> : lut_kernel<8, 1, 1, false>;
+      kernel = p.far ? lut_kernel<8, 1, 1, true> : two ? lut_kernel<8, 2, 1, false> : lut_kernel<8, 1, 1, false>;
     launch("list_lut", kernel, grid, kListThreads, p.shared, l, s, r);
   });
 }

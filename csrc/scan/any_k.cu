@@ -13,6 +13,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 512, kBins = 2048, kPasses = 6, kSorted = 8192;
+constexpr int kAhead = 4;  // loads of a thread that are on their way at a time
+constexpr int kPickThreads = 256;
 // Digits from the highest on: 11, 11 and 10 bits of the score, then of the id.
 __host__ __device__ constexpr int low_bit(int pass) {
   return 64 - 32 * (pass / 3) - (pass % 3 < 2 ? 11 * (pass % 3 + 1) : 32);
@@ -45,6 +47,23 @@ __global__ void __launch_bounds__(kThreads) start_kernel(Select a) {
   if (threadIdx.x == 0) a.states[query] = State{0, static_cast<uint32_t>(a.k < a.n ? a.k : a.n), 0, 0};
 }
 
+// f(score, row) for the block's rows of a query, 0 beyond the last; the threads of a warp call it together.
+template <class F>
+__device__ __forceinline__ void each_score(const Select& a, int64_t query, const F& f) {
+  const uint32_t* scores = a.scores + query * a.n;
+  for (int64_t row0 = static_cast<int64_t>(blockIdx.x) * kThreads * kAhead; row0 < a.n;
+       row0 += static_cast<int64_t>(gridDim.x) * kThreads * kAhead) {
+    uint32_t score[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t row = row0 + u * kThreads + threadIdx.x;
+      score[u] = row < a.n ? scores[row] : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) f(score[u], row0 + u * kThreads + threadIdx.x);
+  }
+}
+
 // Grid: (parts, queries).
 __global__ void __launch_bounds__(kThreads) count_kernel(Select a, int pass) {
   __shared__ uint32_t bins[kBins];
@@ -56,69 +75,79 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Select a, int pass) {
   const int low = low_bit(pass), high = high_bit(pass);
   const Key closed = high < 64 ? ~static_cast<Key>(0) << high : 0;
   const unsigned mask = (1u << (high - low)) - 1;
-  const uint32_t* scores = a.scores + query * a.n;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < a.n;
-       row += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const uint32_t score = scores[row];
+  each_score(a, query, [&](uint32_t score, int64_t row) {
     const Key key = key_of(score, row);
     if (score && (key & closed) == state.prefix) atomicAdd(&bins[static_cast<unsigned>(key >> low) & mask], 1u);
-  }
+  });
   __syncthreads();
   for (int b = threadIdx.x; b < kBins; b += kThreads)
     if (bins[b]) atomicAdd(&a.bins[query * kBins + b], bins[b]);
 }
 
-// A warp a query: the digit in which the `wanted`-th largest lies.
-__global__ void __launch_bounds__(32) pick_kernel(Select a, int pass) {
-  constexpr int kOwn = kBins / 32;
+// A block a query: the digit in which the `wanted`-th largest lies.
+__global__ void __launch_bounds__(kPickThreads) pick_kernel(Select a, int pass) {
+  constexpr int kOwn = kBins / kPickThreads, kWarps = kPickThreads / 32;
+  static_assert(kOwn == 8, "two loads");
+  __shared__ uint32_t of_warps[kWarps];
   const int64_t query = blockIdx.x;
   State state = a.states[query];
   if (state.decided) return;
-  uint32_t* bins = a.bins + query * kBins;
-  const int lane = threadIdx.x;
+  uint4* bins = reinterpret_cast<uint4*>(a.bins + query * kBins) + threadIdx.x * 2;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const uint4 low = bins[0], high = bins[1];
+  const uint32_t mine[kOwn] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  bins[0] = bins[1] = uint4{0, 0, 0, 0};  // for the next pass
   uint32_t own = 0;
-  for (int b = 0; b < kOwn; ++b) own += bins[lane * kOwn + b];
-  uint32_t from_here = own;  // keys in this lane's bins or higher ones
+#pragma unroll
+  for (int b = 0; b < kOwn; ++b) own += mine[b];
+  uint32_t from_here = own;  // keys in this thread's bins or higher ones
 #pragma unroll
   for (int s = 1; s < 32; s <<= 1) {
     const uint32_t v = __shfl_down_sync(kFullWarp, from_here, s);
     if (lane + s < 32) from_here += v;
   }
-  const uint32_t all = __shfl_sync(kFullWarp, from_here, 0);
+  if (lane == 0) of_warps[warp] = from_here;
+  __syncthreads();  // and all have read the state
+  uint32_t all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w > warp) from_here += of_warps[w];
+    all += of_warps[w];
+  }
   uint32_t higher = from_here - own;
-  __syncwarp();               // all have read the state
   if (all <= state.wanted) {  // in the first pass only: all that may be found is wanted
-    if (lane == 0) state.prefix = 1, state.decided = 1, a.states[query] = state;
-  } else if (from_here >= state.wanted && higher < state.wanted) {  // one lane
-    int b = kOwn - 1;
-    uint32_t inside = bins[lane * kOwn + b];
-    while (b > 0 && higher + inside < state.wanted) {
+    if (threadIdx.x == 0) state.prefix = 1, state.decided = 1, a.states[query] = state;
+  } else if (from_here >= state.wanted && higher < state.wanted) {  // one thread
+    int digit = 0;
+    uint32_t inside = 0;
+#pragma unroll
+    for (int b = kOwn - 1; b >= 0; --b) {
+      if (higher + inside >= state.wanted) break;
       higher += inside;
-      inside = bins[lane * kOwn + --b];
+      inside = mine[b], digit = b;
     }
     state.wanted -= higher;
-    state.prefix |= static_cast<Key>(lane * kOwn + b) << low_bit(pass);
+    state.prefix |= static_cast<Key>(threadIdx.x * kOwn + digit) << low_bit(pass);
     state.decided = inside == state.wanted || pass == kPasses - 1;
     a.states[query] = state;
   }
-  __syncwarp();
-  for (int b = 0; b < kOwn; ++b) bins[b * 32 + lane] = 0;
 }
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(Select a) {
   const int64_t query = blockIdx.y;
+  const int lane = threadIdx.x & 31;
   const Key bound = a.states[query].prefix;
   const uint32_t least = static_cast<uint32_t>(bound >> 32);
-  const uint32_t* scores = a.scores + query * a.n;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < a.n;
-       row += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const uint32_t score = scores[row];
-    if (score < least || !score) continue;
+  each_score(a, query, [&](uint32_t score, int64_t row) {
     const Key key = key_of(score, row);
-    if (key < bound) continue;
-    const uint32_t place = atomicAdd(&a.states[query].taken, 1u);
-    if (place < a.k) a.keys[query * a.k + place] = key;
-  }
+    const bool keep = score && score >= least && key >= bound;
+    const unsigned votes = __ballot_sync(kFullWarp, keep);
+    if (!votes) return;
+    uint32_t first = 0;  // of the warp's places
+    if (lane == 0) first = atomicAdd(&a.states[query].taken, static_cast<uint32_t>(__popc(votes)));
+    const uint32_t place = __shfl_sync(kFullWarp, first, 0) + __popc(votes & ((1u << lane) - 1));
+    if (keep && place < a.k) a.keys[query * a.k + place] = key;
+  });
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -186,7 +215,7 @@ void any_k(const AnyK& a, int64_t count, bool smaller_better, float* scores, int
   const dim3 grid(grid_x(parts < most ? parts : most), static_cast<unsigned>(count));
   for (int pass = 0; pass < kPasses; ++pass) {
     launch(what, count_kernel, grid, kThreads, 0, l, s, pass);
-    launch(what, pick_kernel, grid_x(count), 32, 0, l, s, pass);
+    launch(what, pick_kernel, grid_x(count), kPickThreads, 0, l, s, pass);
   }
   launch(what, gather_kernel, grid, kThreads, 0, l, s);
   if (a.k <= kSorted) {

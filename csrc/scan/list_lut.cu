@@ -154,7 +154,8 @@ LutPlan plan_for(const ListsArgs& a, const ListSizes& sizes, int64_t m, int64_t 
   LutPlan p;
   const size_t limit = static_cast<size_t>(shared_limit(device));
   const size_t tables = (static_cast<size_t>(m) * 4) << bits;
-  const int best = static_cast<int>(a.k < a.npositions ? a.k : a.npositions);
+  const int64_t wanted = list_wanted(a, sizes);
+  const int best = static_cast<int>(wanted < kMaxK ? wanted : kMaxK);  // of a block
   const size_t selection = list_select_bytes(1, kListThreads, best, list_capacity(best < 1 ? 1 : best));
   p.far = tables + selection > limit;
   // Several rows a thread where there is enough work: their loads and look-ups overlap.
@@ -195,14 +196,12 @@ void list_lut(const Lut8Args& a, const ListSizes& sizes, const Launch& l) {
       kernel = p.far ? lut_kernel<4, 1, 1, true> : two ? lut_kernel<4, 2, 1, false> : lut_kernel<4, 1, 1, false>;
     else if (a.bits < 8)
       kernel = p.far ? lut_kernel<5, 1, 1, true> : lut_kernel<5, 1, 1, false>;
-    else if (p.far)
-      kernel = lut_kernel<8, 1, 1, true>;
     else if (a.m % 16 == 0 && aligned(a.codes, 16))
-      kernel = two ? lut_kernel<8, 2, 16, false> : lut_kernel<8, 1, 16, false>;
+      kernel = p.far ? lut_kernel<8, 1, 16, true> : two ? lut_kernel<8, 2, 16, false> : lut_kernel<8, 1, 16, false>;
     else if (a.m % 4 == 0 && aligned(a.codes, 4))
-      kernel = two ? lut_kernel<8, 2, 4, false> : lut_kernel<8, 1, 4, false>;
+      kernel = p.far ? lut_kernel<8, 1, 4, true> : two ? lut_kernel<8, 2, 4, false> : lut_kernel<8, 1, 4, false>;
     else
-      kernel = two ? lut_kernel<8, 2, 1, false> : lut_kernel<8, 1, 1, false>;
+      kernel = p.far ? lut_kernel<8, 1, 1, true> : two ? lut_kernel<8, 2, 1, false> : lut_kernel<8, 1, 1, false>;
     launch("list_lut", kernel, grid, kListThreads, p.shared, l, s, r);
   });
 }

@@ -76,54 +76,13 @@ __global__ void __launch_bounds__(256)
   first[l] = low;
 }
 
-// merge_lists for lists of up to 16 keys, all different: a block per query, whose warps keep the best 16 of what they
-// read in lanes 0 to 15 and sort only where something better has come, then merge two by two.
-constexpr int kMergeWarps = 8, kMergeAhead = 4;
-
-__global__ void __launch_bounds__(kMergeWarps * 32) merge_short_kernel(Merge m) {
-  __shared__ Key best[kMergeWarps][16];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int64_t query = blockIdx.x, total = static_cast<int64_t>(m.parts) * m.per_part;
-  const Key* keys = m.lists + query * total;
-  Key key = 0;
-  for (int64_t from = warp * 16; from < total; from += kMergeWarps * 16 * kMergeAhead) {
-    Key fresh[kMergeAhead];
-#pragma unroll
-    for (int u = 0; u < kMergeAhead; ++u) {
-      const int64_t at = from + u * kMergeWarps * 16 + lane - 16;
-      fresh[u] = lane >= 16 && at < total ? keys[at] : 0;
-    }
-#pragma unroll
-    for (int u = 0; u < kMergeAhead; ++u) {
-      const Key worst = __shfl_sync(kFullWarp, key, 15);
-      if (__any_sync(kFullWarp, fresh[u] > worst)) key = warp_sort(lane < 16 ? key : fresh[u]);
-    }
-  }
-  if (lane < 16) best[warp][lane] = key;
-  for (int half = kMergeWarps / 2; half > 0; half >>= 1) {
-    __syncthreads();
-    if (warp >= half) continue;
-    key = warp_sort(lane < 16 ? key : best[warp + half][lane - 16]);
-    if (lane < 16) best[warp][lane] = key;
-  }
-  if (warp != 0) return;
-  const float infinity = __int_as_float(0x7f800000);
-  for (int i = lane; i < m.k; i += 32) {
-    const Key k = i < m.best ? key : 0;  // m.best <= 16: of the first round alone
-    float score = m.smaller_better ? infinity : -infinity;
-    if (k) score = m.smaller_better ? 0.0f - key_score(k) : key_score(k);
-    m.scores[query * m.k + i] = score;
-    m.ids[query * m.k + i] = k ? key_id(k) : -1;
-  }
-}
-
 }  // namespace
 
 ListScanPlan plan_list_scan(const ListsArgs& a, const ListSizes& sizes, const ListScanShape& shape, int device) {
   if (a.npositions > 0x7fffffff || a.nlist > 0x7ffffff0 || a.arena_rows > kMaxRows)
     throw std::length_error("lutra: lists on CUDA take fewer than 2^31 vectors and lists");
   ListScanPlan p{};
-  p.wanted = a.k < a.npositions ? a.k : a.npositions;
+  p.wanted = list_wanted(a, sizes);
   const bool all = p.wanted > kMaxK;  // a block leaves all rows of its stretch
   p.best = static_cast<int>(all ? kMaxK : p.wanted);
   p.capacity = list_capacity(p.best);
@@ -238,10 +197,7 @@ void run_list_scan(const ListsArgs& a, const ListScanPlan& p, const char* what, 
             a.scores + q0 * a.k,
             a.ids + q0 * a.k};
     m.scratch = sort;
-    if (p.best <= 16 && !p.repeated && static_cast<int64_t>(parts) * p.best > 32)
-      launch(what, merge_short_kernel, grid_x(s.lists.nq), kMergeWarps * 32, 0, l, m);
-    else
-      merge_lists(m, what, l);
+    merge_lists(m, what, l);
   }
 }
 

@@ -63,6 +63,12 @@ inline size_t list_select_bytes(int probes, int threads, int best, int capacity)
          (best <= kSeedK ? static_cast<size_t>(probes) * threads * sizeof(uint32_t) : 0);
 }
 
+// Keys of a query that are looked for. A position that is in two lists has two of them, unless their scores are equal.
+inline int64_t list_wanted(const ListsArgs& a, const ListSizes& sizes) {
+  const int64_t most = sizes.repeated ? 2 * a.npositions : a.npositions;
+  return a.k < most ? a.k : most;
+}
+
 ListScanPlan plan_list_scan(const ListsArgs&, const ListSizes&, const ListScanShape&, int device);
 int64_t list_scan_bytes(const ListScanPlan&, const ListsArgs&);
 

@@ -1,7 +1,7 @@
 // Lists of which more keys are wanted than a block sorts: CUB sorts them in memory, then a block a query drops what is
 // there twice and writes the first k.
 //
-// Queries with short lists are sorted by segments, a block each; long lists one after another, each by the whole
+// Many short lists are sorted by segments, a block each; long ones and few ones one after another, each by the whole
 // machine. Keys of a query are counted in 32 bits, of a launch in 64.
 #include "common/select.cuh"
 
@@ -13,7 +13,10 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int64_t kAlone = 65536;  // keys of a list from which on it is sorted by itself
+// From so many keys of a list on it is sorted by itself, and where a block would have that many for each other block.
+constexpr int64_t kAlone = 65536, kAloneOfFew = 2048;
+
+bool alone(int64_t queries, int64_t total) { return total >= kAlone || queries * kAloneOfFew < total; }
 
 __global__ void __launch_bounds__(256) offsets_kernel(int64_t queries, int64_t total, int64_t* offsets) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -67,14 +70,15 @@ Arrays arrays(int64_t queries, int64_t total, void* scratch, int64_t* bytes) {
   Arrays a{};
   a.sorted = c.take<Key>(queries * total);
   const Key* from = nullptr;
-  if (total < kAlone) {
+  check(cub::DeviceRadixSort::SortKeysDescending(nullptr, a.temporary_bytes, from, a.sorted, total), "sort");
+  if (total < kAlone) {  // room for either way: a call may have fewer queries than the workspace
     a.offsets = c.take<int64_t>(queries + 1);
     const int64_t* offsets = nullptr;
-    check(cub::DeviceSegmentedRadixSort::SortKeysDescending(nullptr, a.temporary_bytes, from, a.sorted, queries * total,
+    size_t segmented = 0;
+    check(cub::DeviceSegmentedRadixSort::SortKeysDescending(nullptr, segmented, from, a.sorted, queries * total,
                                                             queries, offsets, offsets),
           "sort");
-  } else {
-    check(cub::DeviceRadixSort::SortKeysDescending(nullptr, a.temporary_bytes, from, a.sorted, total), "sort");
+    if (segmented > a.temporary_bytes) a.temporary_bytes = segmented;
   }
   a.temporary = c.take<char>(static_cast<int64_t>(a.temporary_bytes));
   if (bytes) *bytes = c.used();
@@ -96,7 +100,7 @@ void long_lists(const Merge& m, const char* what, const Launch& l) {
     throw std::logic_error("lutra: long lists lie side by side, those of all queries");
   const Arrays a = arrays(m.queries, total, m.scratch, nullptr);
   size_t room = a.temporary_bytes;
-  if (total < kAlone) {
+  if (!alone(m.queries, total)) {
     launch(what, offsets_kernel, grid_x(div_up(m.queries + 1, 256)), 256, 0, l, m.queries, total, a.offsets);
     check(cub::DeviceSegmentedRadixSort::SortKeysDescending(
               a.temporary, room, m.lists, a.sorted, m.queries * total, m.queries,

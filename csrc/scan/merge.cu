@@ -17,6 +17,7 @@ namespace cuda {
 namespace {
 
 constexpr int kRoom = 8192;
+constexpr int kAhead = 4;  // loads of a thread that are on their way at a time, where little is done with a key
 
 __device__ __forceinline__ void write_result(const Merge& m, int64_t query, int place, Key key) {
   const int64_t at = (m.which ? m.which[query] : query) * m.k + place;
@@ -110,20 +111,33 @@ __device__ __forceinline__ Key best_of_two(Key mine, Key theirs) {
 }
 
 // best <= 16; the keys are different, but for 0. Warps keep the 16 best of theirs, then meet two by two.
-__global__ void __launch_bounds__(1024) short_merge_kernel(Merge m) {
+__global__ void __launch_bounds__(1024, 1) short_merge_kernel(Merge m) {
   __shared__ Key best[32][16];
   const int64_t query = blockIdx.x;
   if ((m.count && query >= *m.count) || (m.done && m.done[query])) return;
   const Key* lists = m.lists + query * m.parts * m.stride;
-  const int total = m.parts * m.per_part, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int64_t total = static_cast<int64_t>(m.parts) * m.per_part;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const bool dense = m.stride == m.per_part;  // as list scans have them
+  const int64_t step = blockDim.x;
   Key mine = 0, bar = 0;
-  for (int first = warp * 32; first < total; first += blockDim.x) {
-    const int at = first + lane, part = at / m.per_part;
-    Key key = at < total ? lists[part * m.stride + (at - part * m.per_part)] : 0;
-    if (!__any_sync(kFullWarp, key > bar)) continue;
-    key = warp_sort(key);
-    mine = best_of_two(mine, __shfl_sync(kFullWarp, key, 15 - (lane & 15)));
-    bar = __shfl_sync(kFullWarp, mine, 15);
+  for (int64_t first = warp * 32; first < total; first += step * kAhead) {
+    Key fresh[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t at = first + u * step + lane;
+      fresh[u] = 0;
+      if (at >= total) continue;
+      const unsigned part = dense ? 0 : static_cast<unsigned>(at) / static_cast<unsigned>(m.per_part);
+      fresh[u] = lists[at + part * (m.stride - m.per_part)];
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (!__any_sync(kFullWarp, fresh[u] > bar)) continue;
+      const Key key = warp_sort(fresh[u]);
+      mine = best_of_two(mine, __shfl_sync(kFullWarp, key, 15 - (lane & 15)));
+      bar = __shfl_sync(kFullWarp, mine, 15);
+    }
   }
   if (lane < 16) best[warp][lane] = mine;
   for (int half = blockDim.x / 64; half > 0; half >>= 1) {

@@ -7,7 +7,7 @@
 // and each of its threads adds up rows of codes, several at a time. What passes the thresholds goes to the queries'
 // lists (common/select.cuh), a third launch merges them. The limit is shared memory: random words of 32 lanes meet in a
 // bank 3.5 times on average. Tables that do not fit in shared memory (m above 200 or so) are read through L1; many rows
-// of so many codes go through pq_wide.cu first.
+// of so many codes go through pq_wide.cu first, and very many rows and queries where m is above 96.
 //
 // k above 2048: scores are written out and selected by radix (any_k.cuh). A NaN score, also that of a code >= ksub,
 // comes first. Overflow: n < 2^32 - 1 (checked), offsets into codes and tables are 64-bit; sums are fp32 in increasing
@@ -114,9 +114,12 @@ __global__ void __launch_bounds__(kThreads, 3) all_scores_kernel(PqScan a, uint3
   }
 }
 
+// Blocks on a multiprocessor. The addresses of 16 look-ups in device memory do not fit into the registers of three.
+constexpr int blocks_of(int vec, bool far) { return far && vec == 16 ? 2 : 3; }
+
 // VEC codes of a row are read at once. FAR: the tables stay in device memory.
 template <int W, int VEC, bool FAR>
-__global__ void __launch_bounds__(kThreads, 3) scan_kernel(PqScan a) {
+__global__ void __launch_bounds__(kThreads, blocks_of(VEC, FAR)) scan_kernel(PqScan a) {
   constexpr int R = W == 1 ? 4 : 2;  // rows of a thread at a time
   const int64_t q0 = static_cast<int64_t>(blockIdx.x) * W;
   if (a.done) {
@@ -188,6 +191,10 @@ constexpr int64_t kListBytes = int64_t{128} << 20, kTableBytes = int64_t{64} << 
 // Below, its tables, second scoring and tests take longer than the conflicts that it avoids: up to four queries, more.
 constexpr int64_t kRotatedCodes[2] = {24 << 20, 1 << 20};
 
+// The slabs' launches take longer than the conflicts of tables that fit, up to so many look-ups.
+constexpr int64_t kWideLooks[2] = {1 << 30, 1 << 28};
+int64_t g_wide = 0, g_queries = 0;  // pq_paths
+
 struct PqPlan {
   int width;  // queries per block
   bool far;
@@ -225,7 +232,9 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksub, int d
   if (n * m >= kRotatedCodes[nq > 4] && !large(k, n)) {
     p.rotated = packed_plan(nq, n, k, m, ksub, device);
     if (!p.rotated.width) p.rotated = rotated_plan(nq, n, k, m, device);
-    if (!p.rotated.width) p.rotated = wide_plan(nq, n, k, m, device);
+    const double looks = static_cast<double>(nq) * static_cast<double>(n * m);
+    if (!p.rotated.width && (p.far || looks >= static_cast<double>(g_wide ? g_wide : kWideLooks[nq > 4])))
+      p.rotated = wide_plan(nq, n, k, m, device);
   }
   const auto list_bytes = [](const ListPlan& lists) {
     return static_cast<int64_t>(sizeof(Key)) * (lists.stride > 0 ? lists.stride : 1) * lists.parts;
@@ -241,6 +250,11 @@ PqPlan plan_for(int64_t nq, int64_t n, int64_t k, int64_t m, int64_t ksub, int d
   s.queries = fit < 8 ? 8 : fit;
   if (s.queries > nq) s.queries = nq;
   if ((large(k, n) || p.rotated.slab) && s.queries > any_k_queries(nq, n)) s.queries = any_k_queries(nq, n);
+  if (g_queries && s.queries > g_queries) s.queries = g_queries;
+  if (p.rotated.slab) {  // two queries a look-up, in every launch
+    if (s.queries == 1) p.rotated.width = 1;
+    if (s.queries > 1 && s.queries < nq) s.queries -= s.queries & 1;
+  }
   p.rotated.lists.queries = s.queries;
   return p;
 }
@@ -287,13 +301,11 @@ void make_tables(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count,
 template <int W>
 void plain_scan(const PqScan& s, const PqPlan& p, const Launch& l) {
   const dim3 grid(grid_x(div_up(s.nq, W)), static_cast<unsigned>(p.lists.parts));
-  auto kernel = scan_kernel<W, 1, false>;
-  if (p.far)
-    kernel = scan_kernel<1, 1, true>;
-  else if (s.m % 16 == 0 && aligned(s.codes, 16))
-    kernel = scan_kernel<W, 16, false>;
+  auto kernel = p.far ? scan_kernel<1, 1, true> : scan_kernel<W, 1, false>;  // far: W is 1
+  if (s.m % 16 == 0 && aligned(s.codes, 16))
+    kernel = p.far ? scan_kernel<1, 16, true> : scan_kernel<W, 16, false>;
   else if (s.m % 4 == 0 && aligned(s.codes, 4))
-    kernel = scan_kernel<W, 4, false>;
+    kernel = p.far ? scan_kernel<1, 4, true> : scan_kernel<W, 4, false>;
   launch("pq", kernel, grid, kThreads, p.shared, l, s);
 }
 
@@ -309,11 +321,11 @@ void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, cons
     const AnyK all = any_k_arrays(lists.queries, a.n, a.k, w.any_k);
     const PqScan s{a.codes, w.tables, count, a.n, m, l2 ? -1.0f : 1.0f, lists, nullptr, nullptr};
     const int64_t parts = parts_for(count, div_up(a.n, kThreads * 4), 3 * multiprocessors(l.device), 1);
-    auto kernel = all_scores_kernel<1, false>;
-    if (p.far)
-      kernel = all_scores_kernel<1, true>;
-    else if (m % 16 == 0 && aligned(a.codes, 16))
-      kernel = all_scores_kernel<16, false>;
+    auto kernel = p.far ? all_scores_kernel<1, true> : all_scores_kernel<1, false>;
+    if (m % 16 == 0 && aligned(a.codes, 16))
+      kernel = p.far ? all_scores_kernel<16, true> : all_scores_kernel<16, false>;
+    else if (m % 4 == 0 && aligned(a.codes, 4))
+      kernel = p.far ? all_scores_kernel<4, true> : all_scores_kernel<4, false>;
     launch("pq", kernel, dim3(grid_x(count), static_cast<unsigned>(parts)), kThreads, p.shared, l, s, all.scores);
     return any_k(all, count, l2, scores, ids, "pq", l);
   }
@@ -348,6 +360,8 @@ void search(const PqArgs& a, const PqPlan& p, int64_t first, int64_t count, cons
 }
 
 }  // namespace
+
+void pq_paths(int64_t wide, int64_t queries) { g_wide = wide, g_queries = queries; }
 
 int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t ksub, int64_t k, const Launch& l) {
   const DeviceGuard guard(l.device);

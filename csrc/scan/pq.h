@@ -31,6 +31,9 @@ LUTRA_KERNEL(pq, ::lutra::PqArgs)
 namespace lutra {
 namespace cuda {
 int64_t pq_workspace(int64_t nq, int64_t n, int64_t m, int64_t ksub, int64_t k, const Launch&);
+// For tests: from how many look-ups on tables that fit are taken in slabs, and how many queries a launch has at most
+// (0: as usual).
+void pq_paths(int64_t wide, int64_t queries);
 }  // namespace cuda
 }  // namespace lutra
 #endif

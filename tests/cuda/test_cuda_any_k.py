@@ -46,11 +46,12 @@ def test_rescore(gpu, rng, k, metric):
 def test_rescore_of_long_lists(gpu, rng):
     """Lists that are sorted one by one, by the whole machine."""
     q, x = integers(rng, 2, 3), integers(rng, 70_000, 3)
-    candidates = rng.integers(0, 70_000, (2, 66_000))
-    scores, ids = lutra.scan.rescore(gpu.put(q), gpu.put(x), gpu.put(candidates), 50_000)
-    want_scores, want_ids = reference.rescore(q, x, candidates, 50_000)
-    np.testing.assert_array_equal(gpu.get(ids), want_ids)
-    np.testing.assert_array_equal(gpu.get(scores), want_scores)
+    for c, k in ((66_000, 50_000), (5000, 3000), (4000, 2049)):  # 4000: by segments
+        candidates = rng.integers(0, 70_000, (2, c))
+        scores, ids = lutra.scan.rescore(gpu.put(q), gpu.put(x), gpu.put(candidates), k)
+        want_scores, want_ids = reference.rescore(q, x, candidates, k)
+        np.testing.assert_array_equal(gpu.get(ids), want_ids)
+        np.testing.assert_array_equal(gpu.get(scores), want_scores)
 
 
 def test_candidates_that_are_none_show_as_nan(gpu, rng):

@@ -190,6 +190,46 @@ def test_pq_of_more_codes_than_fit(gpu, rng, m):
         assert np.isnan(scores[i, :3]).all() and (i == 2 or not np.isnan(scores[i, 3:]).any())
 
 
+@pytest.mark.parametrize("m", [97, 100, 112])
+def test_pq_in_slabs_of_tables_that_fit(gpu, rng, m):
+    """As the plain scan, to the last bit, whatever the number of queries of a launch."""
+    n = (1 << 20) // m + 9
+    flat = rng.integers(0, 200, n * m + 1).astype(np.uint8)
+    q = rng.standard_normal((5, 2 * m)).astype(np.float32)
+    books = rng.standard_normal((m, 200, 2)).astype(np.float32)
+    args = gpu.put(q), gpu.put(flat)[1:].reshape(n, m), gpu.put(books)
+    aligned = gpu.put(flat[1:].reshape(n, m))
+    try:
+        for k in (10, 300):
+            lutra._backend.cuda.pq_paths(0, 0)
+            want = lutra.scan.pq(*args, k, "ip")
+            for queries in (0, 1, 3):
+                lutra._backend.cuda.pq_paths(1, queries)
+                for codes in (args[1], aligned)[: 1 if queries else 2]:
+                    got = lutra.scan.pq(args[0], codes, args[2], k, "ip")
+                    same_bits(gpu.get(got.scores), gpu.get(want.scores))
+                    same_bits(gpu.get(got.ids), gpu.get(want.ids))
+    finally:
+        lutra._backend.cuda.pq_paths(0, 0)
+
+
+@pytest.mark.parametrize("m", [260, 272])
+def test_pq_of_few_rows_of_more_codes_than_fit(gpu, rng, m):
+    """The plain scan of tables in device memory; codes that are none, addresses of all kinds, any k."""
+    n = 1500
+    flat = rng.integers(0, 200, n * m + 1).astype(np.uint8)
+    codes = flat[1:].reshape(n, m)
+    codes[7, m - 1] = 255
+    q, books = integers(rng, 3, 2 * m), integers(rng, m, 200, 2)
+    for there in (gpu.put(codes), gpu.put(flat)[1:].reshape(n, m)):
+        for k in (10, 300):
+            scores, ids = (gpu.get(a) for a in lutra.scan.pq(gpu.put(q), there, gpu.put(books), k))
+            want_scores, want_ids = reference.pq(q, np.delete(codes, 7, 0), books, k - 1, "l2")
+            assert (ids[:, 0] == 7).all() and np.isnan(scores[:, 0]).all()
+            np.testing.assert_array_equal(ids[:, 1:], want_ids + (want_ids >= 7))
+            np.testing.assert_array_equal(scores[:, 1:], want_scores)
+
+
 @pytest.mark.sanitize
 def test_pq_small_cases(gpu_torch, rng):
     """Every kernel, on as little as makes it run."""

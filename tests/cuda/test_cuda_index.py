@@ -117,6 +117,55 @@ def test_refine(gpu, kept):
     np.testing.assert_array_equal(on_host.ids, gpu.get(found.ids))
 
 
+@pytest.mark.parametrize("refine", [None, "float32", "int8"])
+@pytest.mark.parametrize("store", ["float32", "SQ 8"])
+@pytest.mark.parametrize("soar", [False, True])
+def test_more_results_than_vectors(gpu, soar, store, refine, tmp_path):
+    """Results are padded to k as on the CPU, and every vector is among them, also where codes stand twice."""
+    x, q = vectors(41), vectors(3, 1)
+    index = IVF(D, 4, STORES[store](), "l2", nprobe=4, soar=soar, refine=refine)
+    index.train(gpu.put(x), n_iter=2)
+    index.add(gpu.put(x))
+    index.save(tmp_path / "x")
+    host = load(tmp_path / "x")
+    for k in (10, 41, 45, 82, 83, 200):
+        for options in ({}, {"filter": lambda ids: ids % 2 == 0}, {"nprobe": 1}):
+            found, want = index.search(gpu.put(q), k, **options), host.search(q, k, **options)
+            ids, scores = gpu.get(found.ids), gpu.get(found.scores)
+            assert ids.shape == scores.shape == want.ids.shape == (3, k)
+            np.testing.assert_array_equal(ids < 0, want.ids < 0)
+            assert np.isposinf(scores[ids < 0]).all() and np.isposinf(want.scores[ids < 0]).all()
+            if k >= 41:
+                np.testing.assert_array_equal(np.sort(ids, 1), np.sort(want.ids, 1))
+
+
+def test_candidates_of_a_refined_search_are_selected_by_the_scan(gpu, monkeypatch):
+    """k * refine has a limit, so that no search sorts all rows or leaves the quick scan for it."""
+    x, q = vectors(3000), vectors(3, 1)
+    ivf = IVF(D, 12, quant.PQ(D, 8, 4), refine="float32", nprobe=12)
+    codes = Codes(quant.SQ(D, "8bit"), refine="float16")
+    pq = PQ(D, 8, 4, refine="float32")
+    for index, limit in ((ivf, 2048), (codes, 2048), (pq, 1820)):
+        index.train(gpu.put(x), **({} if index is codes else {"n_iter": 1}))
+        index.add(gpu.put(x))
+        wide = {"refine": 10_000} if index is pq else {"refine_factor": 10_000}
+        index.search(gpu.put(q), 3)  # there is a searcher now
+        scan, wanted = (index._scan if index is pq else index._searcher.scan.scan), []
+        place = 2 if index is pq else 3
+
+        def counted(*a, scan=scan, wanted=wanted, place=place):
+            wanted.append(a[place])
+            return scan(*a)
+
+        monkeypatch.setattr(*((index, "_scan") if index is pq else (index._searcher.scan, "scan")), counted)
+        found = index.search(gpu.put(q), 3, **wide)
+        index.search(gpu.put(q), 2500, **wide)
+        assert wanted == [limit, 2500]
+        exact = Flat(D, "l2")
+        exact.add(x)
+        assert recall(gpu.get(found.ids), exact.search(q, 3).ids) > 0.9
+
+
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("store", ["PQ 8", "PQ 6", "PQ 4", "OPQ 8", "RaBitQ 4", "RotatedSQ 4", "SQ 8"])
 def test_codes(gpu, store, metric, tmp_path):

@@ -174,7 +174,7 @@ def test_look_ups(gpu, bits, metric):
 def test_tables_that_do_not_fit_in_shared_memory(gpu):
     rng = np.random.default_rng(0)
     lists = make_lists(rng, [40, 300])
-    for m, bits in ((260, 8), (1000, 6), (4100, 4)):
+    for m, bits in ((259, 8), (260, 8), (272, 8), (1000, 6), (4100, 4)):
         entries = rng.integers(0, 1 << bits, (len(lists[2]), m)).astype(np.uint8)
         lut = rng.integers(-2, 3, (3, m, 1 << bits)).astype(np.float32)
         probes = np.array([[0, 1], [1, -1], [-1, -1]])
@@ -182,10 +182,13 @@ def test_tables_that_do_not_fit_in_shared_memory(gpu):
         want = reference.lut8(lut, rows, None, None, None, None, (*lists[:4], None, probes), 6, "ip",
                               8 if bits == 4 else bits)  # fmt: skip
         codes = packed4(entries) if bits == 4 else rows
-        got = _lists.lut8(
-            gpu.put(lut), gpu.put(codes), on_gpu(gpu, *lists[:4], None, probes), 6, "ip", bits=bits
-        )
-        compare(gpu, got, want)
+        places = [gpu.put(codes)]
+        if bits > 4:  # at an odd address too
+            odd = np.concatenate([np.zeros(1, np.uint8), codes.reshape(-1)])
+            places.append(gpu.put(odd)[1:].reshape(codes.shape))
+        for there in places:
+            got = _lists.lut8(gpu.put(lut), there, on_gpu(gpu, *lists[:4], None, probes), 6, "ip", bits=bits)
+            compare(gpu, got, want)
 
 
 @pytest.mark.sanitize

@@ -128,6 +128,7 @@ void register_scan(py::module_& m) {
           a.scores = scores.as<float>(), a.ids = ids.as<int64_t>(), a.bias = bias.as<float>();
           cuda::screen(a, Launch{device, stream.p, workspace.p});
         });
+  m.def("pq_paths", &cuda::pq_paths);
   m.def("pq_workspace", [](int64_t nq, int64_t n, int64_t m_, int64_t ksub, int64_t k, int device, Address stream) {
     return cuda::pq_workspace(nq, n, m_, ksub, k, Launch{device, stream.p});
   });

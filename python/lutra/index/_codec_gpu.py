@@ -12,6 +12,7 @@ from ._arena import Arena
 from ._home import Home
 
 _TABLES = 512 << 20  # bytes of the tables of a part of a batch
+SELECTED = 2048  # candidates up to which a scan selects them itself (kMaxK); beyond, every row is sorted
 
 
 class GpuScan:

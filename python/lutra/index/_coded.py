@@ -15,7 +15,7 @@ from ..scan._lists import Lists, list_rows, query_tables
 from . import _files
 from ._arena import BLOCK, Arena, Field
 from ._codec import ROWS, Codec, merge, to_rows, to_rows_on_gpu
-from ._codec_gpu import GpuScan, distinct
+from ._codec_gpu import SELECTED, GpuScan, distinct
 from ._home import HOST, Home
 from ._quantizer_files import quantizer_of, quantizer_tensors, restore_quantizer
 from ._refine import rescore_converted
@@ -282,9 +282,12 @@ class CodedIndex(Index):
             there = _There(self)
             home.wait()  # other streams may search with it at once
             self._searcher = there
-        copies, count = self._copies, k
-        if factor or copies > 1:
-            count = min(copies * k * max(1, factor), copies * self.ntotal)
+        copies = self._copies
+        most, count = copies * self.ntotal, copies * k
+        if factor:
+            count = min(max(count, min(count * factor, SELECTED)), most)
+        else:
+            count = max(k, min(count, most))  # where the lists hold fewer than k the rest is padding
         step, parts = max(1, there.scan.part(count)), []
         for i in range(0, max(1, len(q)), step):
             part = q[i : i + step]

@@ -100,7 +100,7 @@ class Codes(CodedIndex):
         q, k, filter
             As in `Flat.search`.
         refine_factor : int, optional
-            In place of the attribute.
+            In place of the attribute. On CUDA k * refine_factor is at most 2048, or k where that is more.
 
         Returns
         -------

@@ -262,7 +262,8 @@ class IVF(CodedIndex):
         nprobe : int, optional
             Lists to look into, in place of the attribute; more than nlist means all.
         refine_factor : int, optional
-            In place of the attribute.
+            In place of the attribute. On CUDA k * refine_factor is at most 2048 (with ``soar`` 1024), or k
+            where that is more.
 
         Returns
         -------

@@ -21,6 +21,7 @@ from .base import Index, register
 _KEPT = {"float32": F32, "float16": F16}
 _ENCODE = 1 << 14  # rows that are encoded at a time: their sub-vectors stay in the caches
 _REFINE = 4
+_SELECTED = 1820  # candidates that the quick scan on a GPU finds: 2048 with its spare ones (pq_plan.cuh)
 
 
 @register
@@ -242,7 +243,7 @@ class PQ(Index):
         refine : int, optional
             Score the best ``k * refine`` by their codes again, with the vectors that the index keeps, and
             return the best k of those; 0 ranks by codes alone. Default: 4 where the index keeps vectors,
-            else 0.
+            else 0. On CUDA k * refine is at most 1820, or k where that is more.
 
         Returns
         -------
@@ -275,7 +276,10 @@ class PQ(Index):
         codes = self._rows["codes"].view
         if not refine:
             return self._scan(coded, codes, k, metric, keep)
-        count = max(1, min(k * refine, self.ntotal))
+        count = k * refine
+        if self._here.kind.cuda:
+            count = max(k, min(count, _SELECTED))
+        count = max(1, min(count, self.ntotal))
         candidates = self._scan(coded, codes, count, metric, keep)[1]
         vectors = self._rows["vectors"].view
         if self._here.kind.cuda:

@@ -10,7 +10,8 @@
 //   Otherwise, and for tokens that hold NaN or infinity (with those that share their pass): sums are fp32, in lanes of
 //     W columns; where a row is one group its scale and minimum come in at the end.
 //   On CUDA codes and tokens are multiplied as f16 by tensor cores (packed_logits.cu); a NaN comes first in its token's
-//     results, and a token that holds infinities may have NaN where its row holds zeros.
+//     results, and a token that holds infinities may have NaN where its row holds zeros,
+//     one of fp32 everywhere (it is two terms of f16, infinity less infinity).
 // Limit: few tokens: reading the packed rows once. Many: in integers 1/32 (16 bits) or 3/64 (24) of an instruction a
 // column, row and token, as many as vdpbf16ps of a dense table; in floats a load, a conversion or a look-up in a
 // register and a multiply-add for each token: from some tokens on it is faster to decode a tile and call a matrix

@@ -2,11 +2,12 @@
 
     python benchmarks/cuda/bench_cuda.py [--quick] [--parts NAME ...] [--filter NAME] [--json FILE]
 
-Each case checks its result against torch's before it is timed. Times are medians of CUDA events around one
-call; inputs rotate so that no call finds the data of the last one in the caches where a real one would not
-(or the cache is flushed); lutra and torch take turns. `share` is the time that the measured limit allows
-(bytes over copy bandwidth, or operations over the rate of a large product of the case's type, whichever takes
-longer) over the time taken. The cases are in the files beside this one, one for each part.
+Each case checks its result against its peer's before it is timed: torch's, and in peers.py that of FAISS or
+cuVS where they are installed. Times are medians of CUDA events around one call; inputs rotate so that no call
+finds the data of the last one in the caches where a real one would not (or the cache is flushed); lutra and
+the peer take turns. `share` is the time that the measured limit allows (bytes over copy bandwidth, or
+operations over the rate of a large product of the case's type, whichever takes longer) over the time taken.
+The cases are in the files beside this one, one for each part.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from harness import GB, RATES, Case, captured, kernels, limits, milliseconds
 
 from lutra import _backend
 
-PARTS = ("address", "gather", "memory", "exact", "codes", "heads", "lists", "indexes")
+PARTS = ("address", "gather", "memory", "exact", "codes", "heads", "lists", "indexes", "peers")
 
 
 def run(case: Case, limit: dict[str, float], budget: float) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def run(case: Case, limit: dict[str, float], budget: float) -> dict[str, Any]:
         "name": case.name,
         **case.numbers,
         "ms": times[0],
-        "torch_ms": times[1] if len(times) > 1 else None,
+        "peer": case.peer,
+        f"{case.peer}_ms": times[1] if len(times) > 1 else None,
         "ratio": times[1] / times[0] if len(times) > 1 else None,
         "gb_per_s": case.bytes / times[0] / 1e6,
         "tflops": case.flops / times[0] / 1e9,
@@ -52,11 +54,11 @@ def run(case: Case, limit: dict[str, float], budget: float) -> dict[str, Any]:
 
 
 def line(figure: dict[str, Any]) -> str:
-    torch_ms, ratio = " " * 9, " " * 6
-    if figure["torch_ms"] is not None:
-        torch_ms, ratio = f"{figure['torch_ms']:9.3f}", f"{figure['ratio']:6.2f}"
+    peer_ms, ratio = " " * 9, " " * 6
+    if figure["ratio"] is not None:
+        peer_ms, ratio = f"{figure[figure['peer'] + '_ms']:9.3f}", f"{figure['ratio']:6.2f}"
     return (
-        f"{figure['name']:60} {figure['ms']:9.4f} {torch_ms} {ratio} {figure['gb_per_s']:6.0f} "
+        f"{figure['name']:60} {figure['ms']:9.4f} {peer_ms} {ratio} {figure['gb_per_s']:6.0f} "
         f"{figure['tflops']:7.1f} {figure['share_of_limit']:6.2f}"
     )
 
@@ -82,11 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{torch.cuda.get_device_name()}: {limit['copy_bytes_per_s'] / GB:.0f} GB/s copy, TFLOP/s: {rates}\n"
     )
-    print(f"{'case':60} {'lutra ms':>9} {'torch ms':>9} {'ratio':>6} {'GB/s':>6} {'TFLOP/s':>7} {'share':>6}")
+    print(f"{'case':60} {'lutra ms':>9} {'peer ms':>9} {'ratio':>6} {'GB/s':>6} {'TFLOP/s':>7} {'share':>6}")
     figures, failures = [], 0
     for part in options.parts:
         began = time.perf_counter()
-        for case in importlib.import_module(part).cases(8 if options.quick else 1):
+        cases = importlib.import_module(part)
+        for case in cases.cases(8 if options.quick else 1):
             if options.filter not in case.name:
                 continue
             try:
@@ -102,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
             figures.append({"part": part, **figure})
             del case
             torch.cuda.empty_cache()
+        for library, why in getattr(cases, "missing", {}).items():
+            print(f"{library:60} no cases: {why}")
         print(f"-- {part}: {time.perf_counter() - began:.0f} s", flush=True)
     if options.json:
         options.json.write_text(

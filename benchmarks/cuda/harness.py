@@ -39,6 +39,7 @@ class Case:
     graph: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     build: Callable[[], tuple[Any, ...]] | None = None
+    peer: str = "torch"  # whose function `theirs` is
 
 
 _trash: list[torch.Tensor] = []

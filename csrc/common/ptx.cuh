@@ -124,6 +124,11 @@ __device__ __forceinline__ uint32_t permuted(uint32_t low, uint32_t high, unsign
 
 // ---- device memory
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// What other blocks change by atomics meanwhile, as it was some time ago.
+template <class T>
+__device__ __forceinline__ T load_relaxed(const T* p) {
+  return *static_cast<const volatile T*>(p);
+}
 // 16 bytes that are read once and that nobody writes: not kept in L1.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   uint4 v;

@@ -125,6 +125,11 @@ inline uint32_t permuted(uint32_t low, uint32_t high, unsigned pick) {
 }
 
 inline void prefetch_l2(const void*) {}
+template <class T>
+inline T load_relaxed(const T* p) {
+  const emulate::races::As atomic(emulate::races::Kind::atomic);
+  return *p;
+}
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 
 template <class T>

@@ -110,6 +110,7 @@ inline void wgmma_commit() { emulate::products_commit(); }
 template <int N>
 inline void wgmma_wait() {
   emulate::products_wait(N);
+  __syncwarp();  // the instruction is the warp's: after it nobody's products read what they were made of
 }
 template <int N>
 inline void wgmma_hold(float (&)[N]) {}

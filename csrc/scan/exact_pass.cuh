@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(const PassArgs a,
     int stage = 0;
     for (int64_t tile = tile_begin; tile < tile_end; tile += kPassWarps) {
       Key heard = 0;  // lane j: the bar of query j, some time ago
-      if (lane < live && a.bars) heard = *static_cast<volatile Key*>(a.bars + first + lane);
+      if (lane < live && a.bars) heard = load_relaxed(a.bars + first + lane);
       float sum[NQ];
       SquaresOf<SUM> squares = 0;
 #pragma unroll

@@ -108,8 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) screen_kernel(const ScreenArgs a,
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     unsigned heard[2];
 #pragma unroll
-    for (int i = 0; i < 2 && !NEAREST; ++i)
-      heard[i] = *static_cast<volatile unsigned*>(a.lists.bars + query + query_offset<1>(i));
+    for (int i = 0; i < 2 && !NEAREST; ++i) heard[i] = load_relaxed(a.lists.bars + query + query_offset<1>(i));
 #pragma unroll
     for (int j = 0; j < BN / 2; ++j) acc[0][j] = 0;
     for (int slab = 0; slab < slabs; ++slab) {

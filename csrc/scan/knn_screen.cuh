@@ -95,7 +95,8 @@ __device__ __forceinline__ int cut_list(Key* list, int own_count, int source, in
     const unsigned equals = __ballot_sync(kFullWarp, same);
     const bool kept = score > cut || (same && __popc(equals & below) < equal);
     equal -= __popc(equals);
-    const unsigned votes = __ballot_sync(kFullWarp, kept);  // keys move to earlier places only: these have been read
+    const unsigned votes = __ballot_sync(kFullWarp, kept);
+    __syncwarp();  // keys move to earlier places only: these have been read
     if (kept) list[left + __popc(votes & below)] = key;
     left += __popc(votes);
     __syncwarp();
@@ -183,7 +184,7 @@ __device__ __forceinline__ float any_score(bool cosine, float product, float rea
 // bar becomes infinite (a sample's never is), which a NaN score passes all the same: such a row is not counted, so that
 // counts end near the capacity, and above it.
 __device__ __forceinline__ void add_candidate(const ScreenLists& lists, int64_t query, uint32_t row) {
-  if (*static_cast<volatile unsigned*>(lists.bars + query) >= 0xff800000u) return;
+  if (load_relaxed(lists.bars + query) >= 0xff800000u) return;
   const int place = atomicAdd(lists.counts + query, 1);
   if (place < lists.capacity)
     lists.candidates[query * lists.capacity + place] = row;

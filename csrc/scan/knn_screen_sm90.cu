@@ -158,8 +158,7 @@ __global__ void __launch_bounds__(128 * (NWG + 1), 1) screen90_kernel(const Scre
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       unsigned heard[2 * MT];
 #pragma unroll
-      for (int i = 0; i < 2 * MT && !NEAREST; ++i)
-        heard[i] = *static_cast<volatile unsigned*>(bars + query_offset<MT>(i));
+      for (int i = 0; i < 2 * MT && !NEAREST; ++i) heard[i] = load_relaxed(bars + query_offset<MT>(i));
       if (plan.turns) named_sync(1 + group, 256);
       int before = 0;
       for (int slab = 0; slab < slabs; ++slab) {

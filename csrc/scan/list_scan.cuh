@@ -146,7 +146,7 @@ struct ListSelection {
     best_of_threads = reinterpret_cast<uint32_t*>(static_cast<char*>(own) + Selector::bytes(Q, a.best, THREADS / 32));
     if (a.bars && threadIdx.x < w.probes) {  // the thread that has cleared them
       const int q = threadIdx.x;
-      const Key bar = *static_cast<const volatile Key*>(a.bars + list_probe<Q>(a, w, q) / a.runs);
+      const Key bar = load_relaxed(a.bars + list_probe<Q>(a, w, q) / a.runs);
       if (bar) select.least[q] = bar, select.least_score[q] = key_score(bar);
     }
   }

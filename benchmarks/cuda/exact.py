@@ -31,26 +31,29 @@ def same_scores(ours, theirs):
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=1e-2)
 
 
-def search(n, dtype, nq, k, metric):
+def search(n, dtype, nq, k, metric, theirs=torch_knn, peer="torch"):
+    """Beside torch, or what `peers` brings: its function and its name, which begins the case's."""
+
     def build():
         x = torch.randn(n, DIMS, device="cuda").to(dtype)
         q = [(torch.randn(nq, DIMS, device="cuda").to(dtype),) for _ in range(2)]
         return (
             lambda q: lutra.scan.knn(q, x, k, metric),
             q,
-            lambda q: torch_knn(q, x, k, metric),
+            lambda q: theirs(q, x, k, metric),
         )
 
     name = str(dtype).removeprefix("torch.")
     return Case(
-        f"knn {n}x{DIMS} {name} {metric}, batch {nq}, k {k}",
+        f"{'' if peer == 'torch' else peer + ': '}knn {n}x{DIMS} {name} {metric}, batch {nq}, k {k}",
         None,
         [],
         check=same_scores if dtype == torch.bfloat16 else same_neighbours,
         bytes=n * DIMS * dtype.itemsize,
         flops=2 * nq * n * DIMS,
-        rate="bf16" if dtype == torch.bfloat16 else "fp32",
+        rate="fp32" if dtype == torch.float32 else "bf16",
         build=build,
+        peer=peer.split()[0],
     )
 
 

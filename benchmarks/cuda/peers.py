@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from exact import DIMS
-from harness import Case, same_neighbours
-
-import lutra
+from exact import search
+from harness import Case
 
 Search = Callable[[torch.Tensor, torch.Tensor, int, str], tuple[torch.Tensor, torch.Tensor]]
 METRICS = ("ip", "l2")
@@ -29,10 +27,10 @@ def faiss_search() -> tuple[str, Search]:
     resources = faiss.StandardGpuResources()
     codes = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 
-    def search(q, x, k, metric):
+    def find(q, x, k, metric):
         return faiss.knn_gpu(resources, q, x, k, metric=codes[metric])
 
-    return f"faiss {faiss.__version__}", search
+    return f"faiss {faiss.__version__}", find
 
 
 def cuvs_search() -> tuple[str, Search]:
@@ -43,7 +41,7 @@ def cuvs_search() -> tuple[str, Search]:
     names = {"ip": "inner_product", "l2": "sqeuclidean"}
     built: dict[tuple[int, str], Any] = {}  # rows' norms are taken once, as in use
 
-    def search(q, x, k, metric):
+    def find(q, x, k, metric):
         resources = Resources(stream=torch.cuda.current_stream().cuda_stream)
         key = x.data_ptr(), metric
         if key not in built:
@@ -54,33 +52,13 @@ def cuvs_search() -> tuple[str, Search]:
         brute_force.search(built[key], q, k, neighbors=ids, distances=scores, resources=resources)
         return scores, ids
 
-    return f"cuvs {cuvs.__version__}", search
-
-
-def case(name: str, theirs: Search, n: int, dtype: torch.dtype, nq: int, k: int, metric: str) -> Case:
-    def build():
-        x = torch.randn(n, DIMS, device="cuda").to(dtype)
-        q = [(torch.randn(nq, DIMS, device="cuda").to(dtype),) for _ in range(2)]
-        return lambda q: lutra.scan.knn(q, x, k, metric), q, lambda q: theirs(q, x, k, metric)
-
-    kind = str(dtype).removeprefix("torch.")
-    return Case(
-        f"{name}: knn {n}x{DIMS} {kind} {metric}, batch {nq}, k {k}",
-        None,
-        [],
-        check=same_neighbours,
-        bytes=n * DIMS * dtype.itemsize,
-        flops=2 * nq * n * DIMS,
-        rate="bf16" if dtype == torch.float16 else "fp32",
-        build=build,
-        peer=name.split()[0],
-    )
+    return f"cuvs {cuvs.__version__}", find
 
 
 def cases(scale: int) -> Iterator[Case]:
     for library, load in (("faiss", faiss_search), ("cuvs", cuvs_search)):
         try:
-            name, search = load()
+            name, theirs = load()
         except (ImportError, OSError, AttributeError) as e:
             missing[library] = str(e)
             continue
@@ -88,4 +66,4 @@ def cases(scale: int) -> Iterator[Case]:
             for dtype in (torch.float32, torch.float16):
                 for nq, k in ((1, 10), (128, 10), (1024, 10), (1024, 100)):
                     for metric in METRICS:
-                        yield case(name, search, n, dtype, nq, k, metric)
+                        yield search(n, dtype, nq, k, metric, theirs, name)

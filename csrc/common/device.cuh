@@ -171,6 +171,8 @@ struct Ids {
 
 // ---- host side
 inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+// Bytes of a value of a row: floats and 8-bit integers.
+inline int64_t element_bytes(DType t) { return t == DType::f32 ? 4 : t == DType::f16 || t == DType::bf16 ? 2 : 1; }
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 inline int power_of_two(int64_t at_least, int limit) {

@@ -303,7 +303,7 @@ void search_screened(const KnnArgs& a, const Plan& p, const Workspace& w, const 
               l);
   ScreenArgs s{};
   s.x = a.x, s.n = a.n, s.ldx = a.ldx, s.d = d, s.slabs = p.slabs;
-  const int64_t value = a.storage == DType::f32 ? 4 : a.storage == DType::i8 || a.storage == DType::u8 ? 1 : 2;
+  const int64_t value = element_bytes(a.storage);
   const int64_t access = value == 1 ? 8 : 16;
   s.vectors = aligned(a.x, static_cast<size_t>(access)) && a.ldx * value % access == 0;
   s.storage = a.storage, s.query_terms = p.query_terms;

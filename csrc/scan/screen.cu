@@ -62,10 +62,7 @@ int64_t wanted_candidates(int64_t k, int64_t n, int64_t d) {
 
 // Where the codes of a whole collection are read for few queries, what they save must pay for some ten launches: 100 MB
 // are about 30 us of an H100's memory.
-bool saves_little(const Args& a) {
-  const int64_t value = a.dtype == DType::f32 ? 4 : a.dtype == DType::i8 || a.dtype == DType::u8 ? 1 : 2;
-  return a.nq <= 8 && a.n * a.d * (value - 1) < kLeastSaved;
-}
+bool saves_little(const Args& a) { return a.nq <= 8 && a.n * a.d * (element_bytes(a.dtype) - 1) < kLeastSaved; }
 
 Plan plan_for(const Args& a, int device) {
   Plan p{};
